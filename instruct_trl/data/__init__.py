@@ -1,0 +1,1 @@
+"""Ranking and text data: formats, checks, tokenisation, collation."""

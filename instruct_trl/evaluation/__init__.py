@@ -1,0 +1,1 @@
+"""Win rates, checkpoint selection, the report and its pictures."""

@@ -1,0 +1,1 @@
+"""Pure functions on tensors, one per equation of the paper."""

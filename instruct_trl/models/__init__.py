@@ -1,0 +1,1 @@
+"""Reward scoring and the value model."""

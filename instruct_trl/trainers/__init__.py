@@ -1,0 +1,1 @@
+"""The three trainers, each a subclass of TRL's."""

@@ -1,0 +1,1 @@
+"""The recipes: the stages of InstructGPT, each one command."""
