@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
 
 def apply_cpu_defaults(config: Any) -> None:
@@ -37,3 +39,24 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
         f"{type(model).__name__} has no `score` or `classifier` head. Load the reward model with "
         "AutoModelForSequenceClassification and num_labels=1."
     )
+
+
+class EpochSeededRepeatSampler(RepeatSampler):
+    """TRL's sampler, its order a function of (seed, epoch), so that a run resumed in epoch 3 sees epoch 3's order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+def prepare_reference(trainer: Any, ref_model: torch.nn.Module) -> torch.nn.Module:
+    """Freeze `ref_model`, give it TRL's fused log-prob head at the trainer's temperature, and place it."""
+    disable_dropout_in_model(ref_model)
+    ref_model.requires_grad_(False)
+    ref_model.eval()
+    add_fused_lm_head(ref_model, temperature=trainer.temperature)
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(ref_model, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(ref_model, trainer.accelerator)
+    return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)

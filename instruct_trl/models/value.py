@@ -1,0 +1,83 @@
+"""The value function of PPO, initialised from the reward model (Ouyang et al. 2022, section 3.5 and appendix C).
+
+Legend: B episodes, T tokens, H hidden units.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from instruct_trl._upstream import backbone, score_head
+
+
+class ValueModel(nn.Module):
+    """A sequence classifier read at every token: `forward` gives V of the state after each token.
+
+    Args:
+        classifier: a scalar-head sequence classifier; its backbone and head become the value function, and
+            `config.reward_bias`, if there is one, is added to every value.
+    """
+
+    def __init__(self, classifier: PreTrainedModel):
+        super().__init__()
+        if classifier.config.num_labels != 1:
+            raise ValueError(
+                f"The value model needs a scalar head, but {type(classifier).__name__} {classifier.config._name_or_path} "
+                f"has num_labels={classifier.config.num_labels}. Load it with num_labels=1."
+            )
+        self.classifier = classifier
+
+    @property
+    def config(self) -> Any:
+        return self.classifier.config
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Values (B, T) in float32; `values[:, t]` is read from the hidden state of token t, so it has seen tokens ≤ t.
+
+        `input_ids` and `attention_mask` are (B, T), padded on either side.
+        """
+        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        kwargs = {} if self.config.is_encoder_decoder else {"position_ids": positions, "use_cache": False}
+        hidden = backbone(self.classifier)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        values = score_head(self.classifier)(hidden.last_hidden_state).squeeze(-1)
+        return values.float() + getattr(self.config, "reward_bias", 0.0)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.classifier.gradient_checkpointing_enable(**kwargs)
+
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
+        """Write a plain sequence-classification checkpoint: `AutoModelForSequenceClassification` reads it."""
+        self.classifier.save_pretrained(path, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> ValueModel:
+        """Read what `save_pretrained` wrote, or any reward model folder (in float32 unless `dtype` is given)."""
+        kwargs.setdefault("dtype", torch.float32)
+        return cls(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
+
+
+def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
+    """A value model that starts as an independent copy of `reward_model`, its bias included.
+
+    At the last token of an answer, before training, the value equals the reward model's score. Dropout is switched
+    off and every parameter is trainable.
+
+    Raises:
+        ValueError: the reward model has more than one label, or carries adapters that are not merged.
+    """
+    if hasattr(reward_model, "peft_config"):
+        raise ValueError(
+            "The reward model carries PEFT adapters. Merge them first (`reward_model.merge_and_unload()`) or pass "
+            "value_model=."
+        )
+    value_model = ValueModel(copy.deepcopy(reward_model))
+    for module in value_model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return value_model.requires_grad_(True)

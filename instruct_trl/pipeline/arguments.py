@@ -1,0 +1,94 @@
+"""The arguments that recipes share, and how they are read: a YAML, strict about its keys, under the command line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class RunArguments:
+    """Where a run lives, and a user's own data."""
+
+    run_dir: str = field(
+        default="outputs/demo", metadata={"help": "Folder of the whole run; each stage has a folder in it."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Own data: a hub name, a folder, or a json, jsonl, csv or parquet file. Default: the demo's."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if there is one."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads torch may use on a CPU. Default: all cores, shared among processes."}
+    )
+
+    @property
+    def run(self) -> Path:
+        return Path(self.run_dir)
+
+    def __post_init__(self) -> None:
+        import os
+
+        import torch
+
+        threads = self.cpu_threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(threads)  # launchers set OMP_NUM_THREADS=1, which leaves the other cores idle
+
+
+def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: list[str] | None = None) -> tuple:
+    """Parse `--config` and the command line; without `--config`, the YAML of the demo.
+
+    Args:
+        dataclass_types: what the keys may name.
+        recipe: the recipe's name; `demo/<recipe>.yaml` beside the recipes is its default.
+        description: for `--help`.
+        argv: arguments, default the command line's.
+
+    Raises:
+        ValueError: the config file does not exist, or holds a key that nothing knows.
+    """
+    import yaml
+    from trl import TrlParser
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in argv:
+        argv = ["--config", str(default_config(recipe)), *argv]
+    config = Path(argv[argv.index("--config") + 1])
+    parser = TrlParser(dataclass_types, prog=f"recipes/{recipe}.py", description=description)
+    if not config.is_file():
+        raise ValueError(f"The config {config} does not exist. Recipes have theirs in {default_config(recipe).parent}.")
+    known = {action.dest for action in parser._actions} | {"env"}
+    for key in yaml.safe_load(config.read_text(encoding="utf-8")) or {}:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            raise ValueError(f"{config}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+    return parser.parse_args_and_config(argv)
+
+
+def default_config(recipe: str) -> Path:
+    """The demo's YAML of a recipe."""
+    from instruct_trl import recipes
+
+    return Path(recipes.__path__[0]) / "demo" / f"{recipe}.yaml"
+
+
+def settings_of(*parts: Any) -> dict[str, Any]:
+    """What a stage's output depends on: every setting that differs from its default, less paths of this run's output."""
+    from dataclasses import MISSING, fields
+
+    volatile = {"output_dir", "logging_dir", "run_dir", "cpu_threads", "resume_from_checkpoint", "report_to", "run_name"}
+    volatile |= {"disable_tqdm", "local_rank", "push_to_hub", "hub_token", "hub_model_id", "trackio_space_id"}
+    settings = {}
+    for part in parts:
+        for item in fields(part):
+            value = getattr(part, item.name)
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            if item.init and item.name not in volatile and value != default:
+                settings[item.name] = value
+    return settings

@@ -1,0 +1,126 @@
+"""The critic of PPO: the value model with its own optimizer, schedule and gradient clip.
+
+Legend: B episodes, T completion tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import Trainer, get_scheduler
+
+from instruct_trl.maths.masking import masked_mean
+from instruct_trl.maths.objectives import clipped_value_loss
+from instruct_trl.models.value import ValueModel
+from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
+
+STATE_FILE = "value_training_state.pt"
+Batch = dict[str, torch.Tensor]
+
+
+class Critic:
+    """Drives the value model beside the policy: values of a rollout, one clipped update a minibatch.
+
+    Args:
+        value_model: gives values (B, P + T) for token rows (B, P + T).
+        args: the PPO settings; `value_learning_rate`, `value_clip` and `value_max_grad_norm` are the critic's own.
+        accelerator: the trainer's.
+        autocast: the trainer's autocast context, so that the value runs at the policy's precision.
+    """
+
+    def __init__(
+        self,
+        value_model: ValueModel,
+        args: PPOPtxConfig,
+        accelerator: Accelerator,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        self.args, self.accelerator, self.autocast = args, accelerator, autocast
+        if args.gradient_checkpointing:
+            value_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, value_model.classifier)
+        trainable = [p for p in value_model.parameters() if p.requires_grad]
+        optimizer = optimizer_class(
+            trainable, **{**kwargs, "lr": args.value_learning_rate, "weight_decay": args.weight_decay}
+        )
+        self.model, self.optimizer = accelerator.prepare(value_model.to(accelerator.device), optimizer)
+        self.scheduler: Any = None
+
+    def create_scheduler(self, num_training_steps: int) -> None:
+        """The policy's schedule, around the value model's own peak."""
+        self.scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+
+    def completion_values(self, batch: Batch) -> torch.Tensor:
+        """V (B, T) of the state before each completion token: read one token to its left."""
+        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        with self.autocast():
+            values = self.model(input_ids, attention_mask)
+        return values[:, -batch["completion_ids"].size(1) - 1 : -1]
+
+    @torch.no_grad()
+    def rollout_values(self, rollout: Batch, batch_size: int) -> torch.Tensor:
+        """V (B, T) of a whole rollout, `batch_size` rows at a time, without gradient."""
+        self.model.eval()
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        rows = len(rollout["prompt_ids"])
+        chunks = [{k: rollout[k][i : i + batch_size] for k in names} for i in range(0, rows, batch_size)]
+        return torch.cat([self.completion_values(chunk) for chunk in chunks])
+
+    def backward(self, batch: Batch, token_count: torch.Tensor, sync: bool) -> dict[str, float]:
+        """Accumulate the gradient of this micro-batch's share of the clipped value loss.
+
+        Args:
+            batch: with `old_values`, `returns` and `loss_mask`, each (B, T).
+            token_count: completion tokens of the minibatch, divided by the number of processes.
+            sync: True on the last micro-batch of the minibatch.
+        """
+        self.model.train()
+        with torch.enable_grad() if sync else self.accelerator.no_sync(self.model):
+            values = self.completion_values(batch)
+            mask = batch["loss_mask"]
+            losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
+            self.accelerator.backward((losses * mask).sum() / token_count)
+        clipped = (values.detach() - batch["old_values"]).abs() > self.args.value_clip
+        return {
+            "value_loss": masked_mean(losses.detach(), mask).item(),
+            "value_clip_fraction": masked_mean(clipped.float(), mask).item(),
+        }
+
+    def step(self) -> float:
+        """Clip, step, advance the schedule, forget the gradients; returns the gradient norm before the clip."""
+        max_norm = self.args.value_max_grad_norm or float("inf")
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    @property
+    def unwrapped(self) -> ValueModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def save(self, checkpoint: str) -> None:
+        """Weights as a plain checkpoint under `value/`, optimizer and schedule beside them."""
+        self.unwrapped.save_pretrained(os.path.join(checkpoint, "value"))
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        torch.save(state, os.path.join(checkpoint, STATE_FILE))
+
+    def load(self, checkpoint: str) -> None:
+        """Take up weights, optimizer and schedule from `checkpoint`."""
+        saved = ValueModel.from_pretrained(os.path.join(checkpoint, "value"))
+        self.unwrapped.load_state_dict(saved.state_dict())
+        state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,367 @@
+"""PPO with a critic and pretraining gradients, PPO-ptx (Ouyang et al. 2022, Eq. 2), on TRL's GRPOTrainer.
+
+Legend: B rows of a (micro-)batch, P prompt tokens, T completion tokens.
+
+What GRPOTrainer does, stays GRPOTrainer's: sampling (transformers, vLLM), reward functions, log-probs, logging, PEFT,
+checkpoints. Replaced are the advantages (`_generate_and_score_completions`) and the loss (`_compute_loss`); added are
+the critic's step and the pretraining gradient (`training_step`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from trl import GRPOTrainer
+
+from instruct_trl._upstream import EpochSeededRepeatSampler, prepare_reference
+from instruct_trl.callbacks.ema import EMACallback
+from instruct_trl.data.pretraining import PretrainingStream
+from instruct_trl.data.prompts import filter_prompts
+from instruct_trl.maths.masking import masked_mean, masked_whiten
+from instruct_trl.maths.objectives import clipped_policy_loss, explained_variance
+from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
+from instruct_trl.trainers.critic import Critic
+from instruct_trl.trainers.minibatches import arrange_minibatches, trim_padding
+from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
+from instruct_trl.trainers.ppo_ptx_setup import (
+    copy_reference,
+    load_policy,
+    load_policy_tokenizer,
+    resolve_value_model,
+    say_plan,
+    wrap_reward_funcs,
+)
+from instruct_trl.trainers.ppo_ptx_state import load_state, save_state
+from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
+from instruct_trl.trainers.stopwatch import Stopwatch
+
+
+class PPOPtxTrainer(GRPOTrainer):
+    """Trainer for PPO with a critic and, for `ptx_coef > 0`, pretraining gradients: PPO-ptx.
+
+    Arguments up to `environment_factory` are [`~trl.GRPOTrainer`]'s. Reward models, given as a path or a module, are
+    wrapped as [`RewardScorer`], so that their `reward_bias` counts and what is scored here is what was trained.
+
+    Args:
+        value_model: the critic, a [`ValueModel`] or a scalar sequence classifier of any size. Default: a copy of the
+            one reward model among `reward_funcs`.
+        ref_model: the reference of the KL penalty. Default: a copy of the policy as passed in, or, with PEFT, the
+            policy with its adapters off (a new adapter) or as they were (a trained one).
+        pretraining_dataset: texts of the γ term, with a `text` or an `input_ids` column. Needed for `ptx_coef > 0`.
+
+    Raises:
+        ValueError: before any training, naming the argument and the remedy.
+    """
+
+    _tag_names = ["trl", "instruct-trl", "ppo-ptx"]
+    _name = "PPO-ptx"
+    _paper = {
+        "title": "Training language models to follow instructions with human feedback",
+        "id": "2203.02155",
+        "citation": "@inproceedings{ouyang2022training, title={Training language models to follow instructions with "
+        "human feedback}, author={Ouyang, Long and others}, booktitle={NeurIPS}, year={2022}}",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: PPOPtxConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
+        *,
+        value_model: Any = None,
+        ref_model: torch.nn.Module | None = None,
+        pretraining_dataset: Any = None,
+    ):
+        args = args or PPOPtxConfig("PPO-ptx")
+        if args.ptx_coef > 0 and pretraining_dataset is None:
+            raise ValueError(
+                f"ptx_coef={args.ptx_coef} needs pretraining_dataset= (a `text` or an `input_ids` column). For plain "
+                "PPO set ptx_coef=0."
+            )
+        processing_class = processing_class or load_policy_tokenizer(model)
+        reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
+        value_model = resolve_value_model(value_model, reward_funcs, processing_class)
+        model = load_policy(model, args, quantization_config, peft_config)
+        with_peft = peft_config is not None or is_peft_model(model)
+        if ref_model is None and not with_peft:
+            ref_model = copy_reference(model)
+        train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
+        eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
+
+        # Upstream reloads the reference from the policy's path where beta is not 0, which is the wrong model for a
+        # policy held in memory, and keeps the adapters of a PEFT policy only where it is not 0.
+        beta, args.beta = args.beta, 1.0 if with_peft else 0.0
+        try:
+            super().__init__(
+                model,
+                reward_funcs,
+                args,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        finally:
+            args.beta = beta
+        self.beta = beta
+        self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
+        self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
+        self.pretraining = self._pretraining_gradient(pretraining_dataset) if args.ptx_coef > 0 else None
+        self.ema = None
+        if args.ema_decay is not None:
+            self.ema = EMACallback(self.model, args.ema_decay)
+            self.add_callback(self.ema)
+        self.stopwatch = Stopwatch()
+        self._rewards: torch.Tensor | None = None
+        self._minibatch: dict[str, Any] = {}
+        say_plan(self)
+
+    def _pretraining_gradient(self, dataset: Any) -> PretrainingGradient:
+        args = self.args
+        stream = PretrainingStream(
+            dataset,
+            self._tokenizer,
+            max_length=args.ptx_max_length,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return PretrainingGradient(stream, args, self.accelerator, self.compute_loss_context_manager)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return EpochSeededRepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    # Rollout: sample, score, value, advantages ----------------------------------------------------------------------
+
+    def _generate_single_turn(
+        self, prompt_ids: list, images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        with self.stopwatch("generate"):
+            size = self.args.local_rollout_forward_batch_size
+            if self.use_vllm or self.use_transformers_continuous_batching or images or multimodal_fields:
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            completions: list[list[int]] = []
+            for i in range(0, len(prompt_ids), size):
+                completions += super()._generate_single_turn(prompt_ids[i : i + size], images, {}, *args, **kwargs)[0]
+            return completions, None
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.stopwatch("score"):
+            self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            kwargs["batch_size"] = self.args.local_rollout_forward_batch_size
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.stopwatch.start_iteration()
+        # The KL from the reference is always reported, so the reference log-probs are always wanted: beta = 1 for now.
+        beta, self.beta = self.beta, 1.0
+        try:
+            rollout = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
+        rollout["loss_mask"] = rollout["completion_mask"] * rollout.pop("tool_mask", 1)
+        if "old_per_token_logps" not in rollout:
+            rollout["old_per_token_logps"] = self._policy_logps(rollout)
+        self._score_rollout(rollout)
+        if self.model.training:
+            self._add_advantages(rollout)
+        return rollout
+
+    @torch.no_grad()
+    def _policy_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
+        input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+        attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+        width = rollout["completion_ids"].size(1)
+        return self._get_per_token_logps_and_entropies(self.model, input_ids, attention_mask, width)[0]
+
+    def _score_rollout(self, rollout: dict[str, Any]) -> None:
+        """Add `scores` (B,) and `kl` (B, T); mask out, and count, the rows that no reward function could score."""
+        mask, rows = rollout["loss_mask"], len(rollout["loss_mask"])
+        mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        rewards = self._rewards[mine]
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        scored = scores.isfinite() & ~rewards.isnan().all(dim=1)
+        ends = rollout["completion_ids"].gather(1, rollout["completion_mask"].sum(dim=1, keepdim=True) - 1)
+        ended = torch.isin(ends.squeeze(1), torch.tensor(self.eos_token_ids, device=mask.device))
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~ended
+        rollout["scores"] = scores.where(scored, torch.zeros_like(scores))
+        rollout["loss_mask"] = mask * scored.unsqueeze(1)
+        logps, ref_logps = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
+        rollout["kl"] = kl_estimate(logps, ref_logps, self.args.kl_estimator)
+        sequence_kl = (kl_estimate(logps, ref_logps) * mask).sum(dim=1)
+        self._log_means(
+            {
+                "score": rollout["scores"][scored],
+                "kl": sequence_kl[scored],
+                "objective": (rollout["scores"] - self.beta * sequence_kl)[scored],
+                "eos_rate": ended,
+                "unscored_fraction": ~scored,
+            }
+        )
+
+    def _add_advantages(self, rollout: dict[str, Any]) -> None:
+        """Replace `advantages` by GAE's, (B, T), whitened over the whole rollout; add `old_values` and `returns`."""
+        with self.stopwatch("value"):
+            values = self.critic.rollout_values(rollout, self.args.local_rollout_forward_batch_size)
+        mask = rollout["completion_mask"]
+        rewards = token_rewards(rollout["scores"], rollout["kl"], mask, self.beta)
+        advantages, returns = generalized_advantages(rewards, values, mask, self.args.discount, self.args.gae_lambda)
+        self._log_means({"value": masked_mean(values, mask, dim=1), "return": masked_mean(returns, mask, dim=1)})
+        self._metrics["train"]["explained_variance"].append(
+            explained_variance(values, returns, rollout["loss_mask"]).item()
+        )
+        if self.args.whiten_advantages:
+            advantages = self._whiten(advantages, rollout["loss_mask"])
+        rollout |= {"advantages": advantages, "old_values": values, "returns": returns}
+
+    def _whiten(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Whiten (B, T) over the real tokens of every process."""
+        rows, width = advantages.shape
+        pad = self.accelerator.pad_across_processes
+        everyone = masked_whiten(
+            self.accelerator.gather(pad(advantages, dim=1)), self.accelerator.gather(pad(mask, dim=1))
+        )
+        first = self.accelerator.process_index * rows
+        return everyone[first : first + rows, :width]
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            self._buffered_inputs = arrange_minibatches(
+                self._buffered_inputs, self.args.gradient_accumulation_steps, self.accelerator
+            )
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        self._minibatch = inputs
+        return inputs
+
+    # Update: the clipped objective, the pretraining gradient, the critic ---------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """This micro-batch's share of the clipped policy loss, averaged over the minibatch's completion tokens."""
+        if not self.model.training:
+            return -(inputs["scores"] - self.beta * (inputs["kl"] * inputs["loss_mask"]).sum(dim=1)).mean()
+        inputs = trim_padding(inputs)
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        width, mask = inputs["completion_ids"].size(1), inputs["loss_mask"]
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, width, compute_entropy=True
+        )
+        losses, ratio = clipped_policy_loss(
+            logps, inputs["old_per_token_logps"], inputs["advantages"], self.epsilon_low, self.epsilon_high
+        )
+        if "importance_sampling_ratio" in inputs:
+            losses = losses * inputs["importance_sampling_ratio"]
+        outside = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
+        self._log_means(
+            {
+                "policy_loss": masked_mean(losses, mask, dim=1),
+                "ratio": masked_mean(ratio, mask, dim=1),
+                "clip_fraction": masked_mean(outside.float(), mask, dim=1),
+                "entropy": masked_mean(entropies, mask, dim=1),
+            }
+        )
+        return (losses * mask).sum() / inputs["minibatch_tokens"]
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch: pretraining gradient, then PPO's, then the critic's; the critic steps with the policy."""
+        if self.pretraining is not None:
+            # Before PPO's backward and never synchronised: under DeepSpeed a backward at the boundary is a step.
+            with self.stopwatch("pretraining"), self.accelerator.no_sync(model):
+                if self._step % self.args.gradient_accumulation_steps == 0:
+                    self.pretraining.start_minibatch()
+                    self._metrics["train"]["ptx_loss"].append(0.0)
+                self._metrics["train"]["ptx_loss"][-1] += self.pretraining.backward(model)
+        sync = self.accelerator.sync_gradients
+        with self.stopwatch("update"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.stopwatch("value_update"):
+            batch = trim_padding(self._minibatch)
+            for name, value in self.critic.backward(batch, batch["minibatch_tokens"], sync).items():
+                self._metrics["train"][name].append(value)
+            if sync:
+                self._metrics["train"]["value_grad_norm"].append(self.critic.step())
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self._log_iteration()
+        return loss
+
+    # Logging and checkpoints -----------------------------------------------------------------------------------------
+
+    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Log the mean over all processes of each per-row tensor, (B,)."""
+        mode = "train" if self.model.training else "eval"
+        for name, rows in metrics.items():
+            totals = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
+            total, count = self.accelerator.reduce(totals, "sum").tolist()
+            self._metrics[mode][name].append(total / count if count else float("nan"))
+
+    def _log_iteration(self) -> None:
+        metrics = self._metrics["train"]
+        metrics["episodes"] = [float((self.state.global_step + 1) * self.args.minibatch_size // self.num_iterations)]
+        for name, seconds in self.stopwatch.finish_iteration().items():
+            metrics[f"time/{name}"].append(seconds)
+        metrics["episodes_per_second"].append(self.args.generation_batch_size / metrics["time/iteration"][-1])
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.critic.create_scheduler(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write `policy/`, `value/` and `ema/` under `output_dir`, each readable by plain transformers."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        root = output_dir or self.args.output_dir
+        super().save_model(os.path.join(root, "policy"), _internal_call=True)
+        if self.args.should_save:
+            self.critic.unwrapped.save_pretrained(os.path.join(root, "value"))
+            self._tokenizer.save_pretrained(os.path.join(root, "value"))
+        if self.ema is not None:
+            with self.ema.applied():
+                super().save_model(os.path.join(root, "ema"), _internal_call=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_state(self, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_state(self, checkpoint)

@@ -1,0 +1,140 @@
+"""Settings of `PPOPtxTrainer`: TRL's names where TRL has the thing, the paper's values as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from instruct_trl._upstream import apply_cpu_defaults
+
+# Inherited knobs that would change the objective of Eq. 2 behind the user's back → the only value they may have.
+FIXED: dict[str, Any] = {
+    "loss_type": "dapo",
+    "importance_sampling_level": "token",
+    "mask_truncated_completions": False,
+    "sync_ref_model": False,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "delta": None,
+    "use_liger_kernel": False,
+    "fp16": False,
+}
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PPOPtxConfig(GRPOConfig):
+    """Configuration of [`PPOPtxTrainer`]: every default is the paper's, or says that the paper publishes none.
+
+    With the defaults, 512 episodes are sampled an iteration and split into 8 minibatches of 64, one optimizer step
+    each, once over the data. Knobs of `GRPOConfig` that would change the objective are refused by name.
+
+    Raises:
+        ValueError: batch sizes that do not divide, an option out of range, or a refused inherited knob.
+    """
+
+    beta: float = _setting(0.02, "β of Eq. 2: coefficient of the per-token KL penalty against the starting policy.")
+    epsilon: float = _setting(0.2, "Clip range of the policy ratio (paper: 0.2).")
+    num_iterations: int = _setting(1, "Inner epochs over each rollout batch (paper: 1).")
+    num_generations: int | None = _setting(1, "Answers sampled for each prompt (paper: 1).")
+    generation_batch_size: int | None = _setting(512, "Rollout batch: episodes an iteration, all processes (512).")
+    per_device_train_batch_size: int = _setting(8, "Episodes of one forward and backward on one device.")
+    gradient_accumulation_steps: int = _setting(8, "Micro-batches an optimizer step: 8 × 8 is the paper's 64.")
+    temperature: float = _setting(1.0, "Sampling temperature (paper: 1).")
+    max_prompt_length: int | None = _setting(1024, "Longer prompts are dropped and counted (paper: 1k tokens).")
+    max_completion_length: int | None = _setting(1024, "Longest answer in tokens (paper: 1k).")
+    total_episodes: int | None = _setting(256_000, "Episodes of the run, unless max_steps is set (paper: 256k).")
+    loss_type: str = _setting("dapo", "Fixed: the mean over the minibatch's completion tokens.")
+    learning_rate: float = _setting(8e-6, "Peak LR of the policy (n.p.; above 8.05e-6 the paper saw divergence).")
+    lr_scheduler_type: str = _setting("warmup_stable_decay", "Constant after the warm-up (paper).")
+    lr_scheduler_kwargs: dict | str | None = _setting(None, "Default: start at a tenth of the peak, never decay.")
+    warmup_iterations: int = _setting(10, "Iterations of warm-up (paper: 10), unless warmup_steps is set.")
+    adam_beta2: float = _setting(0.95, "β2 of Adam (paper: 0.95).")
+    disable_dropout: bool = _setting(True, "No dropout in RL (policy, reference, value).")
+    logging_steps: float | None = _setting(None, "Steps between logs; default: one line an iteration.")  # type: ignore[assignment]
+
+    ptx_coef: float = _setting(27.8, "γ of Eq. 2: coefficient of the pretraining loss (27.8); 0 is plain PPO.")
+    ptx_ratio: int = _setting(8, "Pretraining examples for each episode (paper: 8).")
+    ptx_max_length: int = _setting(2048, "Tokens a pretraining example keeps (paper: 2k context).")
+    discount: float = _setting(1.0, "Discount of GAE (paper: none).")
+    gae_lambda: float = _setting(0.95, "λ of GAE (n.p.; 0.95).")
+    kl_estimator: str = _setting("k1", "Estimator of the KL penalty: 'k1' (paper), 'k2' or 'k3'.")
+    whiten_advantages: bool = _setting(True, "Whiten advantages over the whole rollout batch (n.p.).")
+    missing_eos_penalty: float | None = _setting(None, "Subtracted from the score of an answer cut at the limit.")
+    value_clip: float = _setting(0.2, "Clip range of the value update (n.p.; as the policy's).")
+    value_learning_rate: float = _setting(9e-6, "Peak LR of the value model (paper: 9e-6).")
+    value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (n.p.); 0 for none.")
+    ema_decay: float | None = _setting(0.992, "Decay of the average of the policy's weights, a step (paper).")
+    local_rollout_forward_batch_size: int = _setting(64, "Rows generated, or scored, at once on one device.")
+
+    def __post_init__(self) -> None:
+        apply_cpu_defaults(self)
+        for name, only in FIXED.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} would change PPO-ptx's objective; leave it at {only!r}."
+                )
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "warmup_stable_decay":
+            self.lr_scheduler_kwargs = {"min_lr_ratio": 0.1, "num_decay_steps": 0}
+        self._check_ranges()
+        log_each_iteration = self.logging_steps is None
+        if log_each_iteration:
+            self.logging_steps = 1
+        self._upstream_post_init()
+        self._check_batches()
+        if self.max_steps <= 0 and self.total_episodes is not None:
+            self.max_steps = -(-self.total_episodes // self.generation_batch_size) * self.steps_per_iteration
+        if log_each_iteration:
+            self.logging_steps = self.steps_per_iteration
+        if not self.warmup_steps:
+            self.warmup_steps = self.warmup_iterations * self.steps_per_iteration
+
+    def _upstream_post_init(self) -> None:
+        """GRPO refuses one answer a prompt, for its group baseline; PPO has a critic. Show it a legal number."""
+        num_generations = self.num_generations or 1
+        if num_generations == 1:
+            self.num_generations_eval = self.num_generations_eval or 1
+            self.num_generations = self.generation_batch_size or 2
+        try:
+            super().__post_init__()
+        finally:
+            self.num_generations = num_generations
+
+    def _check_ranges(self) -> None:
+        for name in ("ptx_coef", "beta", "value_clip", "value_max_grad_norm", "warmup_iterations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("ptx_ratio", "num_iterations", "local_rollout_forward_batch_size", "ptx_max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("discount", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', got {self.kl_estimator!r}.")
+
+    def _check_batches(self) -> None:
+        if self.generation_batch_size % self.minibatch_size:
+            raise ValueError(
+                f"generation_batch_size ({self.generation_batch_size}) must be a multiple of the minibatch, "
+                f"per_device_train_batch_size × gradient_accumulation_steps × processes = "
+                f"{self.per_device_train_batch_size} × {self.gradient_accumulation_steps} × {self.world_size} = "
+                f"{self.minibatch_size}. Change one of them."
+            )
+
+    @property
+    def minibatch_size(self) -> int:
+        """Episodes an optimizer step, all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps between two rollouts: 8 in the paper."""
+        return self.generation_batch_size // self.minibatch_size * self.num_iterations

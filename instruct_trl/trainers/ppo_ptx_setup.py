@@ -1,0 +1,115 @@
+"""What `PPOPtxTrainer` checks and builds before any training: policy, reference, reward functions, value model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from instruct_trl.models.reward import RewardScorer
+from instruct_trl.models.value import ValueModel, value_model_from_reward_model
+from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
+
+logger = logging.getLogger(__name__)
+
+
+def load_policy_tokenizer(model: Any) -> Any:
+    """The tokenizer that was saved with the policy, padding on the left.
+
+    Raises:
+        ValueError: it has no EOS token, so no answer could ever end.
+    """
+    path = model if isinstance(model, str) else model.config._name_or_path
+    return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
+
+
+def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_config: Any) -> Any:
+    """A path becomes a float32 model here, so that the reference can be its copy; PEFT policies stay upstream's."""
+    if not isinstance(model, str) or peft_config is not None or quantization_config is not None:
+        return model
+    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = None
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+
+
+def copy_reference(policy: Any) -> Any:
+    """A frozen copy of the policy as it was passed in, made before TRL patches its forward."""
+    return copy.deepcopy(policy).requires_grad_(False)
+
+
+def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxConfig) -> list[Any]:
+    """Reward models, by path or in memory, become `RewardScorer`s; callables stay as they are.
+
+    Raises:
+        ValueError: there is no reward function, or the tokenizers do not match them one to one.
+    """
+    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    funcs = [func for func in funcs if func is not None]
+    if not funcs:
+        raise ValueError("reward_funcs is empty. Pass a reward model, its path, or a function (prompts, completions).")
+    tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
+    if len(tokenizers) != len(funcs):
+        raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions.")
+    return [
+        RewardScorer(func, tokenizer, batch_size=args.local_rollout_forward_batch_size)
+        if isinstance(func, (str, PreTrainedModel))
+        else func
+        for func, tokenizer in zip(funcs, tokenizers, strict=True)
+    ]
+
+
+def resolve_value_model(value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any) -> ValueModel:
+    """The critic: the one passed in, or a copy of the one reward model among `reward_funcs`.
+
+    Raises:
+        ValueError: no reward model to copy, more than one, or one whose tokenizer is not the policy's.
+    """
+    if isinstance(value_model, ValueModel):
+        return value_model
+    if value_model is not None:
+        return ValueModel(value_model)
+    scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
+    if len(scorers) != 1:
+        raise ValueError(
+            f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
+            "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
+        )
+    scorer = scorers[0]
+    if not same_tokens(scorer.processing_class, policy_tokenizer):
+        raise ValueError(
+            f"The reward model's tokenizer ({scorer.processing_class.name_or_path}) differs from the policy's "
+            f"({policy_tokenizer.name_or_path}), so its copy cannot read the policy's tokens. Pass value_model= "
+            "with the policy's tokenizer."
+        )
+    return value_model_from_reward_model(scorer.model)
+
+
+def same_tokens(first: Any, second: Any) -> bool:
+    """True where every token that both tokenizers know has the same id, and they share all but added special ones."""
+    one, two = first.get_vocab(), second.get_vocab()
+    small, large = sorted((one, two), key=len)
+    return all(large.get(token) == index for token, index in small.items()) and len(large) - len(small) <= 16
+
+
+def say_plan(trainer: Any) -> None:
+    """One line with the sizes that follow from the settings, before training starts."""
+    args = trainer.args
+    steps = args.steps_per_iteration
+    iterations = args.max_steps // steps if args.max_steps > 0 else None
+    plan = (
+        f"PPO-ptx: rollout batch {args.generation_batch_size}, minibatch {args.minibatch_size}, "
+        f"{steps} optimizer steps an iteration"
+    )
+    if iterations is not None:
+        episodes = iterations * args.generation_batch_size
+        plan += f", {iterations} iterations = {args.max_steps} steps = {episodes} episodes"
+    plan += f"; γ = {args.ptx_coef}"
+    if trainer.pretraining is not None:
+        stream = trainer.pretraining.stream
+        plan += f" on {len(stream)} pretraining texts, {args.ptx_ratio} an episode"
+        if stream.truncated:
+            plan += f" ({stream.truncated} cut at ptx_max_length={args.ptx_max_length} tokens)"
+    trainer.accelerator.print(plan + ".")

@@ -1,0 +1,48 @@
+"""What a PPO-ptx checkpoint holds beside the policy's: critic, average, and the positions in rollout and text."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+
+def save_state(trainer: Any, checkpoint: str) -> None:
+    """Write critic and EMA once, and the rollout position of this process."""
+    os.makedirs(checkpoint, exist_ok=True)
+    if trainer.args.should_save:
+        trainer.critic.save(checkpoint)
+        if trainer.ema is not None:
+            torch.save(trainer.ema.state_dict(), os.path.join(checkpoint, "ema.pt"))
+    position = {
+        "step": trainer._step,
+        "buffered_inputs": trainer._buffered_inputs,
+        "pretraining_position": 0 if trainer.pretraining is None else trainer.pretraining.stream.position,
+    }
+    torch.save(position, _rollout_file(trainer, checkpoint))
+
+
+def load_state(trainer: Any, checkpoint: str) -> None:
+    """Take up what `save_state` wrote.
+
+    Raises:
+        ValueError: the checkpoint is not one of PPO-ptx.
+    """
+    path = _rollout_file(trainer, checkpoint)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{checkpoint} holds no {os.path.basename(path)}: it was not written by PPOPtxTrainer on this many "
+            "processes. Resume with the number of processes that the run had, or start afresh."
+        )
+    trainer.critic.load(checkpoint)
+    if trainer.ema is not None:
+        trainer.ema.load_state_dict(torch.load(os.path.join(checkpoint, "ema.pt"), weights_only=True))
+    position = torch.load(path, map_location=trainer.args.device, weights_only=True)
+    trainer._step, trainer._buffered_inputs = position["step"], position["buffered_inputs"]
+    if trainer.pretraining is not None:
+        trainer.pretraining.stream.position = position["pretraining_position"]
+
+
+def _rollout_file(trainer: Any, checkpoint: str) -> str:
+    return os.path.join(checkpoint, f"rollout_{trainer.args.process_index}.pt")

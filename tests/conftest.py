@@ -1,0 +1,51 @@
+"""Tiny random models and a byte-level tokenizer, made in memory: unit tests need neither network nor assets."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    """256 bytes, `<|pad|>` 256, `<|eos|>` 257."""
+    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|eos|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_config(**kwargs):
+    sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaConfig(**{**sizes, **heads, "pad_token_id": 256, "eos_token_id": 257, "bos_token_id": None, **kwargs})
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config())
+    model.generation_config.eos_token_id = 257
+    model.generation_config.pad_token_id = 256
+    return model
+
+
+@pytest.fixture
+def reward_model():
+    torch.manual_seed(1)
+    return LlamaForSequenceClassification(tiny_config(num_labels=1))
