@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
@@ -60,3 +61,9 @@ def prepare_reference(trainer: Any, ref_model: torch.nn.Module) -> torch.nn.Modu
     if trainer.is_fsdp_enabled:
         return prepare_fsdp(ref_model, trainer.accelerator)
     return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+def reset_accelerator() -> None:
+    """Forget the precision and accumulation of the trainer before, so that the next may have its own."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()

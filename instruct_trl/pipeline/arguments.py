@@ -31,6 +31,15 @@ class RunArguments:
     def run(self) -> Path:
         return Path(self.run_dir)
 
+    @property
+    def config_folder(self) -> Path:
+        """Where this run's YAMLs lie: the folder of `--config`, set by `parse_recipe`."""
+        return getattr(self, "_config_folder", default_config("ppo_ptx").parent)
+
+    def folder(self, stage: str) -> Path:
+        """`--output_dir`, or the stage's folder in the run."""
+        return Path(getattr(self, "output_dir", None) or self.run / stage)
+
     def __post_init__(self) -> None:
         import os
 
@@ -68,7 +77,9 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
         if key not in known:
             close = get_close_matches(key, known, n=1)
             raise ValueError(f"{config}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
-    return parser.parse_args_and_config(argv)
+    parsed = parser.parse_args_and_config(argv)
+    parsed[0]._config_folder = config.parent
+    return parsed
 
 
 def default_config(recipe: str) -> Path:

@@ -23,6 +23,7 @@ from instruct_trl.data.prompts import filter_prompts
 from instruct_trl.maths.masking import masked_mean, masked_whiten
 from instruct_trl.maths.objectives import clipped_policy_loss, explained_variance
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
+from instruct_trl.models.generation import require_eos
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.minibatches import arrange_minibatches, trim_padding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -93,6 +94,7 @@ class PPOPtxTrainer(GRPOTrainer):
                 "PPO set ptx_coef=0."
             )
         processing_class = processing_class or load_policy_tokenizer(model)
+        require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class)
         model = load_policy(model, args, quantization_config, peft_config)

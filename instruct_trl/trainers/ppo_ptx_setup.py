@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from instruct_trl.models.reward import RewardScorer
+from instruct_trl.models.reward import RewardScorer, check_model_path
 from instruct_trl.models.value import ValueModel, value_model_from_reward_model
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
@@ -20,9 +20,10 @@ def load_policy_tokenizer(model: Any) -> Any:
     """The tokenizer that was saved with the policy, padding on the left.
 
     Raises:
-        ValueError: it has no EOS token, so no answer could ever end.
+        ValueError: the policy is a path that does not exist.
     """
     path = model if isinstance(model, str) else model.config._name_or_path
+    check_model_path(path)
     return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
 
 
@@ -30,6 +31,7 @@ def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_c
     """A path becomes a float32 model here, so that the reference can be its copy; PEFT policies stay upstream's."""
     if not isinstance(model, str) or peft_config is not None or quantization_config is not None:
         return model
+    check_model_path(model)
     kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     args.model_init_kwargs = None
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)

@@ -1,0 +1,244 @@
+"""Which SFT checkpoint to keep: the one whose answers the reward model likes best (section 3.5, appendix C.1).
+
+The validation loss rises after the first epoch, yet reward and human preference go on rising: the paper selects by
+the RM score on the validation prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from instruct_trl.data.checks import require_columns
+from instruct_trl.evaluation.language_modeling import mean_token_loss
+from instruct_trl.models.generation import Completion, generate_completions
+
+Prompt = str | list[dict[str, Any]]
+Scorer = Callable[..., list[float]]
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """What was measured of one checkpoint.
+
+    Attributes:
+        checkpoint: its folder.
+        step, epoch: from its trainer_state.json; without one, the step is that of the folder's name.
+        rm_score, rm_score_se: mean RM score of an answer a prompt, and its standard error.
+        validation_loss: mean −log p of a demonstration's token, in nats; None without validation data.
+        truncated: share of the answers cut at the length limit.
+    """
+
+    checkpoint: str
+    step: int | None
+    epoch: float | None
+    rm_score: float
+    rm_score_se: float
+    validation_loss: float | None
+    truncated: float
+
+
+@dataclass(frozen=True)
+class SelectionResult:
+    """The choice and what it rests on.
+
+    Attributes:
+        best: folder of the checkpoint with the highest RM score (the earlier one of two equals).
+        best_by_loss: folder of the one with the lowest validation loss; None without validation data.
+        rows: one for each checkpoint, by step.
+    """
+
+    best: str
+    best_by_loss: str | None
+    rows: list[CheckpointRow]
+
+
+def as_scorer(reward_model: Any, processing_class: Any = None, batch_size: int = 8) -> Scorer:
+    """A TRL reward function: `reward_model` itself if it is one, else a model or its path as `RewardScorer`."""
+    if isinstance(reward_model, (str, Path, torch.nn.Module)):
+        from instruct_trl.models.reward import RewardScorer
+
+        return RewardScorer(reward_model, processing_class, batch_size=batch_size)
+    if not callable(reward_model):
+        raise ValueError(
+            f"reward_model must be a path, a model, a RewardScorer or a function (prompts, completions) -> scores; got "
+            f"{type(reward_model).__name__}."
+        )
+    return reward_model
+
+
+def as_prompts(prompts: Any, name: str = "prompts") -> list[Prompt]:
+    """The prompts of a list, or of a dataset's `prompt` column.
+
+    Raises:
+        ValueError: no such column; a prompt that is empty; fewer than two, so that there is no standard error.
+    """
+    if hasattr(prompts, "column_names"):
+        require_columns(prompts, ["prompt"], name)
+        prompts = [row["prompt"] for row in prompts]
+    prompts = list(prompts)
+    if len(prompts) < 2:
+        raise ValueError(f"{name} has {len(prompts)} rows; at least 2 are needed for a mean with a standard error.")
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, list)) or len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
+            raise ValueError(
+                f"{name}: `prompt` of row {row} is {prompt!r}; expected a text or a list of messages, not empty. "
+                "Filter such rows out."
+            )
+    return prompts
+
+
+def score_answers(scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> list[float]:
+    """The scorer's verdict on one answer a prompt, called as TRL calls a reward function.
+
+    Raises:
+        ValueError: not one finite number for each answer.
+    """
+    completions = [
+        answer.text if isinstance(prompt, str) else [{"role": "assistant", "content": answer.text}]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    scores = scorer(
+        prompts=list(prompts), completions=completions, completion_ids=[answer.token_ids for answer in answers]
+    )
+    if len(scores) != len(prompts):
+        raise ValueError(f"The reward model gave {len(scores)} scores for {len(prompts)} answers.")
+    for row, score in enumerate(scores):
+        if score is None or not math.isfinite(score):
+            raise ValueError(f"The reward model gave {score} for prompt {row}: it must give a finite number.")
+    return [float(score) for score in scores]
+
+
+def mean_and_standard_error(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean of N ≥ 2 scores and its standard error s/√N, s² with N − 1 in the denominator."""
+    return statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(len(scores))
+
+
+def find_checkpoints(checkpoints: Any) -> list[Path]:
+    """The folders of a list, or the checkpoint-* folders of a run, by step.
+
+    Raises:
+        ValueError: one does not exist, or none was found; says where it looked.
+    """
+    if isinstance(checkpoints, (str, Path)):
+        run = Path(checkpoints)
+        found = [path for path in run.glob("checkpoint-*") if path.is_dir()]
+        if not found:
+            raise ValueError(
+                f"No checkpoints in {str(run.resolve())!r}: looked for checkpoint-* folders. Train with save_strategy "
+                "'epoch' and save_total_limit null, or pass the folders as a list."
+            )
+    else:
+        found = [Path(path) for path in checkpoints]
+        if not found:
+            raise ValueError("checkpoints is an empty list: pass a run's folder or the checkpoints' folders.")
+        for path in found:
+            if not path.is_dir():
+                raise ValueError(f"No checkpoint at {str(path.resolve())!r}: there is no such folder.")
+    return sorted(found, key=lambda path: (_step_and_epoch(path)[0] or 0, str(path)))
+
+
+def _step_and_epoch(path: Path) -> tuple[int | None, float | None]:
+    state_file = path / "trainer_state.json"
+    if state_file.is_file():
+        state = json.loads(state_file.read_text())
+        return state["global_step"], state["epoch"]
+    number = path.name.rpartition("-")[2]
+    return (int(number) if number.isdigit() else None), None
+
+
+def load_policy(path: Path, processing_class: Any = None) -> tuple[Any, Any]:
+    """The causal LM of a checkpoint (a full model or a PEFT adapter's folder) in eval mode, and its tokenizer."""
+    if (path / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        model: Any = AutoPeftModelForCausalLM.from_pretrained(path)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval(), processing_class or AutoTokenizer.from_pretrained(path)
+
+
+def _validation_pairs(dataset: Any) -> list[Any] | None:
+    if dataset is None:
+        return None
+    if hasattr(dataset, "column_names"):
+        require_columns(dataset, ["prompt", "completion"], "validation_dataset")
+    return [(row["prompt"], row["completion"]) for row in dataset]
+
+
+def select_checkpoint(
+    checkpoints: Any,
+    reward_model: Any,
+    prompts: Any,
+    *,
+    validation_dataset: Any = None,
+    processing_class: Any = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_length: int | None = 2048,
+    output_dir: str | Path | None = None,
+) -> SelectionResult:
+    """Answer the prompts with every checkpoint of a run, under the same noise, and pick the best by mean RM score.
+
+    Args:
+        checkpoints: a run's folder with checkpoint-* in it, or a list of folders.
+        reward_model: a path, a sequence classifier with one label, a `RewardScorer`, or any TRL reward function.
+        prompts: validation prompts, a list or a dataset with a `prompt` column; one answer each.
+        validation_dataset: rows with `prompt` and `completion`, for the validation loss.
+        processing_class: tokenizer of the checkpoints; each one's own if None. A reward model passed by path or in
+            memory brings its own.
+        max_new_tokens, temperature, batch_size, seed: as in `generate_completions`.
+        max_length: tokens that a validation row keeps.
+        output_dir: where selection.json, selection.md and selection.png go; None writes nothing.
+
+    Raises:
+        ValueError: no checkpoints (says where it looked), missing columns, empty prompts, a tokenizer without EOS, or
+            scores that are not finite.
+    """
+    paths = find_checkpoints(checkpoints)
+    questions = as_prompts(prompts)
+    pairs = _validation_pairs(validation_dataset)
+    scorer = as_scorer(reward_model, batch_size=batch_size)
+    rows = []
+    for number, path in enumerate(paths, start=1):
+        model, tokenizer = load_policy(path, processing_class)
+        answers = generate_completions(
+            model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
+            seed=seed, desc=f"{path.name} ({number}/{len(paths)})",
+        )  # fmt: skip
+        mean, error = mean_and_standard_error(score_answers(scorer, questions, answers))
+        loss = None
+        if pairs:
+            loss, _ = mean_token_loss(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length)
+        cut = statistics.fmean(answer.truncated for answer in answers)
+        rows.append(CheckpointRow(str(path), *_step_and_epoch(path), mean, error, loss, cut))
+    result = _choose(rows)
+    if output_dir is not None:
+        from instruct_trl.evaluation.selection_report import write_selection
+
+        write_selection(result, Path(output_dir))
+    return result
+
+
+def _choose(rows: list[CheckpointRow]) -> SelectionResult:
+    best = max(rows, key=lambda row: row.rm_score)
+    with_loss = [row for row in rows if row.validation_loss is not None]
+    by_loss = min(with_loss, key=lambda row: row.validation_loss or 0.0).checkpoint if with_loss else None
+    return SelectionResult(best.checkpoint, by_loss, rows)
+
+
+def selection_table(result: SelectionResult) -> dict[str, Any]:
+    """The result as plain data, for selection.json."""
+    return asdict(result)

@@ -1,0 +1,109 @@
+"""The table and the picture of an SFT selection: what each criterion sees, and which epoch it picks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from instruct_trl.evaluation.plot_style import LIGHT, Theme, new_figure, save_picture
+from instruct_trl.evaluation.selection import CheckpointRow, SelectionResult, selection_table
+
+
+def write_selection(result: SelectionResult, folder: Path) -> None:
+    """Write selection.json (everything), selection.md (a table) and selection.png (the picture) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "selection.json").write_text(json.dumps(selection_table(result), indent=2) + "\n")
+    (folder / "selection.md").write_text(selection_markdown(result))
+    save_picture(lambda theme: draw_selection(result, theme), LIGHT, folder / "selection.png")
+
+
+def selection_markdown(result: SelectionResult) -> str:
+    """A sentence with the choice, and a table with a row for each checkpoint."""
+    lines = ["# Which SFT checkpoint to keep", "", _headline(result), ""]
+    lines += [
+        "| checkpoint | epoch | RM score | validation loss | answers cut | picked by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result.rows:
+        lines.append(
+            f"| {Path(row.checkpoint).name} | {_number(row.epoch, '.3g')} | {row.rm_score:.3f} ± {row.rm_score_se:.3f} "
+            f"| {_number(row.validation_loss, '.4f')} | {row.truncated:.0%} | {_picked_by(result, row)} |"
+        )
+    lines += [
+        "",
+        "RM score: mean over the validation prompts, one answer each, ± its standard error; every checkpoint answers "
+        "under the same noise. Validation loss: mean −log p of a demonstration's token, in nats.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _picked_by(result: SelectionResult, row: CheckpointRow) -> str:
+    marks = ["RM score"] * (row.checkpoint == result.best) + ["loss"] * (row.checkpoint == result.best_by_loss)
+    return " and ".join(marks)
+
+
+def _headline(result: SelectionResult) -> str:
+    by_path = {row.checkpoint: row for row in result.rows}
+    chosen = f"The RM score picks {_name(by_path[result.best])}"
+    if result.best_by_loss is None:
+        return f"{chosen}."
+    if result.best_by_loss == result.best:
+        return f"{chosen}, and so does the validation loss."
+    return f"{chosen}; the validation loss would pick {_name(by_path[result.best_by_loss])}."
+
+
+def _name(row: CheckpointRow) -> str:
+    return Path(row.checkpoint).name if row.epoch is None else f"epoch {row.epoch:.3g}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def draw_selection(result: SelectionResult, theme: Theme) -> Any:
+    """RM score above, validation loss below, over epochs; a filled, named dot where each criterion picks."""
+    has_loss = result.best_by_loss is not None
+    figure = new_figure(4.6 if has_loss else 2.8, _title(result))
+    panels = figure.subplots(2 if has_loss else 1, 1, sharex=True, squeeze=False)[:, 0]
+    has_epoch = all(row.epoch is not None for row in result.rows)
+    x = [row.epoch if has_epoch else (row.step or i) for i, row in enumerate(result.rows)]
+    scores = [row.rm_score for row in result.rows]
+    panels[0].errorbar(
+        x, scores, [row.rm_score_se for row in result.rows],
+        color=theme.subject, marker="o", markersize=4, linewidth=1.8, elinewidth=1, capsize=3,
+    )  # fmt: skip
+    panels[0].set_title("RM score of its answers (± standard error; higher is better)", loc="left")
+    _mark(panels[0], result, result.best, x, scores, theme.subject, theme, above=True)
+    if has_loss:
+        losses = [row.validation_loss for row in result.rows]
+        panels[1].plot(x, losses, color=theme.baseline, marker="o", markersize=4, linewidth=1.8)
+        panels[1].set_title("Validation loss (nats a token; lower is better)", loc="left")
+        _mark(panels[1], result, result.best_by_loss, x, losses, theme.baseline, theme, above=False)
+    panels[-1].set_xlabel("epoch" if has_epoch else "training step")
+    for panel in panels:
+        panel.grid(axis="y")
+        panel.set_axisbelow(True)
+        panel.margins(x=0.08, y=0.35)
+        panel.locator_params(axis="x", integer=True)
+    return figure
+
+
+def _title(result: SelectionResult) -> str:
+    by_path = {row.checkpoint: row for row in result.rows}
+    return f"SFT selection by RM score: {_name(by_path[result.best])}"
+
+
+def _mark(
+    axes: Any, result: SelectionResult, checkpoint: str | None, x: Any, y: Any, color: str, theme: Theme, *, above: bool
+) -> None:
+    """Name the picked point, above a maximum and below a minimum: there the curve is not in the way."""
+    index = next(i for i, row in enumerate(result.rows) if row.checkpoint == checkpoint)
+    axes.axvline(x[index], color=color, linewidth=1.2, linestyle=(0, (4, 3)), alpha=0.6)
+    axes.plot(x[index], y[index], "o", markersize=11, color=color, markeredgecolor=theme.background, zorder=3)
+    last = len(x) > 1 and index > (len(x) - 1) / 2
+    axes.annotate(
+        f"picks {_name(result.rows[index])}", (x[index], y[index]), xytext=(-8 if last else 8, 13 if above else -13),
+        textcoords="offset points", ha="right" if last else "left", va="center", color=color, fontweight="bold",
+    )  # fmt: skip

@@ -1,0 +1,167 @@
+"""Residual dropout (the paper's SFT: 0.2) on any decoder, without touching its weights, its config or its file on disk.
+
+Modern decoders have no residual dropout at all, older ones have it under many names. Here it always works the same
+way: a forward hook drops out what a branch (attention, MLP) is about to add to the residual stream, and whatever
+residual dropout the architecture has of its own is set to 0 meanwhile.
+
+Legend: B rows, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# What a layer calls its attention-like branch (a recurrent mixer stands in its place) and its MLP-like one. `fc2` is
+# for OPT and its kin, whose layer holds the two projections of the MLP itself.
+_ATTENTION = re.compile(r"attn|attention|mamba|mixer|linear_attn|short_conv")
+_MLP = re.compile(r"mlp|feed_forward|ffn|moe|^fc2$")
+_NOT_A_BRANCH = re.compile(r"norm|dropout|layer_?scale|^ln_|gate$")
+# Gemma 2, OLMo 2 and GLM 4 normalise a branch's output before adding it: there the branch ends in that norm. Where the
+# MLP has no such norm, `post_attention_layernorm` is its input norm instead (Llama's name for it).
+_POST_MLP_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_POST_ATTENTION_NORM = ("post_self_attn_layernorm", "post_attention_layernorm")
+
+# Where architectures keep a residual dropout of their own: as modules (paths inside a layer) ...
+_OWN_MODULE = re.compile(
+    r"(^|\.)(resid_dropout|resid_attn_dropout|resid_mlp_dropout|post_attention_dropout|post_mlp_dropout"
+    r"|hidden_dropout|residual_dropout)$|^dropout$|^mlp\.dropout$"
+)
+# ... or as numbers given to F.dropout. A bare `dropout` counts on the layer only: in attention it is about the weights.
+_OWN_NUMBER = ("hidden_dropout", "residual_dropout", "resid_pdrop")
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of the decoder, outermost list first, found by what they hold and not by family.
+
+    Raises:
+        ValueError: no list of layers holds an attention-like and an MLP-like branch.
+    """
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "peft_config") else wrapped
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    for root in (decoder, base):
+        for module in root.modules():
+            if isinstance(module, nn.ModuleList) and len(module) and all(_is_decoder_layer(m) for m in module):
+                return list(module)
+    raise ValueError(
+        f"residual_dropout: no decoder layers with an attention and an MLP branch found in {type(base).__name__}. "
+        "Set residual_dropout to null to train it with the dropout of its own config."
+    )
+
+
+def residual_branches(model: nn.Module) -> list[nn.Module]:
+    """The modules whose output (B, T, H) is what a branch adds to the residual stream: two or more a layer.
+
+    Raises:
+        ValueError: see `decoder_layers`.
+    """
+    return [end for layer in decoder_layers(model) for end in _branch_ends(layer)]
+
+
+@contextmanager
+def residual_dropout(model: nn.Module, p: float | None) -> Iterator[None]:
+    """Within the block, in train mode, each branch's output is dropped out with probability `p` before it is added.
+
+    Embedding and attention-weight dropout stay as they are. On leaving, the model is as before: plain. Gradient
+    checkpointing recomputes the same masks, since torch restores the random state for it.
+
+    Args:
+        model: a decoder, wrapped by PEFT or not.
+        p: probability, 0.2 in the paper; 0 means none, not even the architecture's own; None leaves the model alone.
+
+    Raises:
+        ValueError: p outside [0, 1), or no decoder layers found.
+    """
+    if p is None:
+        yield
+        return
+    if not 0 <= p < 1:
+        raise ValueError(f"residual_dropout must be in [0, 1), got {p}.")
+    layers = decoder_layers(model)
+    own = [knob for layer in layers for knob in _own_residual_dropout(layer)]
+    ends = [end for layer in layers for end in _branch_ends(layer)] if p > 0 else []
+    handles = [end.register_forward_hook(partial(_drop, p)) for end in ends]
+    try:
+        for holder, name, value in own:
+            setattr(holder, name, _switched_off(value))
+        yield
+    finally:
+        for holder, name, value in own:
+            setattr(holder, name, value)
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(p: float, module: nn.Module, args: Any, output: Any) -> Any:
+    if not module.training:
+        return output
+    if isinstance(output, torch.Tensor):
+        return F.dropout(output, p)
+    return (F.dropout(output[0], p), *output[1:])  # attention also returns its weights
+
+
+def _is_decoder_layer(module: nn.Module) -> bool:
+    attention, mlp = _branches(module)
+    return bool(attention) and bool(mlp)
+
+
+def _branches(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    children = [(n, m) for n, m in layer.named_children() if not _NOT_A_BRANCH.search(n)]
+    attention = [m for n, m in children if _ATTENTION.search(n)]
+    return attention, [m for n, m in children if _MLP.search(n) and not _ATTENTION.search(n)]
+
+
+def _branch_ends(layer: nn.Module) -> list[nn.Module]:
+    attention, mlp = _branches(layer)
+    post_mlp = [getattr(layer, n) for n in _POST_MLP_NORM if hasattr(layer, n)]
+    if post_mlp:
+        post_attention = [getattr(layer, n) for n in _POST_ATTENTION_NORM if hasattr(layer, n)]
+        return [*(post_attention[:1] or attention), *post_mlp]
+    return [_output_projection(m) if _adds_residual_itself(m) else m for m in (*attention, *mlp)]
+
+
+def _adds_residual_itself(module: nn.Module) -> bool:
+    """Bloom and MPT hand the residual to the branch, which returns the sum: dropout there would drop the stream."""
+    return "residual" in inspect.signature(module.forward).parameters
+
+
+def _output_projection(module: nn.Module) -> nn.Module:
+    """The last matrix of a branch, in the order in which it declares them."""
+    matrices = [
+        m for m in module.children() if isinstance(w := getattr(m, "weight", None), torch.Tensor) and w.dim() == 2
+    ]
+    return matrices[-1]
+
+
+def _own_residual_dropout(layer: nn.Module) -> list[tuple[Any, str, Any]]:
+    """(holder, attribute, value) of each residual dropout the architecture has of its own in this layer."""
+    found: list[tuple[Any, str, Any]] = []
+    for path, module in layer.named_modules():
+        if isinstance(module, nn.Dropout):
+            if _OWN_MODULE.search(path):
+                found.append((module, "p", module.p))
+            continue
+        names = (*_OWN_NUMBER, "dropout") if path == "" else _OWN_NUMBER
+        found += [(module, n, getattr(module, n)) for n in names if isinstance(getattr(module, n, None), (int, float))]
+    if isinstance(getattr(getattr(layer, "config", None), "hidden_dropout", None), (int, float)):
+        found.append((layer, "config", layer.config))
+    return found
+
+
+def _switched_off(value: Any) -> Any:
+    """0, or for Falcon, whose layer reads the rate from the config it shares with the model, a copy that says 0."""
+    if isinstance(value, (int, float)):
+        return 0.0
+    config = copy(value)
+    config.hidden_dropout = 0.0
+    return config

@@ -1,0 +1,217 @@
+"""The last stage: base, SFT and PPO-ptx on prompts that nothing else saw, and the report of the whole run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
+from instruct_trl.pipeline.loading import load_split
+from instruct_trl.pipeline.run import demo_folder, demo_or_own, load_labeler
+from instruct_trl.pipeline.sampling import load_causal_lm
+from instruct_trl.pipeline.stage import finished_summary
+
+STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
+BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
+
+
+def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
+    """Sample, judge and measure each model; write `answers.json` and return the headline numbers."""
+    from instruct_trl import RewardScorer
+
+    paths = model_paths(run)
+    labeler = load_labeler(run, run.labeler)
+    scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
+    own = run.dataset_name is not None
+    prompts = list(load_split(run.dataset_name if own else demo_folder(run) / "test_prompts.jsonl")["prompt"])
+    texts = None if own else list(demo_or_own(run, "pretraining")[1]["text"])
+    reference, _ = load_causal_lm(paths[SFT])
+    answers: dict[str, dict[str, Any]] = {}
+    for name, path in paths.items():
+        answers[name] = _measure(run, name, path, prompts, texts, reference) | {"path": path}
+        completions, ids = answers[name]["completions"], answers[name].pop("completion_ids")
+        answers[name]["labeler"] = labeler(prompts, completions)
+        answers[name]["reward"] = scorer(prompts, completions, completion_ids=ids)
+    result: dict[str, Any] = {"prompts": prompts, "models": answers}
+    if not own:
+        result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
+    (folder / "answers.json").write_text(json.dumps(result), encoding="utf-8")
+    wins = {n: _win(answers, n) for n in answers if n != SFT}
+    return {f"{name} wins against SFT": w.rate for name, w in wins.items()}
+
+
+def model_paths(run: Any) -> dict[str, str]:
+    """Name → path, in the order of the pipeline."""
+    from instruct_trl.pipeline.assets import base_model
+
+    return {
+        BASE: run.base_model or str(base_model()),
+        SFT: run.sft_model or str(run.run / "selected_sft" / "model"),
+        PPO: run.ppo_model or str(run.run / "ppo_ptx" / "policy"),
+    }
+
+
+def _measure(run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any) -> dict[str, Any]:
+    from instruct_trl.evaluation.divergence import mean_answer_kl
+    from instruct_trl.evaluation.language_modeling import mean_token_loss
+    from instruct_trl.models.generation import encode_prompt, generate_completions
+
+    model, tokenizer = load_causal_lm(path)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
+        answers = generate_completions(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=run.max_completion_length,
+            temperature=run.temperature,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            desc=f"answers of {name}",
+        )
+        rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
+        measured = {"kl": 0.0 if name == SFT else mean_answer_kl(model, reference, rows)}
+        if texts is not None:
+            kwargs = {"batch_size": 16, "max_length": run.max_text_length}
+            measured["pretraining_loss"] = mean_token_loss(model, tokenizer, texts, **kwargs)[0]
+    return measured | {
+        "completions": [a.text for a in answers],
+        "completion_ids": [a.token_ids for a in answers],
+        "lengths": [len(a.token_ids) for a in answers],
+        "ended": [not a.truncated for a in answers],
+    }
+
+
+def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
+    """How often the reward model orders two answers as the labeler does: overall, and by the distance of their ranks."""
+    from instruct_trl.evaluation.win_rate import wilson_interval
+
+    hits: dict[int, list[bool]] = defaultdict(list)
+    for row in rankings:
+        count = len(row["completions"])
+        kwargs = {"truncated": row["truncated"]} if "truncated" in row else {}
+        scores = scorer([row["prompt"]] * count, row["completions"], **kwargs)
+        for i in range(count):
+            for j in range(count):
+                if row["ranks"][i] < row["ranks"][j]:
+                    hits[row["ranks"][j] - row["ranks"][i]].append(scores[i] > scores[j])
+    every = [hit for group in hits.values() for hit in group]
+    if not every:
+        raise ValueError("The held-out rankings hold no untied pair. Sample more prompts, or longer answers.")
+    # Pairs of one prompt are not independent; the interval counts prompts, which is wider.
+    low, high = wilson_interval(sum(every) / len(every) * len(rankings), len(rankings))
+    by_distance = {
+        str(distance): {"accuracy": sum(group) / len(group), "n_pairs": len(group)}
+        | dict(zip(("low", "high"), wilson_interval(sum(group), len(group)), strict=True))
+        for distance, group in sorted(hits.items())
+    }
+    accuracy = sum(every) / len(every)
+    return {
+        "pair_accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "n_pairs": len(every),
+        "n_prompts": len(rankings),
+        "kendall_tau": 2 * accuracy - 1,
+        "by_rank_distance": by_distance,
+    }
+
+
+def _win(models: dict[str, Any], name: str) -> Any:
+    from instruct_trl.evaluation.win_rate import win_rate
+
+    return win_rate(models[name]["labeler"], models[SFT]["labeler"])
+
+
+def make_report(run: Any, folder: Path) -> Path:
+    """Draw report.md and report.html of the run from what its stages left behind."""
+    from instruct_trl.evaluation.report import write_report
+
+    data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    selection = run.run / "selected_sft" / "selection.png"
+    deviations = run.config_folder / "deviations.yaml"
+    report = ReportData(
+        run_name=run.run.name,
+        models=[_result(data["models"], name) for name in data["models"]],
+        labeler="a program, a sentiment classifier trained on film reviews that no other stage uses"
+        if run.labeler == "demo"
+        else f"a program, {run.labeler}",
+        training=training_log(run.run / "ppo_ptx"),
+        reward_model=data.get("reward_model", {}),
+        selection_picture=selection if selection.exists() else None,
+        samples=_samples(data),
+        settings={name: (finished_summary(run.run / name) or {}).get("settings", {}) for name in STAGES},
+        deviations=yaml.safe_load(deviations.read_text(encoding="utf-8")) if deviations.exists() else [],
+        timings={s: f["seconds"] for s in STAGES if (f := finished_summary(run.run / s)) is not None},
+        command=" ".join(["accelerate launch", *(Path(arg).name if "/" in arg and i == 0 else arg for i, arg in enumerate(sys.argv))]),
+        environment=environment(),
+        pretraining_text="held-out passages of novels",
+    )
+    return write_report(report, run.run)
+
+
+def _result(models: dict[str, Any], name: str) -> ModelResult:
+    from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
+    from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
+
+    row, base = models[name], models[SFT]
+    label, reward = bootstrap_mean_ci(row["labeler"]), bootstrap_mean_ci(row["reward"])
+    result = ModelResult(
+        name,
+        labeler_mean=label.mean,
+        labeler_ci=(label.low, label.high),
+        rm_mean=reward.mean,
+        rm_ci=(reward.low, reward.high),
+        kl=row["kl"],
+        pretraining_loss=row.get("pretraining_loss"),
+        mean_length=sum(row["lengths"]) / len(row["lengths"]),
+        eos_rate=sum(row["ended"]) / len(row["ended"]),
+        distinct_2=distinct_n(row["completions"], 2),
+        repetition=repetition_rate(row["completions"]),
+    )
+    if name != SFT:
+        difference = bootstrap_mean_difference(row["labeler"], base["labeler"])
+        result.win = _win(models, name)
+        result.labeler_difference = difference.mean
+        result.labeler_difference_ci = (difference.low, difference.high)
+    return result
+
+
+def _samples(data: dict[str, Any], count: int = 8) -> list[Sample]:
+    """The first prompts: chosen by position, not by how the answers turned out."""
+    models = data["models"]
+    return [
+        Sample(
+            prompt,
+            {name: row["completions"][i] for name, row in models.items()},
+            {name: row["labeler"][i] for name, row in models.items()},
+        )
+        for i, prompt in enumerate(data["prompts"][:count])
+    ]
+
+
+def training_log(stage: Path) -> list[dict[str, Any]]:
+    """The PPO log, one row an iteration, with the labeler's score under `labeler_score`."""
+    state = stage / "trainer_state.json"
+    if not state.exists():
+        return []
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    return [
+        {**row, "labeler_score": row.get("rewards/labeler/mean")} for row in history if "score" in row and "kl" in row
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Machine and versions."""
+    packages = ("instruct-trl", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": device, "system": platform.platform(terse=True), "python": platform.python_version()} | {
+        name: version(name) for name in packages
+    }

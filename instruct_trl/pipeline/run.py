@@ -1,0 +1,173 @@
+"""What the recipes share about a run: its folders, its data, which stages are missing, how a training ends."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from pathlib import Path
+from typing import Any
+
+from instruct_trl.pipeline.arguments import RunArguments
+from instruct_trl.pipeline.stage import run_stage
+
+DEFAULT_OUTPUT = "trainer_output"  # transformers' name for "no output_dir given"
+
+
+def prepare_output(args: Any, run: RunArguments, stage: str) -> None:
+    """Without --output_dir a stage writes to <run_dir>/<stage>; `--resume_from_checkpoint` alone means the newest."""
+    if args.output_dir in (None, DEFAULT_OUTPUT):
+        args.output_dir = str(run.run / stage)
+    if args.resume_from_checkpoint in ("True", "true", True, ""):
+        args.resume_from_checkpoint = None  # the stage takes up its newest complete checkpoint by itself
+
+
+def quiet_progress(trainer: Any, metrics: list[str]) -> None:
+    """Show a progress bar and these metrics, instead of every logged one."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from instruct_trl.callbacks.progress import CompactProgress
+
+    trainer.remove_callback(PrinterCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgress(metrics))
+
+
+def finish_training(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
+    """Save model, state and card; push if asked; free the memory. Returns the stage's summary."""
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    else:
+        trainer.create_model_card(dataset_name=dataset_name)
+    summary = {"steps": trainer.state.global_step}
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    return summary
+
+
+def demo_folder(run: RunArguments) -> Path:
+    """The demo's datasets and labeler, made at the first call."""
+    from dataclasses import asdict
+
+    from instruct_trl.pipeline.demo_data import DemoDataArguments, build_demo_data
+
+    config = run.config_folder / "data.yaml"
+    args = DemoDataArguments(**_read_yaml(config)) if config.exists() else DemoDataArguments()
+    folder = run.run / "data"
+    if not getattr(run, "_data_ready", False):
+        run_stage(folder, "Data", asdict(args), lambda _: build_demo_data(folder, args), resume=False)
+        run._data_ready = True  # type: ignore[attr-defined]
+    return folder
+
+
+def _read_yaml(path: Path) -> dict:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def demo_or_own(run: RunArguments, name: str, own: str | None = None) -> tuple[Any, Any]:
+    """(train, test) of the user's dataset, or of the demo's `name`; test is None where a user's has no such split."""
+    from instruct_trl.pipeline.loading import load_split
+
+    own = own or (run.dataset_name if name != "pretraining" else None)
+    if own is None:
+        folder = demo_folder(run)
+        return load_split(folder / f"{name}_train.jsonl"), load_split(folder / f"{name}_test.jsonl")
+    train = load_split(own, run.dataset_train_split, run.dataset_config)
+    if Path(own).is_file():
+        return train, None
+    try:
+        return train, load_split(own, run.dataset_test_split, run.dataset_config)
+    except ValueError:
+        return train, None
+
+
+def rankings(run: RunArguments) -> tuple[Any, Any]:
+    """(train, test) rankings: the user's, or those that recipes/sample.py wrote into the run."""
+    from instruct_trl.pipeline.loading import load_split
+
+    if run.dataset_name is not None:
+        return demo_or_own(run, "rankings")
+    folder = run.run / "rankings"
+    if not (folder / "train.jsonl").exists():
+        raise ValueError(f"{folder} holds no rankings yet. Run recipes/sample.py first, or name a --dataset_name.")
+    return load_split(folder / "train.jsonl"), load_split(folder / "test.jsonl")
+
+
+def rl_prompts(run: RunArguments) -> Any:
+    """Prompts for PPO, with a `prompt` column."""
+    from instruct_trl.pipeline.loading import load_split
+
+    if run.dataset_name is None:
+        return load_split(demo_folder(run) / "rl_prompts.jsonl")
+    return load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)
+
+
+def pretraining_texts(run: Any) -> Any:
+    """Texts of the γ term, with a `text` or `input_ids` column."""
+    if run.pretraining_dataset_name is None and run.dataset_name is not None:
+        raise ValueError("ptx_coef > 0 needs --pretraining_dataset_name (a `text` column); or set --ptx_coef 0.")
+    return demo_or_own(run, "pretraining", run.pretraining_dataset_name)[0]
+
+
+def load_labeler(run: RunArguments, name: str) -> Any:
+    """The demo's labeler, or the function that 'module:function' names.
+
+    Raises:
+        ValueError: not of that form, or nothing of that name.
+    """
+    if name == "demo":
+        from instruct_trl.pipeline.labeler import SentimentLabeler
+
+        return SentimentLabeler.load(demo_folder(run) / "labeler.joblib")
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--labeler {name}: expected 'demo', 'none' or 'module:function' ({error}).") from error
+
+
+def rewards_with_labeler(run: Any, args: Any) -> list[Any]:
+    """The reward model and, with weight 0, the labeler: its score is logged beside the reward and trains nothing."""
+    from instruct_trl import RewardScorer
+
+    scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=64)
+    if run.labeler == "none" or (run.labeler == "demo" and run.dataset_name is not None):
+        return [scorer]
+    args.reward_weights = [1.0, 0.0]
+    return [scorer, load_labeler(run, run.labeler)]
+
+
+def make_what_is_missing(run: Any, policy: str | None) -> str:
+    """Run the stages before PPO that the user's own models do not replace; returns the policy PPO starts from."""
+    if run.reward_model_path is not None and policy is not None:
+        return policy
+    if run.dataset_name is not None:
+        raise ValueError(
+            "Own prompts (--dataset_name) need own models: give --model_name_or_path and --reward_model_path, made "
+            "with recipes/sft.py, recipes/sample.py and recipes/reward_model.py on your data."
+        )
+    base = ["--model_name_or_path", policy] if policy else []
+    run_recipe("sft", run, base)
+    for name in ("sample", "reward_model", "select_sft"):
+        run_recipe(name, run)
+    if (run.config_folder / "rl_init.yaml").exists():
+        return run_recipe("sft", run, base, config="rl_init", stage="rl_init")
+    return str(run.run / "selected_sft" / "model")
+
+
+def run_recipe(name: str, run: RunArguments, extra: list[str] | None = None, config: str | None = None, **kwargs: Any):
+    """Run another recipe of this run in this process, with its YAML from the same folder as this one's."""
+    from instruct_trl._upstream import reset_accelerator
+
+    reset_accelerator()
+    path = run.config_folder / f"{config or name}.yaml"
+    module = importlib.import_module(f"instruct_trl.recipes.{name}")
+    result = module.main(["--config", str(path), "--run_dir", run.run_dir, *(extra or [])], **kwargs)
+    gc.collect()
+    reset_accelerator()
+    return result

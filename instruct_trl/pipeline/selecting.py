@@ -1,0 +1,37 @@
+"""The SFT checkpoint with the highest RM score becomes the run's SFT model (Ouyang et al. 2022, section 3.5)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instruct_trl.pipeline.loading import load_split
+from instruct_trl.pipeline.run import demo_folder, demo_or_own
+
+NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*")
+
+
+def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
+    """Compare the checkpoints, write the table and the picture, copy the best one to `<folder>/model`."""
+    from instruct_trl import RewardScorer, select_checkpoint
+
+    own = run.dataset_name is not None
+    prompts = load_split(run.dataset_name if own else demo_folder(run) / "selection_prompts.jsonl")
+    reward_model = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=run.bf16):
+        result = select_checkpoint(
+            run.sft_path or str(run.run / "sft"),
+            reward_model,
+            list(prompts["prompt"]),
+            validation_dataset=None if own else demo_or_own(run, "demonstrations")[1],
+            max_new_tokens=run.max_completion_length,
+            temperature=run.temperature,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            output_dir=str(folder),
+        )
+    shutil.copytree(result.best, folder / "model", ignore=NOT_OF_THE_MODEL, dirs_exist_ok=True)
+    return {"checkpoint": Path(result.best).name}

@@ -1,0 +1,310 @@
+"""The reward model of Ouyang et al. 2022 (section 3.5, Eq. 1): all K completions of a prompt are one batch element.
+
+Legend: B prompts, K completions of the longest list in a batch, N completions in all, T tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from trl import RewardTrainer
+
+from instruct_trl._upstream import score_head
+from instruct_trl.data.checks import require_columns
+from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair
+from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
+from instruct_trl.maths.rankings import pair_counts, preferred_pairs, ranking_losses, ranking_metrics
+from instruct_trl.models.reward import (
+    fit_model_to_tokenizer,
+    save_adapter_config,
+    score_rows,
+)
+from instruct_trl.trainers.ranking_reward_checks import (
+    HEAD_REMEDY,
+    check_model,
+    check_peft,
+    load_tokenizer,
+    prepare_tokenizer,
+)
+from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig as RankingRewardConfig
+
+logger = logging.getLogger(__name__)
+
+_CITATION = """\
+@inproceedings{ouyang2022training,
+    title     = {{Training language models to follow instructions with human feedback}},
+    author    = {Long Ouyang and Jeffrey Wu and Xu Jiang and Diogo Almeida and Carroll L. Wainwright and others},
+    booktitle = {Advances in Neural Information Processing Systems},
+    year      = 2022,
+    eprint    = {2203.02155},
+}"""
+
+
+class RankingRewardTrainer(RewardTrainer):
+    """`trl.RewardTrainer` for rankings of any length, ties allowed, with the paper's loss, defaults and bias.
+
+    Each completion is forwarded once. The loss is the mean over prompts (of the whole accumulation window, on all
+    processes) of the mean over a prompt's untied pairs of −log σ(r_w − r_l); a prompt without one does not count.
+    Evaluation reports pair accuracy, Kendall's tau, the mean score of each rank, and what was tied or dropped.
+
+    ```python
+    trainer = RankingRewardTrainer("Qwen/Qwen2.5-0.5B", RankingRewardConfig("rm"), train_dataset=rankings)
+    trainer.train()
+    trainer.normalize(demonstrations)  # their scores now average 0
+    trainer.save_model()
+    ```
+
+    Args:
+        model: name or path of a pretrained model, or a sequence classifier with num_labels=1, or a PeftModel of one.
+        args: a `RankingRewardConfig`.
+        data_collator: replaces `RankingCollator`.
+        train_dataset, eval_dataset: columns `prompt`, `completions`, and `ranks` (lower is better) or `scores` (higher
+            is better), optionally `truncated`; or `chosen`/`rejected`. See `instruct_trl.data.ranking`.
+        processing_class: the tokenizer; a pad token that is missing or equals EOS is replaced, and the model grows.
+        compute_metrics: gets the raw scores (prompts, K) as predictions, −100 where a list is shorter; no labels.
+        peft_config: must train the score head (task_type="SEQ_CLS" does).
+
+    The rest is TRL's. Attribute `data_reports`: what was dropped from each dataset, by name.
+
+    Raises:
+        ValueError: bad data or a model that cannot be a reward model; before any training.
+    """
+
+    # What upstream declares more widely: here they are always there.
+    model: Any
+    args: RankingRewardConfig
+    processing_class: Any
+    _signature_columns: Any
+
+    # `compute_loss` divides by the prompts of the whole accumulation window, so that Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["trl", "reward-trainer", "instruct-trl", "ranking-reward"]
+    _name = "RankingReward"
+    _paper = {
+        "title": "Training language models to follow instructions with human feedback",
+        "id": "2203.02155",
+        "citation": _CITATION,
+    }
+    _template_file = "rm_model_card.md"
+
+    def __init__(
+        self,
+        model: Any,
+        args: RankingRewardConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = args or RankingRewardConfig(f"{name.rstrip('/').split('/')[-1]}-RankingReward")
+        check_model(model, args)
+        check_peft(model, peft_config)
+        processing_class = processing_class or load_tokenizer(name, args)
+        pad_line = prepare_tokenizer(processing_class, args, None if isinstance(model, str) else model)
+        _say(args, pad_line)
+
+        self.data_reports: dict[str, RankingReport] = {}
+        self._eval_lists: list[torch.Tensor] = []
+        self._tally: dict[str, torch.Tensor] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or RankingCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if processing_class.pad_token_id == processing_class.eos_token_id:
+            raise ValueError(
+                f"`chat_template_path={args.chat_template_path!r}` made {processing_class.eos_token!r} both EOS and "
+                "pad token. Prepare the tokenizer with a pad token of its own and pass it as processing_class."
+            )
+        fit_model_to_tokenizer(self.model, processing_class)  # a model given by name is loaded only by now
+        if not any(parameter.requires_grad for parameter in score_head(self.model).parameters()):
+            raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {HEAD_REMEDY}")
+        if not hasattr(self.model.config, "reward_bias"):
+            self.model.config.reward_bias = 0.0
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        where = f"the {dataset_name} dataset"
+        limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+        with args.main_process_first(local=False, desc=f"tokenizing {where}"):
+            dataset, report = prepare_ranking_dataset(
+                dataset, processing_class, **limits, where=where, num_proc=args.dataset_num_proc
+            )
+        if report is not None:
+            self.data_reports[dataset_name] = report
+            _say(args, report.line(where, **limits))
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", "ranks"]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step, and how many of their prompts count, on all processes together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counted = sum(preferred_pairs(batch["ranks"], batch["mask"]).any(-1).any(-1).sum() for batch in batches)
+        counted = torch.as_tensor(counted, device=device)
+        return batches, self.accelerator.gather(counted.reshape(1)).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Eq. 1 over B prompts of N rows. Without `num_items_in_batch`, the mean is over this batch's prompts."""
+        scores = score_rows(model, inputs["input_ids"], inputs["attention_mask"], head=score_head(self.model))
+        ranks, mask = inputs["ranks"], inputs["mask"]
+        rewards = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+        losses, counted = ranking_losses(rewards, ranks, mask, self.args.center_rewards_coefficient or 0.0)
+        if num_items_in_batch is None:
+            loss = losses.sum() / counted.sum().clamp(min=1)
+        else:
+            # Data parallelism averages gradients over processes, and the count is over all of them.
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        if self.model.training:
+            self._count(rewards.detach(), ranks, mask, inputs["attention_mask"])
+        else:
+            self._remember(rewards.detach(), ranks, mask)
+        return (loss, {"logits": rewards.masked_fill(~mask, -100.0)}) if return_outputs else loss
+
+    def _count(self, rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Add a training batch to the sums that `log` turns into metrics."""
+        pairs = preferred_pairs(ranks, mask)
+        correct, total = pair_counts(rewards, ranks, mask)
+        batch = {
+            "correct": correct.sum(),
+            "pairs": total.sum(),
+            "margin": ((rewards.unsqueeze(-1) - rewards.unsqueeze(-2)) * pairs).sum(),
+            "tied_prompts": (total == 0).sum(),
+            "score": rewards.sum(),
+            "rows": mask.sum(),
+            "tokens": tokens.sum(),
+        }
+        for name, value in batch.items():
+            self._tally[name] = self._tally.get(name, 0) + value.double()
+
+    def _remember(self, rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor) -> None:
+        """Keep the scores of an evaluation batch from all processes, without the duplicates that fill the last one."""
+        lists = torch.stack([rewards, ranks.to(rewards.dtype), mask.to(rewards.dtype)], dim=-1)
+        lists = self.accelerator.pad_across_processes(lists, dim=1)
+        self._eval_lists.append(self.accelerator.gather_for_metrics(lists).cpu())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds, in training: pair accuracy, margin, mean score, tied prompts since the last log, and tokens so far."""
+        if self.model.training and self._tally:
+            names = list(self._tally)
+            sums = self.accelerator.reduce(torch.stack([self._tally[name] for name in names]), reduction="sum")
+            total = dict(zip(names, sums.tolist(), strict=True))
+            self._tally = {}
+            self._total_train_tokens += int(total["tokens"]) // self._tp_size
+            metrics = {
+                "pair_accuracy": total["correct"] / max(total["pairs"], 1),
+                "margin": total["margin"] / max(total["pairs"], 1),
+                "mean_score": total["score"] / max(total["rows"], 1) + self.model.config.reward_bias,
+                "tied_prompts": total["tied_prompts"],
+                "num_tokens": self._total_train_tokens,
+            }
+            logs.update(metrics)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Adds metrics that are exact over the whole set: computed from all scores, not averaged over batches."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._eval_lists = []
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        width = max((lists.shape[1] for lists in self._eval_lists), default=0)
+        if width == 0:
+            return output
+        padded = [nn.functional.pad(lists, (0, 0, 0, width - lists.shape[1])) for lists in self._eval_lists]
+        rewards, ranks, mask = torch.cat(padded).unbind(-1)
+        self._eval_lists = []
+        metrics = ranking_metrics(rewards, ranks, mask.bool(), self.args.center_rewards_coefficient or 0.0)
+        for name in metrics:
+            if name.startswith("mean_score"):
+                metrics[name] += self.model.config.reward_bias
+        report = self.data_reports.get(prefix.removeprefix("eval_"), self.data_reports.get("eval"))
+        if report is not None:
+            metrics["dropped_prompts"] = report.dropped_prompts
+            metrics["overlong_rows"] = report.overlong_rows
+        assert output.metrics is not None  # upstream always makes the dictionary
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def normalize(self, demonstrations: Any) -> float:
+        """Set `reward_bias` in the model's config so that the demonstrations' scores average 0 (appendix C.2).
+
+        Save the model afterwards. Rows longer than `max_length` are left out and counted.
+
+        Args:
+            demonstrations: a dataset with the columns `prompt` and `completion`, as text or messages.
+
+        Returns:
+            The bias: minus the mean score.
+
+        Raises:
+            ValueError: missing columns, no row that fits, or a score that is NaN or infinite.
+        """
+        where = "the demonstrations"
+        require_columns(demonstrations, ["prompt", "completion"], where)
+        rows = [
+            tokenize_pair(self.processing_class, row["prompt"], row["completion"], **template_kwargs(row))
+            for row in demonstrations
+        ]
+        kept = [row for row in rows if self.args.max_length is None or len(row) <= self.args.max_length]
+        if not kept:
+            raise ValueError(f"{where}: none of {len(rows)} rows fits max_length={self.args.max_length} tokens.")
+        if len(kept) < len(rows):
+            _say(self.args, f"{where}: left out {len(rows) - len(kept)} of {len(rows)} rows longer than max_length.")
+        mean = sum(self._scores(kept)) / len(kept)
+        if not torch.isfinite(torch.tensor(mean)):
+            raise ValueError(
+                f"{where}: their scores average {mean}, so the reward model is broken. Lower the learning rate."
+            )
+        self.model.config.reward_bias = -mean
+        return -mean
+
+    @torch.no_grad()
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        """Scores of token rows without bias. Every process scores every row: sharded models need all to forward."""
+        was_training = self.model.training
+        self.model.eval()
+        scores: list[float] = []
+        size = max(1, self.args.per_device_eval_batch_size)
+        for start in range(0, len(rows), size):
+            batch = pad_rows(rows[start : start + size], self.processing_class.pad_token_id)
+            batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            scores += score_rows(
+                self.model, batch["input_ids"], batch["attention_mask"], score_head(self.model)
+            ).tolist()
+        self.model.train(was_training)
+        return scores
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            save_adapter_config(self.model, str(output_dir or self.args.output_dir))
+
+
+def _say(args: RankingRewardConfig, line: str | None) -> None:
+    """One line for the user, from one process. A warning, since Python's logging hides anything less by default."""
+    if line and args.process_index == 0:
+        logger.warning(line)

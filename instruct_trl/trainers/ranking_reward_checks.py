@@ -1,0 +1,74 @@
+"""What RankingRewardTrainer asks of model, adapter and tokenizer before anything is loaded or tokenised."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from instruct_trl.models.reward import check_model_path, check_single_label, ensure_distinct_pad_token
+from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
+
+HEAD_REMEDY = (
+    "It would stay random in training and be another one after reload. Use LoraConfig(task_type='SEQ_CLS'), or "
+    "modules_to_save=['score']."
+)
+
+
+def check_peft(model: Any, peft_config: Any) -> None:
+    """Refuse adapters that leave the score head frozen, or that put virtual tokens before the text."""
+    if peft_config is None:
+        return
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(peft_config).__name__} adds virtual tokens, which rankings do not support. Use LoraConfig."
+        )
+    trained = set(peft_config.modules_to_save or []) if hasattr(peft_config, "modules_to_save") else set()
+    if peft_config.task_type != "SEQ_CLS" and not trained & {"score", "classifier"}:
+        raise ValueError(f"`peft_config` freezes the score head. {HEAD_REMEDY}")
+
+
+def check_model(model: Any, args: RankingRewardConfig) -> None:
+    """Refuse a path that is not there, and a reward model with more than one label."""
+    if not isinstance(model, str):
+        check_single_label(model.config, type(model).__name__)
+        return
+    check_model_path(model)
+    if os.path.isfile(os.path.join(model, "adapter_config.json")):
+        return
+    # A causal LM's config has transformers' default of 2 labels; TRL gives it a new head with one.
+    config = AutoConfig.from_pretrained(model, **_hub_options(args))
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        check_single_label(config, f"The model {model!r}")
+
+
+def _hub_options(args: RankingRewardConfig) -> dict[str, Any]:
+    init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return {"revision": init.get("revision"), "trust_remote_code": args.trust_remote_code}
+
+
+def load_tokenizer(name: str, args: RankingRewardConfig) -> Any:
+    """The tokenizer beside the model `name`. Raises ValueError for a model that has no name."""
+    if not name:
+        raise ValueError("The model was built in memory: pass its tokenizer as processing_class.")
+    return AutoTokenizer.from_pretrained(name, **_hub_options(args))
+
+
+def prepare_tokenizer(tokenizer: Any, args: RankingRewardConfig, model: Any) -> str | None:
+    """Settle EOS and pad before upstream does, which would pad with EOS. Returns the line to log."""
+    vocabulary = tokenizer.get_vocab()
+    if args.eos_token is not None and args.eos_token in vocabulary:  # one that is not there is upstream's error
+        tokenizer.eos_token = args.eos_token
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, at which the reward is read. Name one of its tokens: "
+            "RankingRewardConfig(eos_token=...) or processing_class.eos_token = ..."
+        )
+    if args.pad_token is not None and args.pad_token == tokenizer.eos_token:
+        raise ValueError(
+            f"pad_token={args.pad_token!r} is the EOS token. Leave pad_token unset: a distinct one is chosen."
+        )
+    if args.pad_token is not None and args.pad_token in vocabulary:
+        tokenizer.pad_token = args.pad_token
+    return ensure_distinct_pad_token(tokenizer, model)

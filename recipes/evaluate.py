@@ -1,0 +1,44 @@
+"""Evaluate base, SFT and PPO-ptx against SFT on held-out prompts, and write report.md and report.html with pictures.
+
+    accelerate launch recipes/evaluate.py                             # the demo
+    accelerate launch recipes/evaluate.py --run_dir outputs/mine --dataset_name prompts.jsonl --labeler my.module:score
+"""
+
+from dataclasses import dataclass, field
+
+from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
+
+
+@dataclass
+class EvaluateArguments(RunArguments):
+    """What is compared, and by whom."""
+
+    base_model: str | None = field(default=None, metadata={"help": "Default: the demo's SmolLM2."})
+    sft_model: str | None = field(default=None, metadata={"help": "The baseline. Default: <run_dir>/selected_sft/model."})
+    ppo_model: str | None = field(default=None, metadata={"help": "Default: <run_dir>/ppo_ptx/policy."})
+    reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
+    labeler: str = field(default="demo", metadata={"help": "The judge: 'demo', or 'module:function' of your own."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Longest answer in tokens."})
+    max_text_length: int = field(default=256, metadata={"help": "Tokens of a held-out pretraining text."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    batch_size: int = field(default=64, metadata={"help": "Answers sampled at once."})
+    output_dir: str | None = field(default=None, metadata={"help": "Default: <run_dir>/evaluation (numbers, samples)."})
+    bf16: bool = field(default=False, metadata={"help": "Sample and score under bf16 autocast."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling, the same for every model."})
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Run the stage and write the report into the run's folder; returns the report's path."""
+    from instruct_trl.pipeline.evaluating import evaluate_models, make_report
+    from instruct_trl.pipeline.stage import run_stage
+
+    (run,) = parse_recipe((EvaluateArguments,), "evaluate", __doc__, argv)
+    folder = run.folder("evaluation")
+    run_stage(folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder), resume=False)
+    report = make_report(run, folder)
+    print(f"Report: {report} and {report.with_suffix('.html')}")
+    return str(report)
+
+
+if __name__ == "__main__":
+    main()

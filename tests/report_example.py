@@ -1,0 +1,54 @@
+"""A made-up finished run for the tests of the report."""
+
+from instruct_trl.evaluation.report import ModelResult, ReportData, Sample
+from instruct_trl.evaluation.win_rate import win_rate
+
+NASTY = 'a <script>alert("1")</script> | b `c` *d* _e_ [f](http://x.y) &amp; <br> # g $h$ ~~i~~ \\| 1. j'
+
+
+def win_of(wins, losses, ties=0):
+    """The win rate of so many wins, losses and ties."""
+    return win_rate([1.0] * wins + [0.0] * (losses + ties), [0.0] * wins + [1.0] * losses + [0.0] * ties)
+
+
+def example_report(win=None, **changes):
+    """base, SFT and PPO-ptx with every part of the report; `win` replaces PPO-ptx's, `changes` any field."""
+    training = [
+        {
+            "step": 4 * i,
+            "episodes": 64 * i,
+            "kl": 0.25 * i,
+            "score": 0.1 * i + 0.02 * (-1) ** i,
+            "labeler_score": 0.05 * i + 0.02 * (-1) ** i,
+            "ptx_loss": 3.0 + 0.01 * (-1) ** i,
+            "value_loss": 60.0 if i == 1 else 1.0 / i,
+            "explained_variance": -9.0 if i == 1 else 0.5,
+        }
+        for i in range(1, 31)
+    ]
+    fields = {
+        "run_name": "demo",
+        "models": [
+            ModelResult("base", win_of(60, 190, 6), labeler_mean=-0.5, labeler_ci=(-0.6, -0.4), pretraining_loss=3.412),
+            ModelResult("SFT", None, labeler_mean=0.0, kl=0.0, pretraining_loss=3.458),
+            ModelResult("PPO-ptx", win or win_of(160, 90, 6), rm_mean=1.25, kl=7.5, pretraining_loss=3.47),
+        ],
+        "labeler": "a word list",
+        "training": [*training, {"train_runtime": 3.0, "step": 120}],
+        "reward_model": {
+            "pair_accuracy": 0.713,
+            "low": 0.68,
+            "high": 0.744,
+            "n_pairs": 1204,
+            "kendall_tau": 0.43,
+            "by_rank_distance": {"1": 0.62, "2": {"accuracy": 0.86, "low": 0.81, "high": 0.9}},
+        },
+        "samples": [Sample("Prompt " + NASTY, {"base": NASTY, "SFT": "line one\n\nline two"}, {"base": -0.25})],
+        "settings": {"PPO-ptx": {"beta": 0.02}, "seed": 1},
+        "deviations": ["Rollout batch 64, not 512."],
+        "timings": {"SFT": 182.0, "PPO-ptx": 546.0},
+        "notes": ["A note with <b>."],
+        "command": "accelerate launch recipes/ppo_ptx.py",
+        "environment": {"torch": "2.13.0"},
+    }
+    return ReportData(**{**fields, **changes})
