@@ -50,6 +50,11 @@ class EpochSeededRepeatSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
+def fused_head_is_compact(device: torch.device) -> bool:
+    """True where TRL's fused head projects scored positions only: where its Triton kernels run."""
+    return device.type in ("cuda", "xpu")
+
+
 def prepare_reference(trainer: Any, ref_model: torch.nn.Module) -> torch.nn.Module:
     """Freeze `ref_model`, give it TRL's fused log-prob head at the trainer's temperature, and place it."""
     disable_dropout_in_model(ref_model)

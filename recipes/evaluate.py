@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> str:
     folder = run.folder("evaluation")
     run_stage(folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder), resume=False)
     report = make_report(run, folder)
-    print(f"Report: {report} and {report.with_suffix('.html')}")
+    print(f"Report: {report} and {report.with_suffix('.md')}")
     return str(report)
 
 

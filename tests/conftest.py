@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture
 def tokenizer():
-    """256 bytes, `<|pad|>` 256, `<|eos|>` 257."""
+    """256 bytes, `<|eos|>` 256, `<|pad|>` 257."""
     vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,15 +33,15 @@ def tokenizer():
 def tiny_config(**kwargs):
     sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return LlamaConfig(**{**sizes, **heads, "pad_token_id": 256, "eos_token_id": 257, "bos_token_id": None, **kwargs})
+    return LlamaConfig(**{**sizes, **heads, "pad_token_id": 257, "eos_token_id": 256, "bos_token_id": None, **kwargs})
 
 
 @pytest.fixture
 def policy():
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config())
-    model.generation_config.eos_token_id = 257
-    model.generation_config.pad_token_id = 256
+    model.generation_config.eos_token_id = 256
+    model.generation_config.pad_token_id = 257
     return model
 
 

@@ -118,7 +118,7 @@ def test_a_value_does_not_see_the_token_it_judges(reward_model):
 def test_values_do_not_depend_on_the_side_of_the_padding(reward_model):
     value_model = value_model_from_reward_model(reward_model).eval()
     ids = torch.tensor([[5, 6, 7]])
-    padded = torch.tensor([[256, 256, 5, 6, 7]])
+    padded = torch.tensor([[257, 257, 5, 6, 7]])
     plain = value_model(ids, torch.ones_like(ids))
     left = value_model(padded, torch.tensor([[0, 0, 1, 1, 1]]))[:, 2:]
     torch.testing.assert_close(plain, left, atol=1e-5, rtol=1e-5)
@@ -209,13 +209,13 @@ def test_a_missing_eos_is_penalised_and_an_eos_that_is_also_the_pad_still_ends_a
     tokenizer.pad_token = tokenizer.eos_token
     values = value_model_from_reward_model(reward_model)
     with torch.no_grad():
-        policy.lm_head.weight[257] *= 0  # logit 0 everywhere, as likely as any: answers of both kinds
+        policy.lm_head.weight[256] *= 0  # logit 0 everywhere, as likely as any: answers of both kinds
     ones = lambda prompts, completions, **_: [1.0] * len(prompts)  # noqa: E731
     trainer = make(tmp_path, policy, ones, tokenizer, value_model=values, missing_eos_penalty=5.0, max_completion_length=64)
     trainer.model.train()
     rollout = trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS["prompt"]])
     lengths = rollout["completion_mask"].sum(dim=1)
-    ended = rollout["completion_ids"].gather(1, lengths[:, None] - 1)[:, 0] == 257
+    ended = rollout["completion_ids"].gather(1, lengths[:, None] - 1)[:, 0] == 256
     assert 0 < ended.sum() < len(ended)
     assert rollout["scores"].tolist() == [1.0 if e else -4.0 for e in ended]
     assert (lengths[~ended] == 64).all()
@@ -284,7 +284,7 @@ def test_resuming_something_else_is_refused(tmp_path, policy, scorer, tokenizer)
     trainer = make(tmp_path, policy, scorer, tokenizer)
     (tmp_path / "checkpoint-1").mkdir()
     policy.save_pretrained(tmp_path / "checkpoint-1")
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"log_history": [], "global_step": 1}))
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"log_history": [], "global_step": 1, "train_batch_size": 2}))
     with pytest.raises(ValueError, match="not written by PPOPtxTrainer"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

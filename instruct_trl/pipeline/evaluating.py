@@ -20,6 +20,7 @@ from instruct_trl.pipeline.sampling import load_causal_lm
 from instruct_trl.pipeline.stage import finished_summary
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
+DEMO_LABELER = "a sentiment classifier (TF-IDF, logistic regression) trained on film reviews that no other stage uses"
 BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
 
 
@@ -90,38 +91,43 @@ def _measure(run: Any, name: str, path: str, prompts: list, texts: list | None, 
 
 
 def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
-    """How often the reward model orders two answers as the labeler does: overall, and by the distance of their ranks."""
-    from instruct_trl.evaluation.win_rate import wilson_interval
+    """How often the reward model orders two answers as the labeler does: overall, and by the distance of their ranks.
 
-    hits: dict[int, list[bool]] = defaultdict(list)
+    Intervals resample prompts, since the pairs of one prompt are not independent.
+
+    Raises:
+        ValueError: fewer than two prompts have an untied pair.
+    """
+    hits: dict[str, list[list[bool]]] = defaultdict(list)  # distance → prompt → pair
     for row in rankings:
         count = len(row["completions"])
         kwargs = {"truncated": row["truncated"]} if "truncated" in row else {}
         scores = scorer([row["prompt"]] * count, row["completions"], **kwargs)
-        for i in range(count):
-            for j in range(count):
-                if row["ranks"][i] < row["ranks"][j]:
-                    hits[row["ranks"][j] - row["ranks"][i]].append(scores[i] > scores[j])
-    every = [hit for group in hits.values() for hit in group]
-    if not every:
-        raise ValueError("The held-out rankings hold no untied pair. Sample more prompts, or longer answers.")
-    # Pairs of one prompt are not independent; the interval counts prompts, which is wider.
-    low, high = wilson_interval(sum(every) / len(every) * len(rankings), len(rankings))
-    by_distance = {
-        str(distance): {"accuracy": sum(group) / len(group), "n_pairs": len(group)}
-        | dict(zip(("low", "high"), wilson_interval(sum(group), len(group)), strict=True))
-        for distance, group in sorted(hits.items())
-    }
-    accuracy = sum(every) / len(every)
-    return {
+        pairs = [(i, j) for i in range(count) for j in range(count) if row["ranks"][i] < row["ranks"][j]]
+        by_distance: dict[str, list[bool]] = defaultdict(list)
+        for i, j in pairs:
+            by_distance["all"].append(scores[i] > scores[j])
+            by_distance[str(row["ranks"][j] - row["ranks"][i])].append(scores[i] > scores[j])
+        for distance, group in by_distance.items():
+            hits[distance].append(group)
+    if len(hits["all"]) < 2:
+        raise ValueError("Fewer than two held-out prompts have an untied pair. Sample more prompts, or longer answers.")
+    overall = _accuracy(hits.pop("all"))
+    accuracy = overall.pop("accuracy")
+    return overall | {
         "pair_accuracy": accuracy,
-        "low": low,
-        "high": high,
-        "n_pairs": len(every),
         "n_prompts": len(rankings),
         "kendall_tau": 2 * accuracy - 1,
-        "by_rank_distance": by_distance,
+        "by_rank_distance": {d: _accuracy(hits[d]) for d in sorted(hits, key=int) if len(hits[d]) > 1},
     }
+
+
+def _accuracy(groups: list[list[bool]]) -> dict[str, Any]:
+    from instruct_trl.evaluation.win_rate import bootstrap_ratio_ci
+
+    interval = bootstrap_ratio_ci([sum(group) for group in groups], [len(group) for group in groups])
+    pairs = sum(len(group) for group in groups)
+    return {"accuracy": interval.mean, "low": interval.low, "high": interval.high, "n_pairs": pairs}
 
 
 def _win(models: dict[str, Any], name: str) -> Any:
@@ -140,9 +146,7 @@ def make_report(run: Any, folder: Path) -> Path:
     report = ReportData(
         run_name=run.run.name,
         models=[_result(data["models"], name) for name in data["models"]],
-        labeler="a program, a sentiment classifier trained on film reviews that no other stage uses"
-        if run.labeler == "demo"
-        else f"a program, {run.labeler}",
+        labeler=DEMO_LABELER if run.labeler == "demo" else run.labeler,
         training=training_log(run.run / "ppo_ptx"),
         reward_model=data.get("reward_model", {}),
         selection_picture=selection if selection.exists() else None,
@@ -150,7 +154,7 @@ def make_report(run: Any, folder: Path) -> Path:
         settings={name: (finished_summary(run.run / name) or {}).get("settings", {}) for name in STAGES},
         deviations=yaml.safe_load(deviations.read_text(encoding="utf-8")) if deviations.exists() else [],
         timings={s: f["seconds"] for s in STAGES if (f := finished_summary(run.run / s)) is not None},
-        command=" ".join(["accelerate launch", *(Path(arg).name if "/" in arg and i == 0 else arg for i, arg in enumerate(sys.argv))]),
+        command=command_line(),
         environment=environment(),
         pretraining_text="held-out passages of novels",
     )
@@ -206,6 +210,11 @@ def training_log(stage: Path) -> list[dict[str, Any]]:
     return [
         {**row, "labeler_score": row.get("rewards/labeler/mean")} for row in history if "score" in row and "kl" in row
     ]
+
+
+def command_line() -> str:
+    """The command of this process, without this machine's paths."""
+    return " ".join(["accelerate launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def prepare_output(args: Any, run: RunArguments, stage: str) -> None:
     """Without --output_dir a stage writes to <run_dir>/<stage>; `--resume_from_checkpoint` alone means the newest."""
     if args.output_dir in (None, DEFAULT_OUTPUT):
         args.output_dir = str(run.run / stage)
+    if run.dataset_name is None:
+        demo_folder(run)
     if args.resume_from_checkpoint in ("True", "true", True, ""):
         args.resume_from_checkpoint = None  # the stage takes up its newest complete checkpoint by itself
 
@@ -125,6 +128,7 @@ def load_labeler(run: RunArguments, name: str) -> Any:
 
         return SentimentLabeler.load(demo_folder(run) / "labeler.joblib")
     module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # a module beside the user's data, as TRL's scripts allow for reward functions
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl import GRPOTrainer
 
-from instruct_trl._upstream import EpochSeededRepeatSampler, prepare_reference
+from instruct_trl._upstream import EpochSeededRepeatSampler, fused_head_is_compact, prepare_reference
 from instruct_trl.callbacks.ema import EMACallback
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
@@ -24,6 +24,7 @@ from instruct_trl.maths.masking import masked_mean, masked_whiten
 from instruct_trl.maths.objectives import clipped_policy_loss, explained_variance
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
 from instruct_trl.models.generation import require_eos
+from instruct_trl.models.logprobs import completion_logps, keeps_logits
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.minibatches import arrange_minibatches, trim_padding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -179,10 +180,24 @@ class PPOPtxTrainer(GRPOTrainer):
             self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, batch_size: Any = None, **kwargs: Any
+    ) -> Any:
         if not torch.is_grad_enabled():
-            kwargs["batch_size"] = self.args.local_rollout_forward_batch_size
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            batch_size = self.args.local_rollout_forward_batch_size
+        compute_entropy = kwargs.pop("compute_entropy", False)
+        given = [value for value in kwargs.values() if value is not None and value is not False]  # images, MoE
+        if given or fused_head_is_compact(self.accelerator.device) or not keeps_logits(self.model):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
+        size = batch_size or len(input_ids)
+        parts = []
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            with self.accelerator.autocast():
+                parts.append(completion_logps(model, ids, mask, logits_to_keep, self.temperature, compute_entropy))
+        entropies = torch.cat([entropy for _, entropy in parts]) if compute_entropy else None
+        return torch.cat([logps for logps, _ in parts]), entropies, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.stopwatch.start_iteration()

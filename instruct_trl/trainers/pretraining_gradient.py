@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from instruct_trl._upstream import fused_head_is_compact
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.maths.objectives import ppo_ptx_loss
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -44,7 +45,8 @@ class PretrainingGradient:
         """One micro-batch's share; returns its part of the minibatch's loss, before γ."""
         total = 0.0
         # TRL's fused head spares the logits, but divides them by the sampling temperature, which text must not see.
-        head: dict[str, Any] = {"fused_lm_head": True} if self.args.temperature == 1 else {}
+        fused = self.args.temperature == 1 and fused_head_is_compact(self.accelerator.device)
+        head: dict[str, Any] = {"fused_lm_head": True} if fused else {}
         for _ in range(self.args.ptx_ratio):
             batch = self.stream.collate(self._window.pop(), self.accelerator.device)
             with self.autocast():

@@ -1,0 +1,160 @@
+"""Every YAML parses strictly; every recipe runs two steps under its real launcher, on a user's own data."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_config
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, pipeline
+
+from instruct_trl.pipeline.arguments import parse_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+NOT_ARGUMENTS = {"data", "deviations"}
+YAMLS = [p for p in sorted(RECIPES.glob("*/*.yaml")) if p.stem not in NOT_ARGUMENTS and p.parent.name != "accelerate"]
+
+
+class Parsed(Exception):
+    """Carries what a recipe parsed out of its `main`, before it does anything."""
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_yaml_is_known_to_its_recipe_key_by_key(path, tmp_path, monkeypatch):
+    recipe = importlib.import_module(f"instruct_trl.recipes.{'sft' if path.stem == 'rl_init' else path.stem}")
+
+    def stop(types, name, description, argv):
+        raise Parsed(parse_recipe(types, name, description, argv))
+
+    monkeypatch.setattr(recipe, "parse_recipe", stop)
+    with pytest.raises(Parsed) as caught:
+        recipe.main(["--config", str(path), "--run_dir", str(tmp_path)])
+    parsed = caught.value.args[0]
+    for key, value in yaml.safe_load(path.read_text()).items():
+        (holder,) = [part for part in parsed if hasattr(part, key)][:1]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert getattr(holder, key) == value, key
+
+
+@pytest.mark.parametrize("recipe", ["sft", "sample", "reward_model", "select_sft", "ppo_ptx", "evaluate"])
+def test_recipes_are_short(recipe):
+    assert len((RECIPES / f"{recipe}.py").read_text().splitlines()) <= 60
+
+
+def test_an_unknown_yaml_key_is_named_with_the_likely_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("num_completion: 3\n")
+    from instruct_trl.recipes.sample import main
+
+    with pytest.raises(ValueError, match="unknown key 'num_completion'. Did you mean 'num_completions'"):
+        main(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_config_that_does_not_exist(tmp_path):
+    from instruct_trl.recipes.sample import main
+
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["--config", str(tmp_path / "gone.yaml")])
+
+
+def test_own_prompts_need_own_models(tmp_path):
+    from instruct_trl.recipes.ppo_ptx import main
+
+    with pytest.raises(ValueError, match="give --model_name_or_path and --reward_model_path"):
+        main(["--dataset_name", "x.jsonl", "--run_dir", str(tmp_path)])
+
+
+@pytest.fixture
+def home(tmp_path, tokenizer):
+    """A folder with tiny models, data of every kind, and a labeler of the user's own."""
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(tiny_config())
+    for name, model in (("policy", policy), ("rm", LlamaForSequenceClassification(tiny_config(num_labels=1)))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = {
+        "sft": [{"prompt": f"q{i}", "completion": f" answer {i}"} for i in range(16)],
+        "prompts": [{"prompt": f"q{i}"} for i in range(16)],
+        "texts": [{"text": f"plain text number {i}"} for i in range(32)],
+        "rankings": [{"prompt": f"q{i}", "completions": ["a", "bb", "ccc"], "ranks": [1, 2, 2]} for i in range(16)],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (tmp_path / "mine.py").write_text("def score(prompts, completions, **_):\n    return [len(c) for c in completions]\n")
+    return tmp_path
+
+
+def launch(home, recipe, *arguments, launcher=("accelerate.commands.launch", "--num_processes", "1", "--cpu")):
+    command = [sys.executable, "-m", *launcher, str(RECIPES / f"{recipe}.py"), *arguments]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([str(c) for c in command], cwd=home, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+TINY = ("--bf16", "false", "--cpu_threads", "1")
+TRAIN = (*TINY, "--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none")
+
+
+@pytest.mark.slow
+def test_sft_under_torchrun(home):
+    out = launch(
+        home, "sft", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "sft.jsonl", "--output_dir", "sft",
+        "--pretraining_fraction", "0.25", "--pretraining_dataset_name", "texts.jsonl", "--eval_strategy", "no",
+        "--save_strategy", "steps", "--save_steps", "1",
+        launcher=("torch.distributed.run", "--standalone", "--nproc_per_node", "1"),
+    )  # fmt: skip
+    assert "== SFT: done" in out
+    assert (home / "sft" / "model.safetensors").exists()
+    again = launch(
+        home, "select_sft", *TINY, "--sft_path", "sft", "--reward_model_path", "rm", "--dataset_name",
+        "prompts.jsonl", "--output_dir", "selected", "--max_completion_length", "4",
+    )  # fmt: skip
+    assert "checkpoint checkpoint-" in again
+    assert (home / "selected" / "selection.png").exists()
+    assert (home / "selected" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_sample_then_reward_model(home):
+    launch(
+        home, "sample", *TINY, "--model_name_or_path", "policy", "--dataset_name", "prompts.jsonl", "--output_dir",
+        "ranked", "--num_completions", "3", "--max_completion_length", "4", "--labeler", "mine:score",
+    )  # fmt: skip
+    row = json.loads((home / "ranked" / "train.jsonl").read_text().splitlines()[0])
+    lengths = [len(c) for c in row["completions"]]
+    assert row["ranks"] == [1 + sum(other > mine for other in lengths) for mine in lengths]
+    launch(
+        home, "reward_model", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "rankings.jsonl",
+        "--demonstrations_name", "sft.jsonl", "--output_dir", "rm2",
+    )  # fmt: skip
+    from instruct_trl import RewardScorer
+
+    demos = [json.loads(line) for line in (home / "sft.jsonl").read_text().splitlines()]
+    scores = RewardScorer(str(home / "rm2"))([d["prompt"] for d in demos], [d["completion"] for d in demos])
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_ppo_ptx_then_evaluate(home):
+    ppo = (
+        *TRAIN, "--model_name_or_path", "policy", "--reward_model_path", "rm", "--dataset_name", "prompts.jsonl",
+        "--pretraining_dataset_name", "texts.jsonl", "--output_dir", "ppo", "--generation_batch_size", "4",
+        "--gradient_accumulation_steps", "1", "--max_completion_length", "4", "--labeler", "mine:score",
+    )  # fmt: skip
+    out = launch(home, "ppo_ptx", *ppo)
+    assert "rollout batch 4, minibatch 2, 2 optimizer steps an iteration" in out
+    assert "finished earlier" in launch(home, "ppo_ptx", *ppo)
+    answer = pipeline("text-generation", model=str(home / "ppo" / "policy"))("q1", max_new_tokens=2)
+    assert answer[0]["generated_text"].startswith("q1")
+    launch(
+        home, "evaluate", *TINY, "--base_model", "policy", "--sft_model", "policy", "--ppo_model", "ppo/policy",
+        "--reward_model_path", "rm", "--dataset_name", "prompts.jsonl", "--labeler", "mine:score", "--run_dir", "run",
+        "--max_completion_length", "4",
+    )  # fmt: skip
+    assert "win" in (home / "run" / "report.md").read_text()
+    assert (home / "run" / "report.html").exists()
