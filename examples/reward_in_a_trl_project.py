@@ -35,9 +35,7 @@ def use_in_grpo(model: str, reward_model: str, prompts: str, output: str, max_st
     trainer = GRPOTrainer(
         model,
         RewardScorer(reward_model, batch_size=16),
-        GRPOConfig(
-            output, max_steps=max_steps, max_completion_length=32, report_to="none", bf16=gpu, use_cpu=not gpu
-        ),
+        GRPOConfig(output, max_steps=max_steps, max_completion_length=32, report_to="none", bf16=gpu, use_cpu=not gpu),
         prompt_column,
     )
     trainer.train()

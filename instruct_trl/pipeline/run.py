@@ -60,9 +60,8 @@ def demo_folder(run: RunArguments) -> Path:
     config = run.config_folder / "data.yaml"
     args = DemoDataArguments(**_read_yaml(config)) if config.exists() else DemoDataArguments()
     folder = run.run / "data"
-    if not getattr(run, "_data_ready", False):
-        run_stage(folder, "Data", asdict(args), lambda _: build_demo_data(folder, args), resume=False)
-        run._data_ready = True  # type: ignore[attr-defined]
+    body = lambda _: build_demo_data(folder, args)  # noqa: E731
+    run_stage(folder, "Data", asdict(args), body, resume=False, announce_skip=False)
     return folder
 
 

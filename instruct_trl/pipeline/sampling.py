@@ -38,13 +38,15 @@ def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
         splits = {"train": load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)}
     summary: dict[str, Any] = {}
     for offset, (part, dataset) in enumerate(splits.items()):
-        rows = _rank(model, tokenizer, labeler, list(dataset["prompt"]), run, run.seed + offset, part)
+        rows, empty = _rank(model, tokenizer, labeler, list(dataset["prompt"]), run, run.seed + offset, part)
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        summary |= {f"{part} prompts": len(rows), f"{part} answers": len(rows) * run.num_completions}
+        answers = sum(len(row["completions"]) for row in rows)
+        summary |= {f"{part} prompts": len(rows), f"{part} answers": answers, f"{part} empty answers left out": empty}
     return summary
 
 
-def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, seed: int, part: str) -> list[dict]:
+def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, seed: int, part: str) -> tuple[list, int]:
+    """(rows, number of empty answers left out); a prompt with fewer than two answers left is left out with them."""
     from instruct_trl.models.generation import generate_completions
 
     count = run.num_completions
@@ -60,11 +62,14 @@ def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, see
             num_return_sequences=count,
             desc=f"sampling {part}",
         )
-    rows = []
+    rows, empty = [], 0
     for i, prompt in enumerate(prompts):
-        group = answers[i * count : (i + 1) * count]
+        group = [answer for answer in answers[i * count : (i + 1) * count] if answer.text.strip()]
+        empty += count - len(group)
+        if len(group) < 2:
+            continue
         row = {"prompt": prompt, "completions": [a.text for a in group], "truncated": [a.truncated for a in group]}
         if labeler is not None:
-            row["ranks"] = ranks_of(labeler([prompt] * count, row["completions"]))
+            row["ranks"] = ranks_of(labeler([prompt] * len(group), row["completions"]))
         rows.append(row)
-    return rows
+    return rows, empty

@@ -42,6 +42,7 @@ def run_stage(
     body: Callable[[str | None], dict[str, Any]],
     *,
     resume: bool = True,
+    announce_skip: bool = True,
 ) -> dict[str, Any]:
     """Run `body` unless `folder` holds its finished output; one clear line before and after.
 
@@ -51,6 +52,7 @@ def run_stage(
         settings: what the output depends on. A folder made with others is refused, never overwritten.
         body: does the work; called with the checkpoint to resume from, or None; returns a summary for the record.
         resume: take up a half-written stage at its last complete checkpoint; otherwise it is redone from scratch.
+        announce_skip: print a line also where there is nothing to do.
 
     Raises:
         ValueError: the folder holds another run, or files of something else.
@@ -60,7 +62,8 @@ def run_stage(
     summary = finished_summary(folder)
     _refuse_other_run(folder, settings, summary)
     if summary is not None:
-        state.print(f"== {title}: finished earlier, kept ({folder})")
+        if announce_skip:
+            state.print(f"== {title}: finished earlier, kept ({folder})")
         return summary["summary"]
     checkpoint = last_complete_checkpoint(folder) if resume else None
     if state.is_main_process:
