@@ -18,6 +18,24 @@ from instruct_trl.models.logprobs import completion_logps
 from instruct_trl.pipeline.assets import base_model
 
 
+def alternate(routes: dict, device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each route, forward and forward with backward, taking turns; the first round only warms up."""
+    seconds: dict[str, list[float]] = {}
+    for repeat in range(repeats + 1):
+        for name, (model, route) in routes.items():
+            for grad in (False, True):
+                begin = time.perf_counter()
+                with torch.autocast(device.type, torch.bfloat16), torch.set_grad_enabled(grad):
+                    logps = route()
+                if grad:
+                    logps.sum().backward()
+                    model.zero_grad()
+                if repeat:
+                    key = f"{name}, {'forward and backward' if grad else 'forward'}"
+                    seconds.setdefault(key, []).append(time.perf_counter() - begin)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
@@ -38,19 +56,7 @@ def main() -> None:
     def by_plain() -> torch.Tensor:
         return completion_logps(plain, ids, mask, args.completion, compute_entropy=True)[0]
 
-    seconds: dict[str, list[float]] = {}
-    for repeat in range(args.repeats + 1):
-        for name, route in (("fused", by_fused), ("plain", by_plain)):
-            for grad in (False, True):
-                begin = time.perf_counter()
-                with torch.autocast(device.type, torch.bfloat16), torch.set_grad_enabled(grad):
-                    logps = route()
-                if grad:
-                    logps.sum().backward()
-                    (fused if name == "fused" else plain).zero_grad()
-                if repeat:  # the first round warms up
-                    key = f"{name}, {'forward and backward' if grad else 'forward'}"
-                    seconds.setdefault(key, []).append(time.perf_counter() - begin)
+    seconds = alternate({"fused": (fused, by_fused), "plain": (plain, by_plain)}, device, args.repeats)
     for key, values in seconds.items():
         print(f"{key:32} {statistics.median(values):.3f} s")
     for kind in ("forward", "forward and backward"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -24,7 +24,7 @@ def apply_cpu_defaults(config: Any) -> None:
 
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
     """The transformer without its head: `model.base_model` in transformers' terms (e.g. LlamaModel)."""
-    return model.base_model
+    return cast(torch.nn.Module, model.base_model)
 
 
 def score_head(model: torch.nn.Module) -> torch.nn.Module:
@@ -55,7 +55,7 @@ def fused_head_is_compact(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
-def prepare_reference(trainer: Any, ref_model: torch.nn.Module) -> torch.nn.Module:
+def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     """Freeze `ref_model`, give it TRL's fused log-prob head at the trainer's temperature, and place it."""
     disable_dropout_in_model(ref_model)
     ref_model.requires_grad_(False)

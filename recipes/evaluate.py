@@ -1,7 +1,7 @@
 """Evaluate base, SFT and PPO-ptx against SFT on held-out prompts, and write report.md and report.html with pictures.
 
-    accelerate launch recipes/evaluate.py                             # the demo
-    accelerate launch recipes/evaluate.py --run_dir outputs/mine --dataset_name prompts.jsonl --labeler my.module:score
+accelerate launch recipes/evaluate.py                             # the demo
+accelerate launch recipes/evaluate.py --run_dir outputs/mine --dataset_name prompts.jsonl --labeler my.module:score
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,9 @@ class EvaluateArguments(RunArguments):
     """What is compared, and by whom."""
 
     base_model: str | None = field(default=None, metadata={"help": "Default: the demo's SmolLM2."})
-    sft_model: str | None = field(default=None, metadata={"help": "The baseline. Default: <run_dir>/selected_sft/model."})
+    sft_model: str | None = field(
+        default=None, metadata={"help": "The baseline. Default: <run_dir>/selected_sft/model."}
+    )
     ppo_model: str | None = field(default=None, metadata={"help": "Default: <run_dir>/ppo_ptx/policy."})
     reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
     labeler: str = field(default="demo", metadata={"help": "The judge: 'demo', or 'module:function' of your own."})

@@ -1,7 +1,7 @@
 """Step 3: PPO with a critic and pretraining gradients (Eq. 2). The main job: it first does whatever is missing.
 
-    accelerate launch recipes/ppo_ptx.py                              # the demo, all stages, ending in a report
-    accelerate launch recipes/ppo_ptx.py --model_name_or_path P --reward_model_path R --dataset_name prompts.jsonl
+accelerate launch recipes/ppo_ptx.py                              # the demo, all stages, ending in a report
+accelerate launch recipes/ppo_ptx.py --model_name_or_path P --reward_model_path R --dataset_name prompts.jsonl
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ class PPOPtxArguments(RunArguments):
     reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
     pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Texts for the γ term (`text`)."})
     labeler: str = field(
-        default="demo", metadata={"help": "Logged beside the reward, never trained on: 'demo', 'none', 'module:function'."}
+        default="demo",
+        metadata={"help": "Logged beside the reward, never trained on: 'demo', 'none', 'module:function'."},
     )
 
 

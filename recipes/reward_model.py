@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> str:
             peft_config=get_peft_config(model),
         )
         quiet_progress(trainer, ["loss", "pair_accuracy", "eval_pair_accuracy"])
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
         metrics = trainer.evaluate() if test is not None else {}
         if run.demonstrations_name or run.dataset_name is None:
             trainer.normalize(demo_or_own(run, "demonstrations", run.demonstrations_name)[0])

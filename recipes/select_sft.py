@@ -1,7 +1,7 @@
 """Step 2c: choose among the SFT run's checkpoints the one that the reward model scores highest, as the paper does.
 
-    accelerate launch recipes/select_sft.py                           # the demo
-    accelerate launch recipes/select_sft.py --sft_path out --reward_model_path rm --dataset_name prompts.jsonl
+accelerate launch recipes/select_sft.py                           # the demo
+accelerate launch recipes/select_sft.py --sft_path out --reward_model_path rm --dataset_name prompts.jsonl
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """Step 1: supervised fine-tuning on demonstrations, every epoch's checkpoint kept (Ouyang et al. 2022, section 3.5).
 
-    accelerate launch recipes/sft.py                                  # the demo: SmolLM2 on film reviews
-    accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D --output_dir out --config my.yaml
+accelerate launch recipes/sft.py                                  # the demo: SmolLM2 on film reviews
+accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D --output_dir out --config my.yaml
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
             pretraining_dataset=texts,
         )
         quiet_progress(trainer, ["loss", "eval_loss", "eval_rm_score"])
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
         return finish_training(trainer, run.dataset_name)
 
     run_stage(Path(args.output_dir), "SFT" if stage == "sft" else "RL init", settings_of(run, args, model), body)

@@ -86,7 +86,8 @@ def test_a_code_block_compiles_and_calls_us_with_arguments_that_we_take(block):
     for call in ours:
         signature = inspect.signature(getattr(instruct_trl, call.func.id))
         signature.bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
-    assert len(block.splitlines()) <= 12
+    lines = [line for line in block.splitlines() if line and not line.startswith("from ")]
+    assert len(lines) <= 12
 
 
 def test_the_commands_name_recipes_yamls_and_settings_that_exist():

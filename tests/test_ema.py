@@ -22,9 +22,16 @@ def test_applied_swaps_the_weights_in_and_back_out_also_after_an_error():
     torch.nn.init.constant_(model.weight, 1.0)
     ema = EMACallback(model, decay=0.0)
     torch.nn.init.constant_(model.weight, 3.0)
-    with pytest.raises(RuntimeError), ema.applied():
-        assert model.weight.tolist() == [[1.0, 1.0]]
-        raise RuntimeError
+    seen = []
+
+    def fails():
+        with ema.applied():
+            seen.append(model.weight.tolist())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert seen == [[[1.0, 1.0]]]
     assert model.weight.tolist() == [[3.0, 3.0]]
 
 

@@ -23,7 +23,9 @@ def test_masked_reductions_equal_the_sliced_ones():
     real = torch.cat([x[i, :n] for i, n in enumerate(LENGTHS)])
     torch.testing.assert_close(masked_mean(x, MASK), real.mean())
     torch.testing.assert_close(masked_var(x, MASK), real.var(unbiased=False))
-    torch.testing.assert_close(masked_mean(x, MASK, dim=1), torch.stack([x[i, :n].mean() for i, n in enumerate(LENGTHS)]))
+    torch.testing.assert_close(
+        masked_mean(x, MASK, dim=1), torch.stack([x[i, :n].mean() for i, n in enumerate(LENGTHS)])
+    )
 
 
 def test_whitened_has_mean_0_variance_1_and_0_elsewhere():
@@ -87,7 +89,9 @@ def test_gae_of_a_terminal_score_under_a_constant_value_is_a_geometric_sum(disco
 def test_padding_never_leaks_into_gae():
     rewards, values = random(3, 5) * MASK, random(3, 5, seed=1)
     garbage = values.masked_fill(~MASK, 1e6)
-    for a, b in zip(generalized_advantages(rewards, values, MASK), generalized_advantages(rewards, garbage, MASK), strict=True):
+    for a, b in zip(
+        generalized_advantages(rewards, values, MASK), generalized_advantages(rewards, garbage, MASK), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

@@ -11,11 +11,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code, **kwargs):
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True, **kwargs
+    )
 
 
 def test_importing_pulls_nothing_heavy_and_says_nothing():
-    result = python("import instruct_trl, sys; print([m for m in ('torch', 'trl', 'transformers', 'datasets') if m in sys.modules])")
+    result = python(
+        "import instruct_trl, sys; print([m for m in ('torch', 'trl', 'transformers', 'datasets') if m in sys.modules])"
+    )
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""
 
@@ -37,7 +41,11 @@ def test_the_maths_imports_torch_alone():
 
 @pytest.mark.slow
 def test_the_wheel_holds_recipes_yamls_and_py_typed(tmp_path):
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "instruct_trl/py.typed" in names

@@ -14,7 +14,9 @@ PROMPTS = Dataset.from_dict({"prompt": [f"hello {i}" * (1 + i % 2) for i in rang
 TEXTS = Dataset.from_dict({"text": [f"some text number {i} " * (1 + i % 3) for i in range(64)]})
 
 
-def make(tmp_path, policy, reward, tokenizer, *, value_model=None, pretraining_dataset=TEXTS, prompts=PROMPTS, **kwargs):
+def make(
+    tmp_path, policy, reward, tokenizer, *, value_model=None, pretraining_dataset=TEXTS, prompts=PROMPTS, **kwargs
+):
     settings = {
         "generation_batch_size": 16,
         "per_device_train_batch_size": 2,
@@ -30,7 +32,7 @@ def make(tmp_path, policy, reward, tokenizer, *, value_model=None, pretraining_d
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
-    args = PPOPtxConfig(str(tmp_path), report_to="none", **{**settings, **kwargs})
+    args = PPOPtxConfig(str(tmp_path), **{"report_to": "none", **settings, **kwargs})
     return PPOPtxTrainer(
         policy,
         reward,
@@ -57,7 +59,8 @@ def test_512_over_64_in_miniature_is_8_optimizer_steps_an_iteration(
 ):
     trainer = make(
         tmp_path, policy, scorer, tokenizer, generation_batch_size=64, per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulation, total_episodes=64, ptx_ratio=1, prompts=Dataset.from_dict({"prompt": ["a"] * 64}),
+        gradient_accumulation_steps=accumulation, total_episodes=64, ptx_ratio=1,
+        prompts=Dataset.from_dict({"prompt": ["a"] * 64}),
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 8
@@ -139,7 +142,9 @@ def gradients(trainer):
     return caught
 
 
-def test_a_steps_gradient_is_that_of_ppo_plus_gamma_times_that_of_pretraining(tmp_path, policy, reward_model, tokenizer):
+def test_a_steps_gradient_is_that_of_ppo_plus_gamma_times_that_of_pretraining(
+    tmp_path, policy, reward_model, tokenizer
+):
     gamma, made = 3.0, {}
     for name, coef in (("both", gamma), ("ppo", 0.0)):
         scorer = RewardScorer(copy.deepcopy(reward_model), tokenizer)
@@ -186,9 +191,7 @@ def test_max_grad_norm_holds_for_policy_and_value(tmp_path, policy, scorer, toke
         assert moved.sqrt().item() == pytest.approx(limit, rel=1e-2)  # SGD with LR 1 moves by the clipped gradient
 
 
-def test_advantages_are_white_over_the_rollout_and_the_score_is_on_the_last_token(
-    tmp_path, policy, scorer, tokenizer
-):
+def test_advantages_are_white_over_the_rollout_and_the_score_is_on_the_last_token(tmp_path, policy, scorer, tokenizer):
     trainer = make(tmp_path, policy, scorer, tokenizer, beta=0.0, gae_lambda=1.0)
     trainer.model.train()
     rollout = trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS["prompt"]])
@@ -199,7 +202,10 @@ def test_advantages_are_white_over_the_rollout_and_the_score_is_on_the_last_toke
     # λ = 1, no discount, β = 0: the return of every token is the answer's score.
     for row in range(len(mask)):
         torch.testing.assert_close(
-            rollout["returns"][row][mask[row]], rollout["scores"][row].expand(int(mask[row].sum())), atol=1e-5, rtol=1e-5
+            rollout["returns"][row][mask[row]],
+            rollout["scores"][row].expand(int(mask[row].sum())),
+            atol=1e-5,
+            rtol=1e-5,
         )
 
 
@@ -211,7 +217,9 @@ def test_a_missing_eos_is_penalised_and_an_eos_that_is_also_the_pad_still_ends_a
     with torch.no_grad():
         policy.lm_head.weight[256] *= 0  # logit 0 everywhere, as likely as any: answers of both kinds
     ones = lambda prompts, completions, **_: [1.0] * len(prompts)  # noqa: E731
-    trainer = make(tmp_path, policy, ones, tokenizer, value_model=values, missing_eos_penalty=5.0, max_completion_length=64)
+    trainer = make(
+        tmp_path, policy, ones, tokenizer, value_model=values, missing_eos_penalty=5.0, max_completion_length=64
+    )
     trainer.model.train()
     rollout = trainer._generate_and_score_completions([{"prompt": p} for p in PROMPTS["prompt"]])
     lengths = rollout["completion_mask"].sum(dim=1)
@@ -280,11 +288,24 @@ def test_a_resumed_run_walks_the_same_path(tmp_path, policy, reward_model, token
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
 
 
+def test_trackers_get_the_metrics(tmp_path, policy, scorer, tokenizer, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = make(tmp_path, policy, scorer, tokenizer, report_to="tensorboard", total_episodes=16)
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    logged = [event.value for event in events.Scalars("train/score")]
+    assert logged == pytest.approx(rows(trainer, "score"))
+
+
 def test_resuming_something_else_is_refused(tmp_path, policy, scorer, tokenizer):
     trainer = make(tmp_path, policy, scorer, tokenizer)
     (tmp_path / "checkpoint-1").mkdir()
     policy.save_pretrained(tmp_path / "checkpoint-1")
-    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(json.dumps({"log_history": [], "global_step": 1, "train_batch_size": 2}))
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(
+        json.dumps({"log_history": [], "global_step": 1, "train_batch_size": 2})
+    )
     with pytest.raises(ValueError, match="not written by PPOPtxTrainer"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 

@@ -84,7 +84,9 @@ def home(tmp_path, tokenizer):
     }
     for name, lines in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    (tmp_path / "mine.py").write_text("def score(prompts, completions, **_):\n    return [len(c) for c in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "def score(prompts, completions, **_):\n    return [len(c) for c in completions]\n"
+    )
     return tmp_path
 
 

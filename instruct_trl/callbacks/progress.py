@@ -19,7 +19,8 @@ class CompactProgress(ProgressCallback):
         self.metrics = metrics
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        shown = {name: logs[name] for name in self.metrics if (logs or {}).get(name) is not None}
+        logs = logs or {}
+        shown = {name: logs[name] for name in self.metrics if logs.get(name) is not None}
         if state.is_world_process_zero and self.training_bar is not None and shown:
             text = " · ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
             self.training_bar.write(f"  step {state.global_step}/{state.max_steps} · {text}")

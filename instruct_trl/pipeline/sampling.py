@@ -23,8 +23,8 @@ def load_causal_lm(path: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(path, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(path, padding_side="left")
 
 
 def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:

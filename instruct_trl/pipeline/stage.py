@@ -1,4 +1,4 @@
-"""A stage of the pipeline: done once, skipped when its finished output is there, redone or resumed when half-written."""
+"""A stage of the pipeline: done once, skipped where its finished output is, redone or resumed when half-written."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def run_stage(
 
 
 def _one_line(summary: dict[str, Any]) -> str:
-    shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in summary.items() if isinstance(v, (int, float, str))}
+    shown = {
+        k: f"{v:.3g}" if isinstance(v, float) else v for k, v in summary.items() if isinstance(v, (int, float, str))
+    }
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 

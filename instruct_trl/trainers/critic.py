@@ -53,12 +53,13 @@ class Critic:
 
     def create_scheduler(self, num_training_steps: int) -> None:
         """The policy's schedule, around the value model's own peak."""
+        kwargs: Any = self.args.lr_scheduler_kwargs
         self.scheduler = get_scheduler(
             self.args.lr_scheduler_type,
             optimizer=self.optimizer,
             num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
             num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=kwargs,
         )
 
     def completion_values(self, batch: Batch) -> torch.Tensor:

@@ -14,34 +14,33 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from trl import GRPOTrainer
 
-from instruct_trl._upstream import EpochSeededRepeatSampler, fused_head_is_compact, prepare_reference
+from instruct_trl._upstream import prepare_reference
 from instruct_trl.callbacks.ema import EMACallback
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
-from instruct_trl.maths.masking import masked_mean, masked_whiten
-from instruct_trl.maths.objectives import clipped_policy_loss, explained_variance
-from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
+from instruct_trl.maths.masking import masked_mean
+from instruct_trl.maths.objectives import clipped_policy_loss
 from instruct_trl.models.generation import require_eos
-from instruct_trl.models.logprobs import completion_logps, keeps_logits
 from instruct_trl.trainers.critic import Critic
-from instruct_trl.trainers.minibatches import arrange_minibatches, trim_padding
+from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
     copy_reference,
     load_policy,
     load_policy_tokenizer,
     resolve_value_model,
+    say_estimate,
     say_plan,
     wrap_reward_funcs,
 )
 from instruct_trl.trainers.ppo_ptx_state import load_state, save_state
+from instruct_trl.trainers.ppo_rollout import PPORollout
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
-class PPOPtxTrainer(GRPOTrainer):
+class PPOPtxTrainer(PPORollout):
     """Trainer for PPO with a critic and, for `ptx_coef > 0`, pretraining gradients: PPO-ptx.
 
     Arguments up to `environment_factory` are [`~trl.GRPOTrainer`]'s. Reward models, given as a path or a module, are
@@ -135,8 +134,8 @@ class PPOPtxTrainer(GRPOTrainer):
             self.ema = EMACallback(self.model, args.ema_decay)
             self.add_callback(self.ema)
         self.stopwatch = Stopwatch()
-        self._rewards: torch.Tensor | None = None
-        self._minibatch: dict[str, Any] = {}
+        self._minibatch = {}
+        self._paced = False
         say_plan(self)
 
     def _pretraining_gradient(self, dataset: Any) -> PretrainingGradient:
@@ -150,141 +149,6 @@ class PPOPtxTrainer(GRPOTrainer):
             world_size=args.world_size,
         )
         return PretrainingGradient(stream, args, self.accelerator, self.compute_loss_context_manager)
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        return EpochSeededRepeatSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-        )
-
-    # Rollout: sample, score, value, advantages ----------------------------------------------------------------------
-
-    def _generate_single_turn(
-        self, prompt_ids: list, images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
-    ) -> Any:
-        with self.stopwatch("generate"):
-            size = self.args.local_rollout_forward_batch_size
-            if self.use_vllm or self.use_transformers_continuous_batching or images or multimodal_fields:
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            completions: list[list[int]] = []
-            for i in range(0, len(prompt_ids), size):
-                completions += super()._generate_single_turn(prompt_ids[i : i + size], images, {}, *args, **kwargs)[0]
-            return completions, None
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.stopwatch("score"):
-            self._rewards = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards
-
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, batch_size: Any = None, **kwargs: Any
-    ) -> Any:
-        if not torch.is_grad_enabled():
-            batch_size = self.args.local_rollout_forward_batch_size
-        compute_entropy = kwargs.pop("compute_entropy", False)
-        given = [value for value in kwargs.values() if value is not None and value is not False]  # images, MoE
-        if given or fused_head_is_compact(self.accelerator.device) or not keeps_logits(self.model):
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
-            )
-        size = batch_size or len(input_ids)
-        parts = []
-        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            with self.accelerator.autocast():
-                parts.append(completion_logps(model, ids, mask, logits_to_keep, self.temperature, compute_entropy))
-        entropies = torch.cat([entropy for _, entropy in parts]) if compute_entropy else None
-        return torch.cat([logps for logps, _ in parts]), entropies, None
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self.stopwatch.start_iteration()
-        # The KL from the reference is always reported, so the reference log-probs are always wanted: beta = 1 for now.
-        beta, self.beta = self.beta, 1.0
-        try:
-            rollout = super()._generate_and_score_completions(inputs)
-        finally:
-            self.beta = beta
-        rollout["loss_mask"] = rollout["completion_mask"] * rollout.pop("tool_mask", 1)
-        if "old_per_token_logps" not in rollout:
-            rollout["old_per_token_logps"] = self._policy_logps(rollout)
-        self._score_rollout(rollout)
-        if self.model.training:
-            self._add_advantages(rollout)
-        return rollout
-
-    @torch.no_grad()
-    def _policy_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
-        input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
-        attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
-        width = rollout["completion_ids"].size(1)
-        return self._get_per_token_logps_and_entropies(self.model, input_ids, attention_mask, width)[0]
-
-    def _score_rollout(self, rollout: dict[str, Any]) -> None:
-        """Add `scores` (B,) and `kl` (B, T); mask out, and count, the rows that no reward function could score."""
-        mask, rows = rollout["loss_mask"], len(rollout["loss_mask"])
-        mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
-        rewards = self._rewards[mine]
-        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        scored = scores.isfinite() & ~rewards.isnan().all(dim=1)
-        ends = rollout["completion_ids"].gather(1, rollout["completion_mask"].sum(dim=1, keepdim=True) - 1)
-        ended = torch.isin(ends.squeeze(1), torch.tensor(self.eos_token_ids, device=mask.device))
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * ~ended
-        rollout["scores"] = scores.where(scored, torch.zeros_like(scores))
-        rollout["loss_mask"] = mask * scored.unsqueeze(1)
-        logps, ref_logps = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
-        rollout["kl"] = kl_estimate(logps, ref_logps, self.args.kl_estimator)
-        sequence_kl = (kl_estimate(logps, ref_logps) * mask).sum(dim=1)
-        self._log_means(
-            {
-                "score": rollout["scores"][scored],
-                "kl": sequence_kl[scored],
-                "objective": (rollout["scores"] - self.beta * sequence_kl)[scored],
-                "eos_rate": ended,
-                "unscored_fraction": ~scored,
-            }
-        )
-
-    def _add_advantages(self, rollout: dict[str, Any]) -> None:
-        """Replace `advantages` by GAE's, (B, T), whitened over the whole rollout; add `old_values` and `returns`."""
-        with self.stopwatch("value"):
-            values = self.critic.rollout_values(rollout, self.args.local_rollout_forward_batch_size)
-        mask = rollout["completion_mask"]
-        rewards = token_rewards(rollout["scores"], rollout["kl"], mask, self.beta)
-        advantages, returns = generalized_advantages(rewards, values, mask, self.args.discount, self.args.gae_lambda)
-        self._log_means({"value": masked_mean(values, mask, dim=1), "return": masked_mean(returns, mask, dim=1)})
-        self._metrics["train"]["explained_variance"].append(
-            explained_variance(values, returns, rollout["loss_mask"]).item()
-        )
-        if self.args.whiten_advantages:
-            advantages = self._whiten(advantages, rollout["loss_mask"])
-        rollout |= {"advantages": advantages, "old_values": values, "returns": returns}
-
-    def _whiten(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Whiten (B, T) over the real tokens of every process."""
-        rows, width = advantages.shape
-        pad = self.accelerator.pad_across_processes
-        everyone = masked_whiten(
-            self.accelerator.gather(pad(advantages, dim=1)), self.accelerator.gather(pad(mask, dim=1))
-        )
-        first = self.accelerator.process_index * rows
-        return everyone[first : first + rows, :width]
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not before:
-            self._buffered_inputs = arrange_minibatches(
-                self._buffered_inputs, self.args.gradient_accumulation_steps, self.accelerator
-            )
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self._minibatch = inputs
-        return inputs
 
     # Update: the clipped objective, the pretraining gradient, the critic ---------------------------------------------
 
@@ -339,19 +203,15 @@ class PPOPtxTrainer(GRPOTrainer):
 
     # Logging and checkpoints -----------------------------------------------------------------------------------------
 
-    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Log the mean over all processes of each per-row tensor, (B,)."""
-        mode = "train" if self.model.training else "eval"
-        for name, rows in metrics.items():
-            totals = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
-            total, count = self.accelerator.reduce(totals, "sum").tolist()
-            self._metrics[mode][name].append(total / count if count else float("nan"))
-
     def _log_iteration(self) -> None:
         metrics = self._metrics["train"]
         metrics["episodes"] = [float((self.state.global_step + 1) * self.args.minibatch_size // self.num_iterations)]
-        for name, seconds in self.stopwatch.finish_iteration().items():
-            metrics[f"time/{name}"].append(seconds)
+        seconds = self.stopwatch.finish_iteration()
+        for name, value in seconds.items():
+            metrics[f"time/{name}"].append(value)
+        if not self._paced:
+            self._paced = True
+            say_estimate(self, seconds["iteration"])
         metrics["episodes_per_second"].append(self.args.generation_batch_size / metrics["time/iteration"][-1])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

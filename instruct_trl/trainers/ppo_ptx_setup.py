@@ -32,7 +32,8 @@ def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_c
     if not isinstance(model, str) or peft_config is not None or quantization_config is not None:
         return model
     check_model_path(model)
-    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    given: Any = args.model_init_kwargs or {}
+    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **given}
     args.model_init_kwargs = None
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)
 
@@ -115,3 +116,12 @@ def say_plan(trainer: Any) -> None:
         if stream.truncated:
             plan += f" ({stream.truncated} cut at ptx_max_length={args.ptx_max_length} tokens)"
     trainer.accelerator.print(plan + ".")
+
+
+def say_estimate(trainer: Any, seconds: float) -> None:
+    """One line after the run's first iteration: how long the rest will take at its pace."""
+    left = (trainer.args.max_steps - trainer.state.global_step - 1) // trainer.args.steps_per_iteration
+    if left > 0:
+        trainer.accelerator.print(
+            f"PPO-ptx: the first iteration took {seconds:.0f} s; {left} to go, about {seconds * left / 60:.0f} min."
+        )
