@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> str:
             policy,
             pipeline.rewards_with_labeler(run, args),
             args,
-            pipeline.rl_prompts(run),
+            pipeline.prompts_for(run, "rl"),
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
             pretraining_dataset=pipeline.pretraining_texts(run) if args.ptx_coef else None,

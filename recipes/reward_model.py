@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> str:
         metrics = trainer.evaluate() if test is not None else {}
         if run.demonstrations_name or run.dataset_name is None:
             trainer.normalize(demo_or_own(run, "demonstrations", run.demonstrations_name)[0])
-        return finish_training(trainer, run.dataset_name) | metrics
+        shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
+        return finish_training(trainer, run.dataset_name) | shown
 
     run_stage(Path(args.output_dir), "Reward model", settings_of(run, args, model), body)
     return args.output_dir

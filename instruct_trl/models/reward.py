@@ -195,7 +195,7 @@ class RewardScorer:
 
     Attributes:
         model, processing_class: as loaded or given.
-        reward_bias: `model.config.reward_bias`, 0.0 if there is none: demonstrations then average 0 (appendix C.2).
+        reward_bias: `model.config.reward_bias`, 0.0 if there is none: demonstrations then average 0 (section 3.5).
 
     Raises:
         ValueError: no such path, or more than one label.
@@ -229,6 +229,7 @@ class RewardScorer:
         prompts: Sequence[Text],
         completions: Sequence[Text],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        truncated: Sequence[bool] | None = None,
         **kwargs: Any,
     ) -> list[float]:
         """Scores, bias included, in the order of the arguments.
@@ -236,22 +237,28 @@ class RewardScorer:
         Args:
             prompts, completions: plain text, or conversational messages.
             completion_ids: what was generated, in this tokenizer's ids. One that does not end in EOS was cut at the
-                limit, and is scored without EOS. None: every completion is finished.
+                limit, and is scored without EOS.
+            truncated: the same, said outright, as the `truncated` column of rankings says it; goes first.
+                Where neither is given, every completion is finished.
             kwargs: TRL's other keywords; `tools` and `chat_template_kwargs` reach the chat template, the rest does not.
 
         Raises:
             ValueError: lengths differ, or a score is NaN or infinite.
         """
-        columns = {"completions": completions, **({} if completion_ids is None else {"completion_ids": completion_ids})}
+        columns = {"completions": completions, "completion_ids": completion_ids, "truncated": truncated}
         for name, column in columns.items():
-            if len(column) != len(prompts):
+            if column is not None and len(column) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts but {len(column)} {name}: give one for each prompt.")
+        if truncated is None:
+            truncated = [
+                completion_ids is not None and not self._finished(completion_ids[i]) for i in range(len(prompts))
+            ]
         rows = [
             tokenize_pair(
                 self.processing_class,
                 prompts[index],
                 completions[index],
-                truncated=completion_ids is not None and not self._finished(completion_ids[index]),
+                truncated=truncated[index],
                 **template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)}),
             )
             for index in range(len(prompts))

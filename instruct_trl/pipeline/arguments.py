@@ -43,12 +43,9 @@ class RunArguments:
         return Path(getattr(self, "output_dir", None) or self.run / stage)
 
     def __post_init__(self) -> None:
-        import os
+        from instruct_trl.pipeline.cpu import use_cpu_well
 
-        import torch
-
-        threads = self.cpu_threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(threads)  # launchers set OMP_NUM_THREADS=1, which leaves the other cores idle
+        use_cpu_well(self.cpu_threads)
 
 
 def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: list[str] | None = None) -> tuple:

@@ -83,8 +83,9 @@ def build_demo_data(folder: Path, args: DemoDataArguments, seed: int = 0) -> dic
     return {name: len(rows) for name, rows in parts.items()} | _train_labeler(folder, rest)
 
 
-def _train_labeler(folder: Path, reviews: list[dict], held_out: int = 500) -> dict:
-    """Train on all but the last `held_out` of the reviews that are left; report accuracy on those."""
+def _train_labeler(folder: Path, reviews: list[dict]) -> dict:
+    """Train on all but a tenth, at most 500, of the reviews that are left; report the accuracy on that tenth."""
+    held_out = min(500, len(reviews) // 10)
     texts, labels = [r["text"] for r in reviews], [r["label"] for r in reviews]
     labeler = SentimentLabeler.train(texts[:-held_out], labels[:-held_out])
     labeler.save(folder / "labeler.joblib")

@@ -15,7 +15,7 @@ import yaml
 
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
 from instruct_trl.pipeline.loading import load_split
-from instruct_trl.pipeline.run import demo_folder, demo_or_own, load_labeler
+from instruct_trl.pipeline.run import demo_or_own, load_labeler, prompts_for
 from instruct_trl.pipeline.sampling import load_causal_lm
 from instruct_trl.pipeline.stage import finished_summary
 
@@ -32,7 +32,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     labeler = load_labeler(run, run.labeler)
     scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
     own = run.dataset_name is not None
-    prompts = list(load_split(run.dataset_name if own else demo_folder(run) / "test_prompts.jsonl")["prompt"])
+    prompts = list(prompts_for(run, "test")["prompt"])
     texts = None if own else list(demo_or_own(run, "pretraining")[1]["text"])
     reference, _ = load_causal_lm(paths[SFT])
     answers: dict[str, dict[str, Any]] = {}
@@ -50,11 +50,11 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
 
 
 def model_paths(run: Any) -> dict[str, str]:
-    """Name → path, in the order of the pipeline."""
+    """Name → path, in the order of the pipeline; own data without a --base_model leaves the base out."""
     from instruct_trl.pipeline.assets import base_model
 
-    return {
-        BASE: run.base_model or str(base_model()),
+    base = run.base_model or (str(base_model()) if run.dataset_name is None else None)
+    return ({BASE: base} if base else {}) | {
         SFT: run.sft_model or str(run.run / "selected_sft" / "model"),
         PPO: run.ppo_model or str(run.run / "ppo_ptx" / "policy"),
     }

@@ -1,6 +1,6 @@
 """The demo's labeler: a sentiment classifier that stands in for people. The reward model never sees it, only its ranks.
 
-TF-IDF over words and pairs of words, and a logistic regression, both scikit-learn's, trained on movie reviews that no
+TF-IDF over words, and a logistic regression, both scikit-learn's, trained on movie reviews that no
 other stage of the demo uses. Its score is the log-odds that a text praises the film: graded, fast, deterministic.
 """
 
@@ -33,8 +33,8 @@ class SentimentLabeler:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)
-        return cls(make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=300)).fit(texts, labels))
+        vectorizer = TfidfVectorizer(min_df=20, sublinear_tf=True)
+        return cls(make_pipeline(vectorizer, LogisticRegression(max_iter=300)).fit(texts, labels))
 
     def accuracy(self, texts: list[str], labels: list[int]) -> float:
         """Share of `texts` whose sign of score agrees with the label."""

@@ -100,12 +100,12 @@ def rankings(run: RunArguments) -> tuple[Any, Any]:
     return load_split(folder / "train.jsonl"), load_split(folder / "test.jsonl")
 
 
-def rl_prompts(run: RunArguments) -> Any:
-    """Prompts for PPO, with a `prompt` column."""
+def prompts_for(run: RunArguments, use: str) -> Any:
+    """Rows with a `prompt` column: the user's, or the demo's for this use ('rl', 'selection', 'test')."""
     from instruct_trl.pipeline.loading import load_split
 
     if run.dataset_name is None:
-        return load_split(demo_folder(run) / "rl_prompts.jsonl")
+        return load_split(demo_folder(run) / f"{use}_prompts.jsonl")
     return load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)
 
 
@@ -120,8 +120,12 @@ def load_labeler(run: RunArguments, name: str) -> Any:
     """The demo's labeler, or the function that 'module:function' names.
 
     Raises:
-        ValueError: not of that form, or nothing of that name.
+        ValueError: not of that form, nothing of that name, or the demo's on a user's own data.
     """
+    if name == "demo" and run.dataset_name is not None:
+        raise ValueError(
+            "The demo's labeler judges film reviews. For your own data name yours: --labeler module:function."
+        )
     if name == "demo":
         from instruct_trl.pipeline.labeler import SentimentLabeler
 
@@ -131,7 +135,7 @@ def load_labeler(run: RunArguments, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--labeler {name}: expected 'demo', 'none' or 'module:function' ({error}).") from error
+        raise ValueError(f"--labeler {name}: no such function; name one as 'module:function' ({error}).") from error
 
 
 def rewards_with_labeler(run: Any, args: Any) -> list[Any]:

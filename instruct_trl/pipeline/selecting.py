@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from instruct_trl.pipeline.loading import load_split
-from instruct_trl.pipeline.run import demo_folder, demo_or_own
+from instruct_trl.pipeline.run import demo_or_own, prompts_for
 
 NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*")
 
@@ -19,7 +18,7 @@ def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
     from instruct_trl import RewardScorer, select_checkpoint
 
     own = run.dataset_name is not None
-    prompts = load_split(run.dataset_name if own else demo_folder(run) / "selection_prompts.jsonl")
+    prompts = prompts_for(run, "selection")
     reward_model = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=run.bf16):
         result = select_checkpoint(

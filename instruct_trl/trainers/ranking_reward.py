@@ -250,7 +250,7 @@ class RankingRewardTrainer(RewardTrainer):
         return output
 
     def normalize(self, demonstrations: Any) -> float:
-        """Set `reward_bias` in the model's config so that the demonstrations' scores average 0 (appendix C.2).
+        """Set `reward_bias` in the model's config so that the demonstrations' scores average 0 (section 3.5).
 
         Save the model afterwards. Rows longer than `max_length` are left out and counted.
 

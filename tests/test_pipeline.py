@@ -1,0 +1,119 @@
+"""The parts of the pipeline that are not trainers: ranks, accuracy on rankings, labelers, the demo's split."""
+
+import pytest
+from datasets import Dataset
+
+from instruct_trl import RewardScorer
+from instruct_trl.pipeline import demo_data
+from instruct_trl.pipeline import run as pipeline
+from instruct_trl.pipeline.arguments import RunArguments
+from instruct_trl.pipeline.evaluating import ranking_accuracy
+from instruct_trl.pipeline.run import load_labeler, make_what_is_missing
+from instruct_trl.pipeline.sampling import ranks_of
+
+
+def test_ranks_start_at_1_ties_share_and_the_next_is_skipped():
+    assert ranks_of([0.1, 0.9, 0.5, 0.9]) == [4, 1, 3, 1]
+
+
+def test_accuracy_on_rankings_by_rank_distance():
+    rows = Dataset.from_list(
+        [
+            {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]},  # right, right, right
+            {"prompt": "p", "completions": ["a", "c", "b"], "ranks": [1, 2, 3]},  # 1-2 and 1-3 right, 2-3 wrong
+            {"prompt": "p", "completions": ["b", "a", "c"], "ranks": [2, 2, 2]},  # ties say nothing
+        ]
+    )
+    score = {"a": 3.0, "b": 2.0, "c": 1.0}
+    result = ranking_accuracy(lambda prompts, completions: [score[c] for c in completions], rows)
+    assert result["n_pairs"] == 6
+    assert result["pair_accuracy"] == pytest.approx(5 / 6)
+    assert result["by_rank_distance"]["1"]["accuracy"] == pytest.approx(3 / 4)
+    assert result["by_rank_distance"]["2"]["accuracy"] == 1
+    assert result["kendall_tau"] == pytest.approx(2 / 3)
+
+
+def test_rankings_without_untied_pairs_are_refused():
+    rows = Dataset.from_list([{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}])
+    with pytest.raises(ValueError, match="Fewer than two held-out prompts"):
+        ranking_accuracy(lambda prompts, completions: [0.0] * len(prompts), rows)
+
+
+def test_a_cut_answer_is_scored_the_same_by_flag_and_by_ids(reward_model, tokenizer):
+    scorer = RewardScorer(reward_model, tokenizer)
+    ids = tokenizer(" cut")["input_ids"]
+    by_ids = scorer(["hello"], [" cut"], completion_ids=[ids])
+    assert scorer(["hello"], [" cut"], truncated=[True]) == by_ids
+    assert scorer(["hello"], [" cut"], truncated=[False]) == scorer(["hello"], [" cut"]) != by_ids
+
+
+def test_the_demos_labeler_does_not_judge_other_data(tmp_path):
+    run = RunArguments(run_dir=str(tmp_path), dataset_name="mine.jsonl", cpu_threads=1)
+    with pytest.raises(ValueError, match="For your own data name yours"):
+        load_labeler(run, "demo")
+    with pytest.raises(ValueError, match="no such function"):
+        load_labeler(run, "no_module:score")
+
+
+def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, monkeypatch):
+    reviews = [
+        {
+            "text": f"film {source}-{i} has a plot that is {'great' if i % 2 else 'awful'} {i}",
+            "label": i % 2,
+            "source": source,
+        }
+        for source, count in (("rotten_tomatoes", 120), ("imdb", 60))
+        for i in range(count)
+    ]
+    trained = {}
+
+    def train(texts, labels):
+        trained["texts"] = texts
+        return type("L", (), {"save": lambda *_: None, "accuracy": lambda *_: 1.0})()
+
+    monkeypatch.setattr(demo_data, "movie_reviews", lambda: reviews)
+    monkeypatch.setattr(demo_data, "book_passages", lambda: [f"passage {i}" for i in range(20)])
+    monkeypatch.setattr(demo_data.SentimentLabeler, "train", staticmethod(train))
+    sizes = {"n_demonstrations": 8, "n_validation": 4, "n_reward_prompts": 8, "n_reward_test_prompts": 4}
+    rest = {"n_rl_prompts": 8, "n_test_prompts": 4, "n_selection_prompts": 4, "n_pretraining_test": 5}
+    args = demo_data.DemoDataArguments(**sizes, **rest)
+    counts = demo_data.build_demo_data(tmp_path, args)
+    assert counts["pretraining_train"] == 15
+    assert len(trained["texts"]) == 126  # 180 reviews less 40 used above, less a tenth of the rest held out
+    prompts = "".join(path.read_text() for path in tmp_path.glob("*prompts*.jsonl"))
+    for text in trained["texts"]:
+        assert " ".join(text.split()[:4]) + '"' not in prompts
+
+
+def test_more_reviews_than_there_are_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_data, "movie_reviews", lambda: [])
+    with pytest.raises(ValueError, match="only 0 left. Lower the sizes"):
+        demo_data.build_demo_data(tmp_path, demo_data.DemoDataArguments())
+
+
+@pytest.mark.parametrize(("yamls", "expected"), [((), "selected_sft/model"), (("rl_init.yaml",), "rl_init")])
+def test_the_stages_run_in_the_papers_order_and_ppo_starts_from_the_rl_init(tmp_path, monkeypatch, yamls, expected):
+    for name in yamls:
+        (tmp_path / name).write_text("")
+    calls = []
+
+    def run_recipe(name, run, extra=None, config=None, **kwargs):
+        calls.append((name, config, extra))
+        return str(run.run / kwargs.get("stage", name))
+
+    monkeypatch.setattr(pipeline, "run_recipe", run_recipe)
+    run = RunArguments(run_dir=str(tmp_path / "run"), cpu_threads=1)
+    run._config_folder = tmp_path
+    run.reward_model_path = None
+    policy = make_what_is_missing(run, "my-base")
+    assert policy == str(tmp_path / "run" / expected)
+    assert [name for name, _, _ in calls[:4]] == ["sft", "sample", "reward_model", "select_sft"]
+    assert calls[0][2] == ["--model_name_or_path", "my-base"]
+    assert [config for _, config, _ in calls[4:]] == [name.removesuffix(".yaml") for name in yamls]
+
+
+def test_own_models_replace_every_stage_before_ppo(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "run_recipe", lambda *_, **__: pytest.fail("no stage is missing"))
+    run = RunArguments(run_dir=str(tmp_path), dataset_name="mine.jsonl", cpu_threads=1)
+    run.reward_model_path = "my-rm"
+    assert make_what_is_missing(run, "my-policy") == "my-policy"
