@@ -59,7 +59,7 @@ class PPORollout(GRPOTrainer):
             return completions, None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.stopwatch("score"):
+        with self.stopwatch("score"), self.accelerator.autocast():
             self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
 
