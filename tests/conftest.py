@@ -33,7 +33,10 @@ def tokenizer():
 def tiny_config(**kwargs):
     sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return LlamaConfig(**{**sizes, **heads, "pad_token_id": 257, "eos_token_id": 256, "bos_token_id": None, **kwargs})
+    tokens = {"pad_token_id": 257, "eos_token_id": 256, "bos_token_id": None}
+    if kwargs.get("vocab_size") == 257:  # a vocabulary without room for a pad of its own
+        tokens["pad_token_id"] = 256
+    return LlamaConfig(**{**sizes, **heads, **tokens, **kwargs})
 
 
 @pytest.fixture
