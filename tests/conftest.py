@@ -52,3 +52,10 @@ def policy():
 def reward_model():
     torch.manual_seed(1)
     return LlamaForSequenceClassification(tiny_config(num_labels=1))
+
+
+@pytest.fixture
+def scorer(reward_model, tokenizer):
+    from instruct_trl import RewardScorer
+
+    return RewardScorer(reward_model, tokenizer)

@@ -6,47 +6,10 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from ppo_helpers import PROMPTS, TEXTS, make
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer, value_model_from_reward_model
-
-PROMPTS = Dataset.from_dict({"prompt": [f"hello {i}" * (1 + i % 2) for i in range(16)]})
-TEXTS = Dataset.from_dict({"text": [f"some text number {i} " * (1 + i % 3) for i in range(64)]})
-
-
-def make(
-    tmp_path, policy, reward, tokenizer, *, value_model=None, pretraining_dataset=TEXTS, prompts=PROMPTS, **kwargs
-):
-    settings = {
-        "generation_batch_size": 16,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "total_episodes": 32,
-        "max_completion_length": 8,
-        "ptx_ratio": 2,
-        "ptx_max_length": 32,
-        "learning_rate": 1e-3,
-        "warmup_iterations": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
-    args = PPOPtxConfig(str(tmp_path), **{"report_to": "none", **settings, **kwargs})
-    return PPOPtxTrainer(
-        policy,
-        reward,
-        args,
-        prompts,
-        processing_class=tokenizer,
-        value_model=value_model,
-        pretraining_dataset=pretraining_dataset if args.ptx_coef else None,
-    )
-
-
-@pytest.fixture
-def scorer(reward_model, tokenizer):
-    return RewardScorer(reward_model, tokenizer)
+from instruct_trl import RewardScorer, value_model_from_reward_model
 
 
 def rows(trainer, key):
@@ -308,67 +271,3 @@ def test_resuming_something_else_is_refused(tmp_path, policy, scorer, tokenizer)
     )
     with pytest.raises(ValueError, match="not written by PPOPtxTrainer"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-class TestBadInput:
-    def test_gamma_without_pretraining_data(self, tmp_path, policy, scorer, tokenizer):
-        with pytest.raises(ValueError, match="needs pretraining_dataset"):
-            make(tmp_path, policy, scorer, tokenizer, pretraining_dataset=None)
-
-    def test_a_function_alone_gives_no_critic(self, tmp_path, policy, tokenizer):
-        with pytest.raises(ValueError, match="Pass value_model="):
-            make(tmp_path, policy, lambda prompts, completions, **_: [0.0] * len(prompts), tokenizer)
-
-    def test_no_reward_at_all(self, tmp_path, policy, tokenizer):
-        with pytest.raises(ValueError, match="reward_funcs is empty"):
-            make(tmp_path, policy, None, tokenizer)
-
-    def test_a_reward_tokenizer_that_differs_is_named(self, tmp_path, policy, reward_model, tokenizer):
-        other = copy.deepcopy(tokenizer)
-        other.add_tokens([f"word{i}" for i in range(20)])
-        other.name_or_path = "other-tokenizer"
-        with pytest.raises(ValueError, match="other-tokenizer"):
-            make(tmp_path, policy, RewardScorer(reward_model, other), tokenizer)
-
-    def test_a_value_model_with_two_labels(self, tmp_path, policy, scorer, tokenizer):
-        from conftest import tiny_config
-        from transformers import LlamaForSequenceClassification
-
-        with pytest.raises(ValueError, match="num_labels=2"):
-            make(
-                tmp_path, policy, scorer, tokenizer,
-                value_model=LlamaForSequenceClassification(tiny_config(num_labels=2)),
-            )  # fmt: skip
-
-    def test_no_prompt_column(self, tmp_path, policy, scorer, tokenizer):
-        with pytest.raises(ValueError, match="needs a `prompt` column; it has \\['promt'\\]"):
-            make(tmp_path, policy, scorer, tokenizer, prompts=Dataset.from_dict({"promt": ["a"]}))
-
-    def test_an_empty_prompt(self, tmp_path, policy, scorer, tokenizer):
-        with pytest.raises(ValueError, match="row 1 is empty"):
-            make(tmp_path, policy, scorer, tokenizer, prompts=Dataset.from_dict({"prompt": ["a", " "]}))
-
-    def test_prompts_that_are_all_too_long(self, tmp_path, policy, scorer, tokenizer):
-        with pytest.raises(ValueError, match="all 16 prompts are longer than max_prompt_length=3"):
-            make(tmp_path, policy, scorer, tokenizer, max_prompt_length=3)
-
-    def test_some_prompts_too_long_are_dropped_and_counted(self, tmp_path, policy, scorer, tokenizer, caplog):
-        trainer = make(
-            tmp_path, policy, scorer, tokenizer, max_prompt_length=8, generation_batch_size=4, total_episodes=4,
-            gradient_accumulation_steps=1,
-        )  # fmt: skip
-        assert len(trainer.train_dataset) == 8
-        assert "dropped 8 of 16 prompts" in caplog.text
-
-    def test_a_tokenizer_without_eos(self, tmp_path, policy, scorer, tokenizer):
-        tokenizer.eos_token = None
-        with pytest.raises(ValueError, match="EOS"):
-            make(tmp_path, policy, scorer, tokenizer)
-
-    def test_a_model_path_that_does_not_exist(self, tmp_path, scorer, tokenizer):
-        with pytest.raises(ValueError, match="no-such-model"):
-            make(tmp_path, str(tmp_path / "no-such-model"), scorer, tokenizer)
-
-    def test_pretraining_data_without_text(self, tmp_path, policy, scorer, tokenizer):
-        with pytest.raises(ValueError, match="`text` or an `input_ids` column"):
-            make(tmp_path, policy, scorer, tokenizer, pretraining_dataset=Dataset.from_dict({"txt": ["a b"]}))

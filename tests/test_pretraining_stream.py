@@ -57,7 +57,10 @@ def test_collate_pads_on_the_right_and_ignores_padding_in_the_labels(tokenizer):
 
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"txt": ["a b"]}, "`text` or an `input_ids` column"), ({"text": ["abc", "a"]}, "row 1 .* fewer than 2 tokens")],
+    [
+        ({"txt": ["a b"]}, "has no column 'text' or 'input_ids'"),
+        ({"text": ["abc", "a"]}, "row 1 .* fewer than 2 tokens"),
+    ],
 )
 def test_bad_texts_are_refused(tokenizer, columns, message):
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from instruct_trl.data.checks import require_columns
+
 IGNORED_LABEL = -100
 
 
@@ -46,14 +48,10 @@ class PretrainingStream:
 
     @staticmethod
     def _token_rows(dataset: Any, tokenizer: Any) -> list[list[int]]:
-        columns = dataset.column_names
-        if "input_ids" in columns:
+        if "input_ids" in dataset.column_names:
             return [list(row) for row in dataset["input_ids"]]
-        if "text" in columns:
-            return tokenizer(list(dataset["text"]))["input_ids"] if len(dataset) else []
-        raise ValueError(
-            f"pretraining_dataset needs a `text` or an `input_ids` column; it has {columns}. Rename one of them."
-        )
+        require_columns(dataset, [("text", "input_ids")], "pretraining_dataset")
+        return tokenizer(list(dataset["text"]))["input_ids"] if len(dataset) else []
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,6 +8,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl.data_utils import is_conversational
 
+from instruct_trl.data.checks import require_columns
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,8 +41,7 @@ def filter_prompts(dataset: Any, tokenizer: Any, max_prompt_length: int | None, 
 
 
 def _filter_rows(dataset: Dataset, tokenizer: Any, max_prompt_length: int | None, name: str) -> Dataset:
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"{name} needs a `prompt` column; it has {dataset.column_names}. Rename one of them.")
+    require_columns(dataset, ["prompt"], name)
     prompts = list(dataset["prompt"])
     for row, prompt in enumerate(prompts):
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):

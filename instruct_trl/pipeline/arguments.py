@@ -63,6 +63,7 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     import yaml
     from trl import TrlParser
 
+    quiet_upstream()
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in argv:
@@ -79,6 +80,19 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     parsed = parser.parse_args_and_config(argv)
     parsed[0]._config_folder = config.parent
     return parsed
+
+
+def quiet_upstream() -> None:
+    """Leave out bars that last a blink and warnings of what upstream will rename: a run's own lines are to be seen."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for module in ("transformers", "trl", "peft"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def default_config(recipe: str) -> Path:

@@ -1,0 +1,83 @@
+"""Bad input to PPOPtxTrainer: one clear error each, before any training."""
+
+import copy
+
+import pytest
+from datasets import Dataset
+from ppo_helpers import make
+
+from instruct_trl import RewardScorer
+
+
+def test_gamma_without_pretraining_data(tmp_path, policy, scorer, tokenizer):
+    with pytest.raises(ValueError, match="needs pretraining_dataset"):
+        make(tmp_path, policy, scorer, tokenizer, pretraining_dataset=None)
+
+
+def test_a_function_alone_gives_no_critic(tmp_path, policy, tokenizer):
+    with pytest.raises(ValueError, match="Pass value_model="):
+        make(tmp_path, policy, lambda prompts, completions, **_: [0.0] * len(prompts), tokenizer)
+
+
+def test_no_reward_at_all(tmp_path, policy, tokenizer):
+    with pytest.raises(ValueError, match="reward_funcs is empty"):
+        make(tmp_path, policy, None, tokenizer)
+
+
+def test_a_reward_tokenizer_that_differs_is_named(tmp_path, policy, reward_model, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([f"word{i}" for i in range(20)])
+    other.name_or_path = "other-tokenizer"
+    with pytest.raises(ValueError, match="other-tokenizer"):
+        make(tmp_path, policy, RewardScorer(reward_model, other), tokenizer)
+
+
+def test_a_value_model_with_two_labels(tmp_path, policy, scorer, tokenizer):
+    from conftest import tiny_config
+    from transformers import LlamaForSequenceClassification
+
+    with pytest.raises(ValueError, match="num_labels=2"):
+        make(
+            tmp_path, policy, scorer, tokenizer,
+            value_model=LlamaForSequenceClassification(tiny_config(num_labels=2)),
+        )  # fmt: skip
+
+
+def test_no_prompt_column(tmp_path, policy, scorer, tokenizer):
+    with pytest.raises(ValueError, match="train_dataset has no column 'prompt'.* Did you mean 'promt'"):
+        make(tmp_path, policy, scorer, tokenizer, prompts=Dataset.from_dict({"promt": ["a"]}))
+
+
+def test_an_empty_prompt(tmp_path, policy, scorer, tokenizer):
+    with pytest.raises(ValueError, match="row 1 is empty"):
+        make(tmp_path, policy, scorer, tokenizer, prompts=Dataset.from_dict({"prompt": ["a", " "]}))
+
+
+def test_prompts_that_are_all_too_long(tmp_path, policy, scorer, tokenizer):
+    with pytest.raises(ValueError, match="all 16 prompts are longer than max_prompt_length=3"):
+        make(tmp_path, policy, scorer, tokenizer, max_prompt_length=3)
+
+
+def test_some_prompts_too_long_are_dropped_and_counted(tmp_path, policy, scorer, tokenizer, caplog):
+    trainer = make(
+        tmp_path, policy, scorer, tokenizer, max_prompt_length=8, generation_batch_size=4, total_episodes=4,
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
+    assert len(trainer.train_dataset) == 8
+    assert "dropped 8 of 16 prompts" in caplog.text
+
+
+def test_a_tokenizer_without_eos(tmp_path, policy, scorer, tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="EOS"):
+        make(tmp_path, policy, scorer, tokenizer)
+
+
+def test_a_model_path_that_does_not_exist(tmp_path, scorer, tokenizer):
+    with pytest.raises(ValueError, match="no-such-model"):
+        make(tmp_path, str(tmp_path / "no-such-model"), scorer, tokenizer)
+
+
+def test_pretraining_data_without_text(tmp_path, policy, scorer, tokenizer):
+    with pytest.raises(ValueError, match="has no column 'text' or 'input_ids'"):
+        make(tmp_path, policy, scorer, tokenizer, pretraining_dataset=Dataset.from_dict({"txt": ["a b"]}))
