@@ -16,7 +16,7 @@ import yaml
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_or_own, load_labeler, prompts_for
-from instruct_trl.pipeline.sampling import load_causal_lm
+from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import finished_summary
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
@@ -63,20 +63,11 @@ def model_paths(run: Any) -> dict[str, str]:
 def _measure(run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any) -> dict[str, Any]:
     from instruct_trl.evaluation.divergence import mean_answer_kl
     from instruct_trl.evaluation.language_modeling import mean_token_loss
-    from instruct_trl.models.generation import encode_prompt, generate_completions
+    from instruct_trl.models.generation import encode_prompt
 
     model, tokenizer = load_causal_lm(path)
+    answers = sample_answers(model, tokenizer, prompts, run, seed=run.seed, desc=f"answers of {name}")
     with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
-        answers = generate_completions(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=run.max_completion_length,
-            temperature=run.temperature,
-            batch_size=run.batch_size,
-            seed=run.seed,
-            desc=f"answers of {name}",
-        )
         rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
         measured = {"kl": 0.0 if name == SFT else mean_answer_kl(model, reference, rows)}
         if texts is not None:
@@ -98,6 +89,9 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
     Raises:
         ValueError: fewer than two prompts have an untied pair.
     """
+    from instruct_trl.maths.rankings import kendall_tau
+
+    taus: list[float] = []
     hits: dict[str, list[list[bool]]] = defaultdict(list)  # distance → prompt → pair
     for row in rankings:
         count = len(row["completions"])
@@ -110,6 +104,8 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
             by_distance[str(row["ranks"][j] - row["ranks"][i])].append(scores[i] > scores[j])
         for distance, group in by_distance.items():
             hits[distance].append(group)
+        if pairs:
+            taus.append(float(kendall_tau(torch.tensor([scores]), torch.tensor([row["ranks"]]))))
     if len(hits["all"]) < 2:
         raise ValueError("Fewer than two held-out prompts have an untied pair. Sample more prompts, or longer answers.")
     overall = _accuracy(hits.pop("all"))
@@ -117,7 +113,7 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
     return overall | {
         "pair_accuracy": accuracy,
         "n_prompts": len(rankings),
-        "kendall_tau": 2 * accuracy - 1,
+        "kendall_tau": sum(taus) / len(taus),
         "by_rank_distance": {d: _accuracy(hits[d]) for d in sorted(hits, key=int) if len(hits[d]) > 1},
     }
 

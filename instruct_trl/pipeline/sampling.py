@@ -45,13 +45,14 @@ def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, seed: int, part: str) -> tuple[list, int]:
-    """(rows, number of empty answers left out); a prompt with fewer than two answers left is left out with them."""
+def sample_answers(
+    model: Any, tokenizer: Any, prompts: list, run: Any, *, seed: int, desc: str, count: int = 1
+) -> list:
+    """`count` answers a prompt, prompt by prompt, under the recipe's length, temperature, batch size and precision."""
     from instruct_trl.models.generation import generate_completions
 
-    count = run.num_completions
     with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
-        answers = generate_completions(
+        return generate_completions(
             model,
             tokenizer,
             prompts,
@@ -60,8 +61,14 @@ def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, see
             batch_size=run.batch_size,
             seed=seed,
             num_return_sequences=count,
-            desc=f"sampling {part}",
+            desc=desc,
         )
+
+
+def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, seed: int, part: str) -> tuple[list, int]:
+    """(rows, number of empty answers left out); a prompt with fewer than two answers left is left out with them."""
+    count = run.num_completions
+    answers = sample_answers(model, tokenizer, prompts, run, seed=seed, desc=f"sampling {part}", count=count)
     rows, empty = [], 0
     for i, prompt in enumerate(prompts):
         group = [answer for answer in answers[i * count : (i + 1) * count] if answer.text.strip()]
