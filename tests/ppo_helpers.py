@@ -9,7 +9,16 @@ TEXTS = Dataset.from_dict({"text": [f"some text number {i} " * (1 + i % 3) for i
 
 
 def make(
-    tmp_path, policy, reward, tokenizer, *, value_model=None, pretraining_dataset=TEXTS, prompts=PROMPTS, **kwargs
+    tmp_path,
+    policy,
+    reward,
+    tokenizer,
+    *,
+    value_model=None,
+    pretraining_dataset=TEXTS,
+    prompts=PROMPTS,
+    eval_prompts=None,
+    **kwargs,
 ):
     settings = {
         "generation_batch_size": 16,
@@ -32,6 +41,7 @@ def make(
         reward,
         args,
         prompts,
+        eval_prompts,
         processing_class=tokenizer,
         value_model=value_model,
         pretraining_dataset=pretraining_dataset if args.ptx_coef else None,

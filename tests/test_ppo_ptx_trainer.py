@@ -9,7 +9,7 @@ from datasets import Dataset
 from ppo_helpers import PROMPTS, TEXTS, make
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from instruct_trl import RewardScorer, value_model_from_reward_model
+from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer, value_model_from_reward_model
 
 
 def rows(trainer, key):
@@ -249,6 +249,44 @@ def test_a_resumed_run_walks_the_same_path(tmp_path, policy, reward_model, token
             torch.testing.assert_close(b.state_dict()[name], tensor, atol=1e-6, rtol=1e-5)
     for mine, other in zip(whole.ema.shadow, again.ema.shadow, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
+
+
+def test_evaluation_reports_score_and_kl(tmp_path, policy, scorer, tokenizer):
+    trainer = make(
+        tmp_path, policy, scorer, tokenizer, per_device_eval_batch_size=4, eval_prompts=PROMPTS.select(range(8)),
+        eval_strategy="steps", eval_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    assert len(rows(trainer, "eval_score")) == 2
+    objective = [s - 0.02 * kl for s, kl in zip(rows(trainer, "eval_score"), rows(trainer, "eval_kl"), strict=True)]
+    assert rows(trainer, "eval_loss") == pytest.approx([-value for value in objective], abs=1e-4)
+
+
+def test_a_lora_policy_has_the_base_as_its_reference_and_trains_its_adapter_alone(tmp_path, policy, scorer, tokenizer):
+    from peft import LoraConfig
+
+    policy.save_pretrained(tmp_path / "base")
+    before = copy.deepcopy(policy.state_dict())
+    args = PPOPtxConfig(
+        str(tmp_path / "run"), generation_batch_size=16, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        total_episodes=32, max_completion_length=8, ptx_ratio=1, learning_rate=1e-2, warmup_iterations=0,
+        logging_steps=1, save_strategy="no", gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = PPOPtxTrainer(
+        str(tmp_path / "base"), scorer, args, PROMPTS, processing_class=tokenizer, pretraining_dataset=TEXTS,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.ref_model is None
+    kl = rows(trainer, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert abs(kl[1]) > 1e-6
+    for name, tensor in trainer.model.get_base_model().state_dict().items():
+        if "lora" not in name:
+            torch.testing.assert_close(tensor, before[name.replace("base_layer.", "")])
+    trainer.save_model()
+    assert (tmp_path / "run" / "policy" / "adapter_config.json").exists()
+    assert (tmp_path / "run" / "ema" / "adapter_config.json").exists()
 
 
 def test_trackers_get_the_metrics(tmp_path, policy, scorer, tokenizer, monkeypatch):

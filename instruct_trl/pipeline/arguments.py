@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The recipe's docstring as it is written, and every setting with its default."""
 
 
 @dataclass
@@ -69,7 +74,13 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     if "--config" not in argv:
         argv = ["--config", str(default_config(recipe)), *argv]
     config = Path(argv[argv.index("--config") + 1])
-    parser = TrlParser(dataclass_types, prog=f"recipes/{recipe}.py", description=description)
+    parser = TrlParser(
+        dataclass_types,
+        prog=f"recipes/{recipe}.py",
+        usage=f"accelerate launch recipes/{recipe}.py [--config FILE.yaml] [--setting VALUE ...]",
+        description=f"{description.strip()}\n\nDefaults shown are those of {config}.",
+        formatter_class=_HelpFormatter,
+    )
     if not config.is_file():
         raise ValueError(f"The config {config} does not exist. Recipes have theirs in {default_config(recipe).parent}.")
     known = {action.dest for action in parser._actions} | {"env"}

@@ -40,7 +40,8 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
         answers[name] = _measure(run, name, path, prompts, texts, reference) | {"path": path}
         completions, ids = answers[name]["completions"], answers[name].pop("completion_ids")
         answers[name]["labeler"] = labeler(prompts, completions)
-        answers[name]["reward"] = scorer(prompts, completions, completion_ids=ids)
+        with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
+            answers[name]["reward"] = scorer(prompts, completions, completion_ids=ids)
     result: dict[str, Any] = {"prompts": prompts, "models": answers}
     if not own:
         result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
