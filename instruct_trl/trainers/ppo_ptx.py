@@ -22,6 +22,7 @@ from instruct_trl.data.prompts import filter_prompts
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss
 from instruct_trl.models.generation import require_eos
+from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -126,6 +127,12 @@ class PPOPtxTrainer(PPORollout):
         finally:
             args.beta = beta
         self.beta = beta
+        self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
+        say_plan(self)
+
+    def _add_ppo_parts(self, value_model: ValueModel, ref_model: Any, pretraining_dataset: Any) -> None:
+        """What PPO-ptx has and GRPO has not: an own reference, the critic, the pretraining gradient, the average."""
+        args = self.args
         self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
         self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
         self.pretraining = self._pretraining_gradient(pretraining_dataset) if args.ptx_coef > 0 else None
@@ -136,7 +143,6 @@ class PPOPtxTrainer(PPORollout):
         self.stopwatch = Stopwatch()
         self._minibatch = {}
         self._paced = False
-        say_plan(self)
 
     def _pretraining_gradient(self, dataset: Any) -> PretrainingGradient:
         args = self.args
