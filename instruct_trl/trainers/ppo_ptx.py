@@ -27,6 +27,7 @@ from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
+    check_pretraining,
     copy_reference,
     load_policy,
     load_policy_tokenizer,
@@ -89,11 +90,7 @@ class PPOPtxTrainer(PPORollout):
         pretraining_dataset: Any = None,
     ):
         args = args or PPOPtxConfig("PPO-ptx")
-        if args.ptx_coef > 0 and pretraining_dataset is None:
-            raise ValueError(
-                f"ptx_coef={args.ptx_coef} needs pretraining_dataset= (a `text` or an `input_ids` column). For plain "
-                "PPO set ptx_coef=0."
-            )
+        check_pretraining(args, pretraining_dataset)
         processing_class = processing_class or load_policy_tokenizer(model)
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)

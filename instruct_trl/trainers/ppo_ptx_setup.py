@@ -16,6 +16,19 @@ from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 logger = logging.getLogger(__name__)
 
 
+def check_pretraining(args: PPOPtxConfig, pretraining_dataset: Any) -> None:
+    """Refuse γ > 0 without text.
+
+    Raises:
+        ValueError: `ptx_coef` is above 0 and there is no pretraining dataset.
+    """
+    if args.ptx_coef > 0 and pretraining_dataset is None:
+        raise ValueError(
+            f"ptx_coef={args.ptx_coef} needs pretraining_dataset= (a `text` or an `input_ids` column). For plain PPO "
+            "set ptx_coef=0."
+        )
+
+
 def load_policy_tokenizer(model: Any) -> Any:
     """The tokenizer that was saved with the policy, padding on the left.
 
