@@ -201,6 +201,16 @@ def test_scores_that_are_none_are_counted_and_left_out(tmp_path, policy, tokeniz
     assert rows(trainer, "score")[0] == pytest.approx(1.0)
 
 
+def test_a_function_of_weight_0_does_not_turn_a_missing_score_into_0(tmp_path, policy, tokenizer, reward_model):
+    values = value_model_from_reward_model(reward_model)
+    half = lambda prompts, completions, **_: [None if i % 2 else 1.0 for i in range(len(prompts))]  # noqa: E731
+    logged = lambda prompts, completions, **_: [7.0] * len(prompts)  # noqa: E731
+    trainer = make(tmp_path, policy, [half, logged], tokenizer, value_model=values, reward_weights=[1.0, 0.0])
+    trainer.train()
+    assert rows(trainer, "unscored_fraction") == [0.5, 0.5]
+    assert rows(trainer, "score")[0] == pytest.approx(1.0)
+
+
 def test_plain_ppo_needs_no_pretraining_data(tmp_path, policy, scorer, tokenizer):
     trainer = make(tmp_path, policy, scorer, tokenizer, ptx_coef=0.0)
     trainer.train()

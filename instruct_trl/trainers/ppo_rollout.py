@@ -116,8 +116,10 @@ class PPORollout(GRPOTrainer):
         mask, rows = rollout["loss_mask"], len(rollout["loss_mask"])
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         rewards = self._rewards[mine]
-        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        scored = scores.isfinite() & ~rewards.isnan().all(dim=1)
+        weights = self.reward_weights.to(rewards.device)
+        scores = (rewards * weights).nansum(dim=1)
+        # A function of weight 0 is logged only: where no other scored an answer, its score is no reward of 0.
+        scored = scores.isfinite() & ~rewards[:, weights != 0].isnan().all(dim=1)
         ends = rollout["completion_ids"].gather(1, rollout["completion_mask"].sum(dim=1, keepdim=True) - 1)
         ended = torch.isin(ends.squeeze(1), torch.tensor(self.eos_token_ids, device=mask.device))
         if self.args.missing_eos_penalty is not None:
