@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from instruct_trl.data import pairs, ranking
+from instruct_trl.data import pairs, ranking_collator
 from instruct_trl.data.checks import require_columns
 from instruct_trl.data.ranking import RankingCollator, parse_ranking, prepare_ranking_dataset
 
@@ -34,6 +34,9 @@ def test_text_is_tokenised_jointly_with_eos(tokenizer):
     texts = [tokenizer.decode(row) for row in dataset[0]["input_ids"]]
     assert texts == ["abcd<|eos|>", "abe<|eos|>", "abfgh<|eos|>"]
     assert dataset[0]["ranks"] == [1, 2, 1]
+    assert sorted(dataset[0]["pairs"]) == [[0, 1], [2, 1]]
+    assert dataset[0]["weight"] == 1.0
+    assert "margins" not in dataset.column_names
     assert (report.prompts, report.dropped_prompts, report.overlong_rows, report.tied_prompts) == (1, 0, 0, 0)
 
 
@@ -74,6 +77,7 @@ def test_overlong_rows_are_dropped_and_counted(tokenizer):
     assert len(dataset) == 1
     assert [len(ids) for ids in dataset[0]["input_ids"]] == [5, 4]
     assert (report.overlong_rows, report.dropped_prompts, report.long_prompts) == (3, 1, 0)
+    assert report.dropped_pairs == 3  # 1 of the first row's 2, both of the second's
     line = report.line("the train dataset", 5, None)
     assert "3 completions longer than max_length=5" in line
     assert "1 prompts left with fewer than two completions" in line
@@ -83,6 +87,7 @@ def test_ranks_are_renumbered_after_dropping(tokenizer):
     row = {**GOOD, "completions": ["longer", "c", "d"], "ranks": [1, 2, 3]}
     dataset, _ = prepare(Dataset.from_list([row]), tokenizer, max_length=5)
     assert dataset[0]["ranks"] == [1, 2]
+    assert dataset[0]["pairs"] == [[0, 1]]
 
 
 @pytest.mark.parametrize("prompt", ["much too long", user("much too long")])
@@ -132,7 +137,7 @@ def test_text_and_messages_do_not_mix():
 
 
 def test_all_rows_tied_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="in each of its 2 prompts all completions tie"):
+    with pytest.raises(ValueError, match="none of its 2 prompts has an untied pair"):
         prepare(Dataset.from_list([{**GOOD, "ranks": [1, 1, 1]}] * 2), tokenizer)
 
 
@@ -160,11 +165,6 @@ def test_missing_and_double_columns():
     require_columns(data, ["prompt", "scores"], "data")
 
 
-def test_margin_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="'margin'"):
-        prepare(Dataset.from_list([{"chosen": "a", "rejected": "b", "margin": 1.0}]), tokenizer)
-
-
 def test_a_prepared_dataset_is_left_alone(tokenizer):
     dataset, _ = prepare(Dataset.from_list([GOOD]), tokenizer)
     assert prepare(dataset, tokenizer) == (dataset, None)
@@ -175,7 +175,7 @@ def test_streams_are_prepared_and_checked_as_they_are_read(tokenizer):
     prepared, report = prepare(stream, tokenizer)
     assert report is None
     reader = iter(prepared)
-    assert set(next(reader)) == {"input_ids", "ranks"}
+    assert set(next(reader)) == {"input_ids", "ranks", "pairs", "weight"}
     with pytest.raises(ValueError, match="row 1: 3 completions but 1 ranks"):
         next(reader)
 
@@ -198,9 +198,10 @@ def test_collator_flattens_and_pads_on_the_right():
     assert batch["ranks"].tolist() == [[2, 1, 0], [1, 1, 2]]
     assert batch["mask"].tolist() == [[True, True, False], [True, True, True]]
     assert next(iter(batch)) == "ranks"  # transformers counts examples by the first tensor: 2 prompts, not 5 rows
+    assert batch["pairs"].nonzero().tolist() == [[0, 1, 0], [1, 0, 2], [1, 1, 2]]  # from the ranks
     assert RankingCollator(9, pad_to_multiple_of=4)(examples)["input_ids"].shape == (5, 4)
 
 
 def test_doctests_hold():
-    for module in (ranking, pairs):
+    for module in (ranking_collator, pairs):
         assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

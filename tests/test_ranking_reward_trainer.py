@@ -105,7 +105,7 @@ def test_gradient_checkpointing_equals_none(tokenizer, tmp_path):
 
 
 def test_each_completion_is_forwarded_once(tokenizer, tmp_path):
-    trainer = make(fresh_model(), tokenizer, tmp_path)
+    trainer = make(fresh_model(), tokenizer, tmp_path, prefix_sharing="off")
     rows = []
     trainer.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append((args[0] if args else kwargs["input_ids"]).shape[0]), with_kwargs=True

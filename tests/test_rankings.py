@@ -17,6 +17,7 @@ from instruct_trl.maths.rankings import (
     ranking_loss,
     ranking_losses,
     ranking_metrics,
+    tied_pairs,
 )
 
 
@@ -24,42 +25,48 @@ def softplus(x):
     return math.log(1 + math.exp(x))  # −log σ(−x)
 
 
+def ranked(*rows):
+    return preferred_pairs(torch.tensor(rows))
+
+
 def test_loss_is_the_mean_over_all_pairs():
     # best 1.0, then −0.5, then 2.0: the three pairs' −log σ(r_w − r_l)
     expected = (softplus(-1.5) + softplus(1.0) + softplus(2.5)) / 3
-    loss = ranking_loss(torch.tensor([[1.0, -0.5, 2.0]]), torch.tensor([[1, 2, 3]]))
+    loss = ranking_loss(torch.tensor([[1.0, -0.5, 2.0]]), ranked([1, 2, 3]))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_rewards_give_log_two():
-    assert ranking_loss(torch.full((2, 9), 3.0), torch.arange(9).repeat(2, 1)).item() == pytest.approx(math.log(2))
+    assert ranking_loss(torch.full((2, 9), 3.0), ranked(range(9), range(9))).item() == pytest.approx(math.log(2))
 
 
 def test_ties_are_left_out_of_the_mean():
     # the first two tie, so that two of three pairs remain
     expected = (softplus(2.0 - 1.0) + softplus(2.0 + 0.5)) / 2
-    loss = ranking_loss(torch.tensor([[1.0, -0.5, 2.0]]), torch.tensor([[4, 4, 9]]))
+    loss = ranking_loss(torch.tensor([[1.0, -0.5, 2.0]]), ranked([4, 4, 9]))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_mean_is_over_prompts_that_have_an_untied_pair():
     rewards = torch.tensor([[1.0, 0.0], [5.0, -5.0], [0.0, 2.0]])
-    ranks = torch.tensor([[1, 2], [1, 1], [1, 2]])
-    losses, counted = ranking_losses(rewards, ranks)
+    pairs = ranked([1, 2], [1, 1], [1, 2])
+    losses, counted = ranking_losses(rewards, pairs)
     assert losses.tolist() == pytest.approx([softplus(-1.0), 0.0, softplus(2.0)], rel=1e-6)
     assert counted.tolist() == [True, False, True]
-    assert ranking_loss(rewards, ranks).item() == pytest.approx((softplus(-1.0) + softplus(2.0)) / 2, rel=1e-6)
+    assert ranking_loss(rewards, pairs).item() == pytest.approx((softplus(-1.0) + softplus(2.0)) / 2, rel=1e-6)
 
 
 def test_loss_ignores_an_added_constant():
-    rewards, ranks = torch.randn(4, 5, dtype=torch.float64), torch.randint(1, 4, (4, 5))
+    rewards = torch.randn(4, 5, dtype=torch.float64)
+    pairs = preferred_pairs(torch.randint(1, 4, (4, 5)))
     shifted = rewards + torch.tensor([[3.0], [-7.0], [100.0], [0.1]], dtype=torch.float64)
-    torch.testing.assert_close(ranking_loss(shifted, ranks), ranking_loss(rewards, ranks))
+    torch.testing.assert_close(ranking_loss(shifted, pairs), ranking_loss(rewards, pairs))
 
 
 def test_only_the_order_of_ranks_counts():
-    rewards, ranks = torch.randn(3, 4), torch.tensor([[1, 2, 2, 3], [4, 1, 2, 3], [1, 1, 2, 2]])
-    torch.testing.assert_close(ranking_loss(rewards, ranks), ranking_loss(rewards, 10 * ranks - 100))
+    ranks = torch.tensor([[1, 2, 2, 3], [4, 1, 2, 3], [1, 1, 2, 2]])
+    assert torch.equal(preferred_pairs(ranks), preferred_pairs(10 * ranks - 100))
+    assert torch.equal(tied_pairs(ranks), tied_pairs(10 * ranks - 100))
 
 
 def test_masked_equals_sliced():
@@ -67,27 +74,31 @@ def test_masked_equals_sliced():
     sizes = [2, 6, 4]
     mask = torch.arange(6) < torch.tensor(sizes).unsqueeze(1)
     garbage = torch.where(mask, rewards, torch.full_like(rewards, float("nan")))
-    losses, counted = ranking_losses(garbage, ranks, mask)
-    tau = kendall_tau(garbage, ranks, mask)
+    pairs, ties = preferred_pairs(ranks, mask), tied_pairs(ranks, mask)
+    losses, counted = ranking_losses(garbage, pairs)
+    tau = kendall_tau(garbage, pairs, ties)
     for row, size in enumerate(sizes):
-        sliced, sliced_counted = ranking_losses(rewards[row, :size], ranks[row, :size])
+        own = rewards[row, :size], preferred_pairs(ranks[row, :size])
+        sliced, sliced_counted = ranking_losses(*own)
         torch.testing.assert_close(losses[row], sliced)
         assert counted[row] == sliced_counted
-        torch.testing.assert_close(tau[row], kendall_tau(rewards[row, :size], ranks[row, :size]))
+        torch.testing.assert_close(tau[row], kendall_tau(*own, tied_pairs(ranks[row, :size])))
         assert dense_ranks(ranks, mask)[row, :size].tolist() == dense_ranks(ranks[row, :size]).tolist()
 
 
 def test_leading_axes_are_batch():
-    rewards, ranks = torch.randn(2, 3, 4), torch.randint(1, 4, (2, 3, 4))
-    flat, _ = ranking_losses(rewards.view(6, 4), ranks.view(6, 4))
-    torch.testing.assert_close(ranking_losses(rewards, ranks)[0].view(6), flat)
+    rewards, pairs = torch.randn(2, 3, 4), preferred_pairs(torch.randint(1, 4, (2, 3, 4)))
+    flat, _ = ranking_losses(rewards.view(6, 4), pairs.view(6, 4, 4))
+    torch.testing.assert_close(ranking_losses(rewards, pairs)[0].view(6), flat)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 0.0])
 def test_gradient_is_never_nan(value):
     rewards = torch.tensor([[1.0, 2.0, value], [1e4, -1e4, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
-    ranking_loss(rewards, torch.tensor([[1, 2, 3], [3, 1, 2], [5, 5, 5]]), mask).backward()
+    pairs = preferred_pairs(torch.tensor([[1, 2, 3], [3, 1, 2], [5, 5, 5]]), mask)
+    margins = torch.where(pairs, 0.5, value)  # what stands at a place without a pair is not read
+    ranking_loss(rewards, pairs, margins=margins, center_coefficient=0.01).backward()
     assert torch.isfinite(rewards.grad).all()
     assert rewards.grad[0, 2] == 0
     assert (rewards.grad[2] == 0).all()
@@ -95,7 +106,7 @@ def test_gradient_is_never_nan(value):
 
 def test_all_masked_is_zero_with_a_gradient():
     rewards = torch.randn(2, 3, requires_grad=True)
-    loss = ranking_loss(rewards, torch.tensor([[1, 2, 3]] * 2), torch.zeros(2, 3, dtype=torch.bool))
+    loss = ranking_loss(rewards, torch.zeros(2, 3, 3, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0
     assert (rewards.grad == 0).all()
@@ -103,19 +114,19 @@ def test_all_masked_is_zero_with_a_gradient():
 
 def test_gradient_pushes_winner_up_and_sums_to_zero():
     rewards = torch.zeros(1, 2, requires_grad=True)
-    ranking_loss(rewards, torch.tensor([[2, 1]])).backward()
+    ranking_loss(rewards, ranked([2, 1])).backward()
     assert rewards.grad[0].tolist() == pytest.approx([0.5, -0.5])  # −σ(0) on the winner
 
 
 def test_center_coefficient_adds_the_squared_sums():
     rewards = torch.tensor([[1.0, 0.5]])
-    with_center, _ = ranking_losses(rewards, torch.tensor([[1, 2]]), center_coefficient=0.1)
+    with_center, _ = ranking_losses(rewards, ranked([1, 2]), center_coefficient=0.1)
     assert with_center.item() == pytest.approx(softplus(-0.5) + 0.1 * 1.5**2, rel=1e-6)
 
 
 def test_half_precision_is_computed_in_float32():
     rewards = torch.tensor([[2.0, 0.5]], dtype=torch.bfloat16)
-    assert ranking_loss(rewards, torch.tensor([[1, 2]])).item() == pytest.approx(softplus(-1.5), rel=1e-6)
+    assert ranking_loss(rewards, ranked([1, 2])).item() == pytest.approx(softplus(-1.5), rel=1e-6)
 
 
 def test_pair_accuracy_is_over_pairs_not_prompts():
@@ -123,13 +134,14 @@ def test_pair_accuracy_is_over_pairs_not_prompts():
     rewards = torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.0, 9.0]])
     ranks = torch.tensor([[1, 2, 3], [1, 2, 3]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    assert pair_accuracy(rewards, ranks, mask).item() == 0.75
-    correct, total = pair_counts(rewards, ranks, mask)
+    pairs = preferred_pairs(ranks, mask)
+    assert pair_accuracy(rewards, pairs).item() == 0.75
+    correct, total = pair_counts(rewards, pairs)
     assert (correct.tolist(), total.tolist()) == ([3, 0], [3, 1])
 
 
 def test_equal_rewards_order_no_pair():
-    assert pair_accuracy(torch.zeros(1, 4), torch.tensor([[1, 2, 3, 4]])).item() == 0
+    assert pair_accuracy(torch.zeros(1, 4), ranked([1, 2, 3, 4])).item() == 0
 
 
 def test_kendall_tau_equals_scipy():
@@ -137,17 +149,17 @@ def test_kendall_tau_equals_scipy():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randint(0, 6, (50, 7), generator=generator).double()
     ranks = torch.randint(1, 5, (50, 7), generator=generator)
-    ours = kendall_tau(rewards, ranks)
+    ours = kendall_tau(rewards, preferred_pairs(ranks), tied_pairs(ranks))
     for row in range(50):
         expected = stats.kendalltau(-rewards[row].numpy(), ranks[row].numpy()).statistic
         assert ours[row].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_kendall_tau_extremes():
-    ranks = torch.tensor([[1, 2, 3, 4]])
-    assert kendall_tau(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), ranks).item() == 1
-    assert kendall_tau(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), ranks).item() == -1
-    assert kendall_tau(torch.zeros(1, 4), ranks).item() == 0
+    pairs = ranked([1, 2, 3, 4])
+    assert kendall_tau(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), pairs).item() == 1
+    assert kendall_tau(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), pairs).item() == -1
+    assert kendall_tau(torch.zeros(1, 4), pairs).item() == 0
 
 
 def test_dense_ranks_keep_the_order_and_the_ties():
@@ -163,7 +175,7 @@ def test_metrics_over_ragged_prompts():
     rewards = torch.tensor([[2.0, 1.0, 0.0], [1.0, 5.0, 0.0], [4.0, 6.0, 0.0]])
     ranks = torch.tensor([[1, 1, 2], [1, 2, 0], [3, 3, 0]])
     mask = torch.tensor([[True, True, True], [True, True, False], [True, True, False]])
-    metrics = ranking_metrics(rewards, ranks, mask)
+    metrics = ranking_metrics(rewards, preferred_pairs(ranks, mask), ranks, mask)
     assert metrics["loss"] == pytest.approx(((softplus(-2.0) + softplus(-1.0)) / 2 + softplus(4.0)) / 2, rel=1e-6)
     assert metrics["pair_accuracy"] == pytest.approx(2 / 3)
     # τ-b of prompt 1: 2 concordant, 2 pairs untied in ranks, 3 in rewards; of prompt 2: −1; prompt 3 has none
@@ -174,10 +186,17 @@ def test_metrics_over_ragged_prompts():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"rewards \(1, 2\) do not fit ranks \(1, 3\)"):
-        ranking_loss(torch.zeros(1, 2), torch.ones(1, 3))
-    with pytest.raises(ValueError, match="mask"):
-        ranking_loss(torch.zeros(1, 3), torch.ones(1, 3), torch.ones(3))
+    rewards, pairs = torch.zeros(1, 3), ranked([1, 2, 3])
+    with pytest.raises(ValueError, match=r"pairs \(1, 3\) do not fit rewards \(1, 3\).*preferred_pairs"):
+        ranking_loss(rewards, torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"mask \(3,\) does not fit ranks \(1, 3\)"):
+        preferred_pairs(torch.ones(1, 3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"margins \(1, 3\) do not fit pairs \(1, 3, 3\)"):
+        ranking_loss(rewards, pairs, margins=torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"weights \(3,\) do not fit \(1,\): give one a prompt"):
+        ranking_loss(rewards, pairs, weights=torch.ones(3))
+    with pytest.raises(ValueError, match=r"ties \(3, 3\) do not fit"):
+        kendall_tau(rewards, pairs, pairs[0])
 
 
 def test_doctests_hold():

@@ -1,39 +1,25 @@
-"""Rankings as data: what a row may look like, how it becomes tokens, and how rows become a batch.
+"""Ranking datasets: checked, tokenised and counted before training.
 
-Legend: B prompts, K completions of the longest list in a batch, N completions in all, T tokens.
-
-A row is `prompt`, `completions` (a list) and `ranks` (lower is better, equal numbers tie, only order counts) or
-`scores` (higher is better), optionally `truncated` (a list of bool); or TRL's `chosen`/`rejected`, which is K = 2.
-Text or messages.
+What a row may look like is in `ranking_rows`, and how rows become a batch in `ranking_collator`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 
 from instruct_trl.data.checks import column_names, require_columns
-from instruct_trl.data.pairs import Text, pad_rows, template_kwargs, tokenize_pair
-from instruct_trl.maths.rankings import dense_ranks
+from instruct_trl.data.pairs import Text, template_kwargs, tokenize_pair
+from instruct_trl.data.ranking_collator import RankingCollator as RankingCollator
+from instruct_trl.data.ranking_rows import Ranking as Ranking
+from instruct_trl.data.ranking_rows import parse_ranking as parse_ranking
 
 _PREPARED = ("input_ids", "ranks")
-_COUNTERS = ("long_prompt", "overlong_rows", "tied")
-
-
-@dataclass
-class Ranking:
-    """One prompt with its K ≥ 2 completions; `ranks` are dense (1 is best), `truncated` ones end without EOS."""
-
-    prompt: Text
-    completions: list[Text]
-    ranks: list[int]
-    truncated: list[bool]
+_COUNTERS = ("long_prompt", "overlong_rows", "dropped_pairs", "tied")
 
 
 @dataclass
@@ -42,7 +28,8 @@ class RankingReport:
 
     `overlong_rows`: completions dropped, since with their prompt they exceed `max_length`. `dropped_prompts`: prompts
     dropped, since they exceed `max_prompt_length` (`long_prompts` of them) or kept fewer than two completions.
-    `tied_prompts`: prompts kept that hold no untied pair.
+    `tied_prompts`: prompts kept that hold no untied pair. `dropped_pairs`: comparisons that went with the completions
+    in `overlong_rows`, since they touch one.
     """
 
     prompts: int
@@ -50,13 +37,15 @@ class RankingReport:
     overlong_rows: int
     dropped_prompts: int
     tied_prompts: int
+    dropped_pairs: int = 0
 
     def line(self, where: str, max_length: int | None, max_prompt_length: int | None) -> str | None:
         """One sentence for the log; None where there is nothing to say."""
         parts = []
         if self.overlong_rows:
             parts.append(
-                f"{self.overlong_rows} completions longer than max_length={max_length} tokens (prompt included)"
+                f"{self.overlong_rows} completions longer than max_length={max_length} tokens (prompt included) and "
+                f"the {self.dropped_pairs} pairs that touch them"
             )
         if self.long_prompts:
             parts.append(f"{self.long_prompts} prompts longer than max_prompt_length={max_prompt_length} tokens")
@@ -71,72 +60,6 @@ class RankingReport:
         return f"{where}, of {self.prompts} prompts: {said}." if said else None
 
 
-def parse_ranking(example: Mapping[str, Any], where: str) -> Ranking:
-    """Check one row and bring it into the form of `Ranking`.
-
-    Args:
-        example: the row, with any of the accepted columns.
-        where: names the row in errors, e.g. "train dataset, row 3".
-
-    Raises:
-        ValueError: unequal lengths, fewer than two completions, NaN or infinite or missing numbers, something empty.
-    """
-    if "chosen" in example:
-        completions, ranks = [example["chosen"], example["rejected"]], [1, 2]
-        prompt = example.get("prompt")
-        if prompt is None:  # TRL's implicit prompt: it is part of both texts
-            prompt = "" if isinstance(example["chosen"], str) else []
-        elif _is_empty(prompt):
-            raise ValueError(f"{where}: the prompt is empty. Drop the row.")
-    else:
-        prompt, completions = example["prompt"], example["completions"]
-        if _is_empty(prompt):
-            raise ValueError(f"{where}: the prompt is empty. Drop the row.")
-        ranks = _ranks_of(example, completions, where)
-    for index, completion in enumerate(completions):
-        if _is_empty(completion):
-            raise ValueError(f"{where}: completion {index} is empty. Drop it, together with its rank.")
-        if isinstance(completion, str) != isinstance(prompt, str) or not isinstance(completion, str | list):
-            raise ValueError(
-                f"{where}: the prompt is {_kind(prompt)} and completion {index} is {_kind(completion)}. Make both "
-                "plain text, or both lists of messages."
-            )
-    truncated = example.get("truncated") or [False] * len(completions)
-    if len(truncated) != len(completions):
-        raise ValueError(f"{where}: {len(completions)} completions but {len(truncated)} entries in 'truncated'.")
-    return Ranking(prompt, list(completions), ranks, [bool(flag) for flag in truncated])
-
-
-def _ranks_of(example: Mapping[str, Any], completions: Any, where: str) -> list[int]:
-    name = "ranks" if "ranks" in example else "scores"
-    numbers = example[name]
-    for column, value in (("completions", completions), (name, numbers)):
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: {column!r} must be a list with one entry a completion, got {value!r}.")
-    if len(numbers) != len(completions):
-        raise ValueError(
-            f"{where}: {len(completions)} completions but {len(numbers)} {name}. Give one number for each completion."
-        )
-    if len(completions) < 2:
-        raise ValueError(f"{where}: {len(completions)} completion(s). A ranking needs at least 2; drop the row.")
-    for index, number in enumerate(numbers):
-        if not isinstance(number, int | float) or not math.isfinite(number):
-            raise ValueError(f"{where}: {name}[{index}] is {number}. Only finite numbers can be ranked; drop the row.")
-    order = sorted(set(numbers), reverse=name == "scores")
-    position = {number: place for place, number in enumerate(order, start=1)}
-    return [position[number] for number in numbers]
-
-
-def _is_empty(text: Text | None) -> bool:
-    if isinstance(text, list):
-        return not text or not (text[-1].get("content") or text[-1].get("tool_calls"))
-    return not text or (isinstance(text, str) and not text.strip())
-
-
-def _kind(text: Text) -> str:
-    return {str: "plain text", list: "a list of messages"}.get(type(text), f"a {type(text).__name__}")
-
-
 def tokenize_ranking(
     example: Mapping[str, Any],
     index: int,
@@ -144,16 +67,24 @@ def tokenize_ranking(
     max_length: int | None,
     max_prompt_length: int | None,
     where: str,
+    use_margins: bool = False,
 ) -> dict[str, Any]:
     """Tokens of one row's completions, those longer than the limits left out and counted.
 
     Returns:
-        `input_ids` (a list of K token lists), `ranks` (K, dense), both empty if the row is to be dropped, and the
-        counters `long_prompt`, `overlong_rows`, `tied` (no untied pair among what was kept).
+        `input_ids` (a list of K token lists, empty if the row is to be dropped), `ranks` (K, dense; empty where the
+        row has only pairs), `pairs` (a list of [winner, loser]), `margins` (parallel to `pairs`; only if margins are
+        on), `weight`, `labeler` (only if it was there), and the counters `long_prompt`, `overlong_rows`,
+        `dropped_pairs`, `tied` (no untied pair among what was kept).
     """
-    ranking = parse_ranking(example, f"{where}, row {index}")
+    ranking = parse_ranking(example, f"{where}, row {index}", use_margins)
     kwargs = template_kwargs(example)
-    result: dict[str, Any] = {"input_ids": [], "ranks": [], "long_prompt": False, "overlong_rows": 0, "tied": False}
+    result: dict[str, Any] = {"input_ids": [], "ranks": [], "pairs": [], "weight": ranking.weight}
+    result |= {"long_prompt": False, "overlong_rows": 0, "dropped_pairs": 0, "tied": False}
+    if ranking.margins is not None:
+        result["margins"] = []
+    if "labeler" in example:
+        result["labeler"] = None if example["labeler"] is None else str(example["labeler"])
     if max_prompt_length is not None and _prompt_length(tokenizer, ranking.prompt, kwargs) > max_prompt_length:
         return {**result, "long_prompt": True}
     rows = [
@@ -161,11 +92,27 @@ def tokenize_ranking(
         for completion, truncated in zip(ranking.completions, ranking.truncated, strict=True)
     ]
     kept = [place for place, row in enumerate(rows) if max_length is None or len(row) <= max_length]
+    labels = _labels_of(ranking, kept)
     result["overlong_rows"] = len(rows) - len(kept)
+    result["dropped_pairs"] = len(ranking.pairs) - len(labels["pairs"])
     if len(kept) < 2:
         return result
-    ranks = dense_ranks(torch.tensor([ranking.ranks[place] for place in kept])).tolist()
-    return {**result, "input_ids": [rows[place] for place in kept], "ranks": ranks, "tied": max(ranks) == 1}
+    return {**result, **labels, "input_ids": [rows[place] for place in kept], "tied": not labels["pairs"]}
+
+
+def _labels_of(ranking: Ranking, kept: Sequence[int]) -> dict[str, Any]:
+    """`ranks`, `pairs` and, if they are on, `margins`, of the completions at the places `kept` alone."""
+    position = {place: index for index, place in enumerate(kept)}
+    ranks = [ranking.ranks[place] for place in kept] if ranking.ranks else []
+    dense = {rank: number for number, rank in enumerate(sorted(set(ranks)), start=1)}
+    chosen = [index for index, (i, j) in enumerate(ranking.pairs) if i in position and j in position]
+    labels: dict[str, Any] = {
+        "ranks": [dense[rank] for rank in ranks],
+        "pairs": [[position[place] for place in ranking.pairs[index]] for index in chosen],
+    }
+    if ranking.margins is not None:
+        labels["margins"] = [ranking.margins[index] for index in chosen]
+    return labels
 
 
 def _prompt_length(tokenizer: Any, prompt: Text, kwargs: dict[str, Any]) -> int:
@@ -183,6 +130,7 @@ def prepare_ranking_dataset(
     *,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
+    use_margins: bool = False,
     where: str = "the dataset",
     num_proc: int | None = None,
 ) -> tuple[Dataset | IterableDataset, RankingReport | None]:
@@ -190,67 +138,99 @@ def prepare_ranking_dataset(
 
     A stream (IterableDataset) is checked row by row as it is read, and has no report.
 
+    Args:
+        max_length: of prompt and completion together, in tokens. Longer completions are dropped with their pairs.
+        max_prompt_length: in tokens. Longer prompts are dropped.
+        use_margins: take the differences of `scores` as margins. A `margin` column is always taken, as TRL does.
+
+    Returns:
+        The dataset with the columns that `tokenize_ranking` makes, without the counters; and what was dropped.
+
     Raises:
-        ValueError: bad columns or rows (see `parse_ranking`), every prompt dropped, or every pair tied.
+        ValueError: bad columns or rows (see `parse_ranking`), margins without a source, every prompt dropped, or no
+            pair anywhere.
     """
     columns = column_names(dataset)
     if "input_ids" in columns and "completions" not in columns and "chosen" not in columns:
         require_columns(dataset, _PREPARED, where)
+        if use_margins and "margins" not in columns:
+            raise ValueError(
+                f"{where} was prepared without margins. Prepare it with use_margins=True, or turn that off."
+            )
         return dataset, None
-    _check_columns(dataset, columns, where)
-    features = Features(
-        input_ids=ListOf(ListOf(Value("int32"))),
-        ranks=ListOf(Value("int32")),
-        long_prompt=Value("bool"),
-        overlong_rows=Value("int32"),
-        tied=Value("bool"),
-    )
-    arguments = {
-        "tokenizer": tokenizer,
-        "max_length": max_length,
-        "max_prompt_length": max_prompt_length,
-        "where": where,
-    }
+    _check_columns(dataset, columns, where, use_margins)
     options: dict[str, Any] = {
         "with_indices": True,
-        "fn_kwargs": arguments,
+        "fn_kwargs": {
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "where": where,
+            "use_margins": use_margins,
+        },
         "remove_columns": columns,
-        "features": features,
+        "features": _features(columns, use_margins),
     }
     if isinstance(dataset, Dataset):
         options |= {"num_proc": num_proc, "desc": f"Tokenizing {where}"}
     tokenized = dataset.map(tokenize_ranking, **options)
     if not isinstance(tokenized, Dataset):
         return tokenized.filter(_has_rows).remove_columns(list(_COUNTERS)), None
-    report = _report(tokenized)
     kept = tokenized.filter(_has_rows, desc=f"Filtering {where}").remove_columns(list(_COUNTERS))
+    report = _report(tokenized, len(kept))
     _refuse_useless(report, len(kept), where, max_length, max_prompt_length)
     return kept, report
 
 
+def _features(columns: Sequence[str], use_margins: bool) -> Features:
+    features = Features(
+        input_ids=ListOf(ListOf(Value("int32"))),
+        ranks=ListOf(Value("int32")),
+        pairs=ListOf(ListOf(Value("int32"))),
+        weight=Value("float32"),
+        long_prompt=Value("bool"),
+        overlong_rows=Value("int32"),
+        dropped_pairs=Value("int32"),
+        tied=Value("bool"),
+    )
+    if use_margins or "margin" in columns:
+        features["margins"] = ListOf(Value("float32"))
+    if "labeler" in columns:
+        features["labeler"] = Value("string")
+    return features
+
+
 def _has_rows(example: Mapping[str, Any]) -> bool:
-    return len(example["ranks"]) > 0
+    return len(example["input_ids"]) > 0
 
 
-def _check_columns(dataset: Any, columns: Sequence[str], where: str) -> None:
+def _check_columns(dataset: Any, columns: Sequence[str], where: str, use_margins: bool) -> None:
     if "chosen" in columns or "rejected" in columns:
         require_columns(dataset, ["chosen", "rejected"], where)
+        source = "margin"
+    else:
+        require_columns(dataset, ["prompt", "completions", ("ranks", "scores", "pairs")], where)
         if "margin" in columns:
             raise ValueError(
-                f"{where} has a 'margin' column, which Eq. 1 does not know. Remove it, or use trl.RewardTrainer."
+                f"{where} has a 'margin' column, which belongs to 'chosen' and 'rejected'. For margins between "
+                "'completions' give 'scores' and set use_margins=True; otherwise remove the column."
             )
-    else:
-        require_columns(dataset, ["prompt", "completions", ("ranks", "scores")], where)
+        source = "scores"
+    if use_margins and source not in columns:
+        raise ValueError(
+            f"use_margins=True, but {where} has no column {source!r} to take margins from. Add it (in place of "
+            "'ranks' or 'pairs' if those are there), or set use_margins=False."
+        )
 
 
-def _report(tokenized: Dataset) -> RankingReport:
-    lengths = [len(ranks) for ranks in tokenized["ranks"]]
+def _report(tokenized: Dataset, kept: int) -> RankingReport:
     return RankingReport(
-        prompts=len(lengths),
+        prompts=len(tokenized),
         long_prompts=sum(tokenized["long_prompt"]),
         overlong_rows=sum(tokenized["overlong_rows"]),
-        dropped_prompts=lengths.count(0),
+        dropped_prompts=len(tokenized) - kept,
         tied_prompts=sum(tokenized["tied"]),
+        dropped_pairs=sum(tokenized["dropped_pairs"]),
     )
 
 
@@ -266,34 +246,7 @@ def _refuse_useless(
         )
     if report.tied_prompts == kept:
         raise ValueError(
-            f"{where}: in each of its {kept} prompts all completions tie, so there is nothing to learn. Check that "
-            "'ranks' or 'scores' differ within a row."
+            f"{where}: none of its {kept} prompts has an untied pair, so there is nothing to learn. Check that 'ranks' "
+            f"or 'scores' differ within a row, or that 'pairs' are filled in ({report.dropped_pairs} pairs went with "
+            f"completions longer than max_length={max_length})."
         )
-
-
-class RankingCollator:
-    """Batch of prompts, each with its own K, as one forward over N = ΣK rows.
-
-    Returns `ranks` (B, K) long, `mask` (B, K) True on real completions, and `input_ids`, `attention_mask` (N, T),
-    padded on the right, whose rows are the True places of `mask` in row-major order.
-
-    >>> batch = RankingCollator(pad_token_id=0)(
-    ...     [{"input_ids": [[5, 6], [7]], "ranks": [1, 2]}, {"input_ids": [[8], [9], [4]], "ranks": [2, 1, 2]}]
-    ... )
-    >>> batch["mask"], batch["input_ids"].shape
-    (tensor([[ True,  True, False],
-            [ True,  True,  True]]), torch.Size([5, 2]))
-    """
-
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: Any = None):
-        self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        sizes = torch.tensor([len(example["ranks"]) for example in examples])
-        mask = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
-        ranks = torch.zeros(mask.shape, dtype=torch.long)
-        ranks[mask] = torch.tensor([rank for example in examples for rank in example["ranks"]])
-        rows = [row for example in examples for row in example["input_ids"]]
-        # `ranks` comes first: transformers counts the examples of a batch by its first tensor.
-        return {"ranks": ranks, "mask": mask, **pad_rows(rows, self.pad_token_id, self.pad_to_multiple_of)}

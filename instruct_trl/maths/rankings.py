@@ -2,7 +2,10 @@
 
 Legend: ... any leading batch axes (prompts), K completions of one prompt: the last axis is always the list.
 Ranks: lower is better, equal numbers tie, gaps are allowed, since only their order counts.
-Masks are positive: True marks a real completion, so that lists of different lengths share a tensor.
+Pairs: (..., K, K) bool, [i, j] is True where completion i is preferred over j. `preferred_pairs` makes them from ranks;
+a labeler who compared only some completions gives them directly. No transitive closure is taken, and cycles are fine.
+Masks are positive: True marks a real completion, so that lists of different lengths share a tensor. A completion that
+is in no pair, padding or not, reaches neither the loss nor its gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +24,17 @@ def preferred_pairs(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> to
     Raises:
         ValueError: `ranks` and `mask` differ in shape.
     """
-    pairs = ranks.unsqueeze(-1) < ranks.unsqueeze(-2)
+    return _real_pairs(ranks.unsqueeze(-1) < ranks.unsqueeze(-2), ranks, mask)
+
+
+def tied_pairs(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(..., K, K) bool, symmetric: [i, j] is True where i ≠ j are real and ranked equal. Arguments as above."""
+    equal = ranks.unsqueeze(-1) == ranks.unsqueeze(-2)
+    other = ~torch.eye(ranks.shape[-1], dtype=torch.bool, device=ranks.device)
+    return _real_pairs(equal & other, ranks, mask)
+
+
+def _real_pairs(pairs: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         return pairs
     if mask.shape != ranks.shape:
@@ -30,42 +43,56 @@ def preferred_pairs(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> to
     return pairs & mask.unsqueeze(-1) & mask.unsqueeze(-2)
 
 
-def _pair_differences(
-    rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rewards with 0 at masked places (..., K), r_i − r_j (..., K, K) and the preferred pairs (..., K, K)."""
-    if rewards.shape != ranks.shape:
-        raise ValueError(f"rewards {tuple(rewards.shape)} do not fit ranks {tuple(ranks.shape)}.")
-    pairs = preferred_pairs(ranks, mask)
+def _clean(rewards: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards (..., K), at least float32, with 0 where a completion is in no pair; and the pairs as bool.
+
+    Whatever stands in a place without a pair, NaN included, must reach neither loss nor gradient.
+    """
+    if pairs.shape != (*rewards.shape, rewards.shape[-1]):
+        raise ValueError(
+            f"pairs {tuple(pairs.shape)} do not fit rewards {tuple(rewards.shape)}: they must be (..., K, K). "
+            "preferred_pairs(ranks, mask) makes them from ranks."
+        )
+    pairs = pairs.bool()
     if rewards.dtype in (torch.float16, torch.bfloat16):
         rewards = rewards.float()
-    if mask is not None:  # whatever stands at a masked place, NaN included, must not reach the gradient
-        rewards = torch.where(mask.bool(), rewards, torch.zeros_like(rewards))
-    return rewards, rewards.unsqueeze(-1) - rewards.unsqueeze(-2), pairs
+    return torch.where(pairs.any(-1) | pairs.any(-2), rewards, torch.zeros_like(rewards)), pairs
+
+
+def _differences(rewards: torch.Tensor) -> torch.Tensor:
+    """r_i − r_j, (..., K, K)."""
+    return rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
 
 
 def ranking_losses(
-    rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None = None, center_coefficient: float = 0.0
+    rewards: torch.Tensor, pairs: torch.Tensor, margins: torch.Tensor | None = None, center_coefficient: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 1 for each prompt by itself: the mean over its untied pairs (w, l) of −log σ(r_w − r_l).
+    """Eq. 1 for each prompt by itself: the mean over its pairs (w, l) of −log σ(r_w − r_l − m_wl).
 
-    Without ties the mean is over all C(K, 2) pairs, as in the paper, which drops tied pairs.
+    For a ranking without ties the mean is over all C(K, 2) pairs, as in the paper, which drops tied pairs and has no
+    margins (m = 0).
 
     Args:
         rewards: (..., K) r_θ(x, y), with gradient.
-        ranks: (..., K) lower is better.
-        mask: (..., K) True on real completions; None means all are.
+        pairs: (..., K, K) bool, [w, l] True where w is preferred over l.
+        margins: (..., K, K) m_wl in units of reward, read where `pairs` is True (as TRL's `margin`); None means 0.
         center_coefficient: adds this many times the mean over the same pairs of (r_w + r_l)² (TRL's
             `center_rewards_coefficient`; Eisenstein et al. 2023, Eq. 2). 0 in the paper.
 
     Returns:
-        losses (...), 0 for a prompt without an untied pair, and (...) bool, True where there is such a pair.
+        losses (...), 0 for a prompt without a pair, and (...) bool, True where there is a pair.
 
     Raises:
         ValueError: shapes differ.
     """
-    rewards, differences, pairs = _pair_differences(rewards, ranks, mask)
-    terms = -functional.logsigmoid(differences)
+    rewards, pairs = _clean(rewards, pairs)
+    logits = _differences(rewards)
+    if margins is not None:
+        if margins.shape != pairs.shape:
+            raise ValueError(f"margins {tuple(margins.shape)} do not fit pairs {tuple(pairs.shape)}.")
+        # Taken out before the sigmoid too: a NaN margin of no pair would spoil the gradient.
+        logits = logits - torch.where(pairs, margins.to(logits.dtype), torch.zeros_like(logits))
+    terms = -functional.logsigmoid(logits)
     if center_coefficient:
         terms = terms + center_coefficient * (rewards.unsqueeze(-1) + rewards.unsqueeze(-2)).square()
     count = pairs.sum((-2, -1))
@@ -73,50 +100,79 @@ def ranking_losses(
     return losses, count > 0
 
 
-def ranking_loss(rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Eq. 1: the mean of `ranking_losses` over the prompts that have an untied pair; 0 (a scalar) where none has.
+def ranking_loss(
+    rewards: torch.Tensor,
+    pairs: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    margins: torch.Tensor | None = None,
+    center_coefficient: float = 0.0,
+) -> torch.Tensor:
+    """Eq. 1 for a batch: Σ w_b loss_b / Σ w_b (a scalar) over the prompts b that have a pair; 0 where none has.
 
-    Arguments as in `ranking_losses`.
+    Args:
+        weights: (...) w_b > 0, one a prompt; None means that all are equal, as in the paper.
 
-    >>> ranking_loss(torch.zeros(1, 3), torch.tensor([[1, 2, 3]]))  # log 2: all rewards equal
+    The other arguments and errors are those of `ranking_losses`.
+
+    >>> ranking_loss(torch.zeros(1, 3), preferred_pairs(torch.tensor([[1, 2, 3]])))  # log 2: all rewards equal
     tensor(0.6931)
     """
-    losses, counted = ranking_losses(rewards, ranks, mask)
-    return losses.sum() / counted.sum().clamp(min=1)
+    losses, counted = ranking_losses(rewards, pairs, margins, center_coefficient)
+    if weights is None:
+        weights = torch.ones_like(losses)
+    if weights.shape != losses.shape:
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit {tuple(losses.shape)}: give one a prompt.")
+    weights = torch.where(counted, weights.to(losses.dtype), torch.zeros_like(losses))
+    total = weights.sum()
+    return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def pair_counts(
-    rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each prompt, how many untied pairs the rewards order correctly, and how many there are: both (...) long.
+def pair_counts(rewards: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each prompt, how many pairs the rewards order correctly, and how many there are: both (...) long.
 
-    Two equal rewards order no pair correctly, as in TRL's `accuracy`. Arguments as in `ranking_losses`.
+    Two equal rewards order no pair correctly, as in TRL's `accuracy`; margins play no part. Arguments as in
+    `ranking_losses`.
     """
-    _, differences, pairs = _pair_differences(rewards, ranks, mask)
-    return (pairs & (differences > 0)).sum((-2, -1)), pairs.sum((-2, -1))
+    rewards, pairs = _clean(rewards, pairs)
+    return (pairs & (_differences(rewards) > 0)).sum((-2, -1)), pairs.sum((-2, -1))
 
 
-def pair_accuracy(rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Share (a scalar in [0, 1]) of all untied pairs that the rewards order correctly; 0 where there are none.
+def pair_accuracy(rewards: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Share (a scalar in [0, 1]) of all pairs that the rewards order correctly; 0 where there are none.
 
     Arguments as in `ranking_losses`. This is the number that the paper reports for its reward models (section 4).
     """
-    correct, total = pair_counts(rewards, ranks, mask)
+    correct, total = pair_counts(rewards, pairs)
     return correct.sum() / total.sum().clamp(min=1)
 
 
-def kendall_tau(rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Kendall's τ-b of each prompt (...), in [−1, 1]: 1 where the rewards give back the ranking, −1 its reverse.
+def kendall_tau(rewards: torch.Tensor, pairs: torch.Tensor, ties: torch.Tensor | None = None) -> torch.Tensor:
+    """Kendall's τ-b of each prompt (...), in [−1, 1]: 1 where the rewards give back the pairs, −1 their reverse.
 
-    τ_b = (concordant − discordant) / sqrt(pairs untied in ranks · pairs untied in rewards). 0 where either is
-    empty, which leaves τ undefined. Arguments as in `ranking_losses`.
+    τ_b = (concordant − discordant) / sqrt(pairs · compared pairs untied in rewards), where a pair is compared if it
+    is in `pairs` or in `ties`. For a full ranking with its ties this is the usual τ-b. Where a labeler compared only
+    some completions, it is taken over what was compared: what was left out is no tie. 0 where a factor is 0, which
+    leaves τ undefined.
+
+    Args:
+        rewards, pairs: as in `ranking_losses`.
+        ties: (..., K, K) bool, what the labeler called equal (`tied_pairs(ranks, mask)`); None means nothing.
+
+    Raises:
+        ValueError: shapes differ.
     """
-    rewards, differences, pairs = _pair_differences(rewards, ranks, mask)
+    if ties is None:
+        ties = torch.zeros_like(pairs)
+    if ties.shape != pairs.shape:
+        raise ValueError(f"ties {tuple(ties.shape)} do not fit pairs {tuple(pairs.shape)}.")
+    pairs = pairs.bool()
+    rewards, either = _clean(rewards, pairs | ties.bool())
+    differences = _differences(rewards)
     signs = torch.where(pairs, differences.sign(), torch.zeros_like(differences)).sum((-2, -1))
-    untied_ranks = pairs.sum((-2, -1)).to(rewards.dtype)
-    untied_rewards = preferred_pairs(rewards, mask).sum((-2, -1)).to(rewards.dtype)
+    compared = (either | either.transpose(-2, -1)).triu(diagonal=1)  # each two completions once
+    untied_rewards = (compared & (differences != 0)).sum((-2, -1)).to(rewards.dtype)
     # A product of counts that is not 0 is at least 1, so that the clamp touches undefined values only.
-    return signs / (untied_ranks * untied_rewards).clamp(min=1).sqrt()
+    return signs / (pairs.sum((-2, -1)).to(rewards.dtype) * untied_rewards).clamp(min=1).sqrt()
 
 
 def dense_ranks(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -135,27 +191,40 @@ def dense_ranks(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
 
 
 def ranking_metrics(
-    rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor, center_coefficient: float = 0.0
+    rewards: torch.Tensor,
+    pairs: torch.Tensor,
+    ranks: torch.Tensor,
+    mask: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    margins: torch.Tensor | None = None,
+    center_coefficient: float = 0.0,
 ) -> dict[str, float]:
-    """Everything that an evaluation reports, exact over all prompts given: (B, K) rewards, ranks and mask.
+    """Everything that an evaluation reports, exact over all B prompts given.
+
+    Args:
+        rewards, mask: (B, K).
+        pairs, margins: (B, K, K), as in `ranking_losses`.
+        ranks: (B, K) from 1; all 0 in the row of a prompt that has only pairs.
+        weights: (B,), as in `ranking_loss`.
 
     Returns:
-        `loss` (mean over prompts with an untied pair), `pair_accuracy` (over pairs), `kendall_tau` (mean over the
-        same prompts as the loss), `mean_score_rank_1..K` (by dense rank, 1 is best), `tied_pairs` and
-        `tied_prompts` (those without an untied pair) as counts.
+        `loss` (weighted mean over prompts with a pair), `pair_accuracy` (over pairs), `kendall_tau` (mean over the
+        same prompts as the loss), `mean_score_rank_1..K` (by dense rank, 1 is best, over prompts with ranks),
+        `tied_pairs` (in prompts with ranks) and `tied_prompts` (those without a pair) as counts.
     """
-    losses, counted = ranking_losses(rewards, ranks, mask, center_coefficient)
-    prompts = counted.sum().clamp(min=1)
-    mask = mask.bool()
-    sizes = mask.sum(-1)
+    counted = pairs.bool().any(-1).any(-1)
+    # Where there are no ranks, what was not compared is not a tie.
+    ranked = mask.bool() & (mask.bool() & (ranks != 0)).any(-1, keepdim=True)
+    ties = tied_pairs(ranks, ranked)
+    taus = kendall_tau(rewards, pairs, ties)
     metrics = {
-        "loss": (losses.sum() / prompts).item(),
-        "pair_accuracy": pair_accuracy(rewards, ranks, mask).item(),
-        "kendall_tau": ((kendall_tau(rewards, ranks, mask) * counted).sum() / prompts).item(),
-        "tied_pairs": ((sizes * (sizes - 1) // 2).sum() - preferred_pairs(ranks, mask).sum()).item(),
+        "loss": ranking_loss(rewards, pairs, weights, margins, center_coefficient).item(),
+        "pair_accuracy": pair_accuracy(rewards, pairs).item(),
+        "kendall_tau": ((taus * counted).sum() / counted.sum().clamp(min=1)).item(),
+        "tied_pairs": ties.sum().item() // 2,
         "tied_prompts": (~counted).sum().item(),
     }
-    dense = dense_ranks(ranks, mask)
+    dense = dense_ranks(ranks, ranked)
     for rank in range(1, int(dense.max().item()) + 1 if dense.numel() else 1):
         metrics[f"mean_score_rank_{rank}"] = rewards[dense == rank].mean().item()
     return metrics

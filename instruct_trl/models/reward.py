@@ -6,6 +6,7 @@ Legend: N rows (one a completion), T tokens.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -21,6 +22,12 @@ from instruct_trl._upstream import score_head
 from instruct_trl.data.pairs import Text, pad_rows, template_kwargs
 from instruct_trl.data.pairs import end_of_text as end_of_text
 from instruct_trl.data.pairs import tokenize_pair as tokenize_pair
+from instruct_trl.data.prefix_layout import common_prefix_length
+from instruct_trl.data.token_budget import fill
+from instruct_trl.models.scores import score_rows as score_rows
+from instruct_trl.models.scoring_route import ScoringRoute
+
+logger = logging.getLogger(__name__)
 
 # Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
 ADAPTER_CONFIG = "reward_config.json"
@@ -61,37 +68,6 @@ def fit_model_to_tokenizer(model: Any, tokenizer: Any) -> None:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-
-def score_rows(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, head: nn.Module | None = None
-) -> torch.Tensor:
-    """Scores (N,) in float32, without bias, read at the last token of each row, which its length gives.
-
-    The whole model is called, so that wrappers (DDP, FSDP, DeepSpeed, PEFT, autocast) see a forward; the head's output
-    is picked up where it leaves the head, before transformers' pooling, which compares tokens with the pad id.
-
-    Args:
-        model: a sequence classifier with one label, possibly wrapped.
-        input_ids, attention_mask: (N, T), padded on the right.
-        head: its scalar head; found by name if None, which needs an unwrapped model.
-
-    Raises:
-        ValueError: the head does not score every token (an encoder that pools first).
-    """
-    outputs: list[torch.Tensor] = []
-    hook = (head or score_head(model)).register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        hook.remove()
-    if outputs[-1].shape != (*input_ids.shape, 1):
-        raise ValueError(
-            f"The head of {type(model).__name__} gave {tuple(outputs[-1].shape)} for input {tuple(input_ids.shape)}: a "
-            "reward model needs a decoder whose head scores every token with num_labels=1."
-        )
-    last = attention_mask.sum(dim=1, keepdim=True) - 1
-    return outputs[-1].squeeze(-1).gather(1, last).squeeze(1).float()
 
 
 def check_model_path(path: str | Path) -> None:
@@ -192,6 +168,8 @@ class RewardScorer:
         model_or_path: a sequence classifier with one label (also a PeftModel), a folder, or a hub name.
         processing_class: its tokenizer; read from the model's path if None.
         batch_size: completions a forward pass; rows are sorted by length first.
+        prefix_sharing: "auto" computes a prompt that comes with several completions once for all of them, where the
+            model can; "on" raises where it cannot; "off" never shares.
 
     Attributes:
         model, processing_class: as loaded or given.
@@ -201,7 +179,14 @@ class RewardScorer:
         ValueError: no such path, or more than one label.
     """
 
-    def __init__(self, model_or_path: Any, processing_class: Any = None, *, batch_size: int = 8):
+    def __init__(
+        self,
+        model_or_path: Any,
+        processing_class: Any = None,
+        *,
+        batch_size: int = 8,
+        prefix_sharing: str = "auto",
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.__name__ = "reward_model"  # TRL logs the reward under this name
@@ -213,6 +198,7 @@ class RewardScorer:
             self.model, tokenizer = model_or_path, None
             check_single_label(self.model.config, f"The reward model ({type(self.model).__name__})")
         self.processing_class = processing_class or tokenizer or self._tokenizer_of_model()
+        self._route = ScoringRoute(self.model, prefix_sharing, logger.warning)
 
     def _tokenizer_of_model(self) -> Any:
         name = self.model.config._name_or_path
@@ -263,7 +249,7 @@ class RewardScorer:
             )
             for index in range(len(prompts))
         ]
-        return [score + self.reward_bias for score in self._score(rows)]
+        return [score + self.reward_bias for score in self._score(rows, [repr(prompt) for prompt in prompts])]
 
     def _finished(self, ids: Sequence[int]) -> bool:
         config_eos = self.model.config.get_text_config().eos_token_id
@@ -271,8 +257,8 @@ class RewardScorer:
         return len(ids) > 0 and int(ids[-1]) in ends
 
     @torch.no_grad()
-    def _score(self, rows: list[list[int]]) -> list[float]:
-        """Scores of token rows without bias, computed in eval mode in batches of similar length."""
+    def _score(self, rows: list[list[int]], prompts: Sequence[str]) -> list[float]:
+        """Scores of token rows without bias, in eval mode; rows of equal `prompts` are scored side by side."""
         self._place()
         device = next(self.model.parameters()).device
         pad_token_id = (
@@ -282,12 +268,15 @@ class RewardScorer:
             self.model.config.get_text_config().pad_token_id = pad_token_id
         was_training = self.model.training
         self.model.eval()
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         scores = [math.nan] * len(rows)
-        for start in range(0, len(rows), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            batch = pad_rows([rows[index] for index in chosen], pad_token_id)
-            values = score_rows(self.model, batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        for groups in self._batches(rows, prompts):
+            chosen = [index for group in groups for index in group]
+            sizes = {
+                "group_sizes": torch.tensor([len(group) for group in groups]),
+                "prefix_lengths": torch.tensor([_shared(rows, group) for group in groups]),
+            }
+            batch = pad_rows([rows[index] for index in chosen], pad_token_id) | sizes
+            values = self._route(self.model, **{name: tensor.to(device) for name, tensor in batch.items()})
             for index, value in zip(chosen, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise ValueError(
@@ -296,6 +285,20 @@ class RewardScorer:
                 scores[index] = value
         self.model.train(was_training)
         return scores
+
+    def _batches(self, rows: list[list[int]], prompts: Sequence[str]) -> list[list[list[int]]]:
+        """Batches of at most `batch_size` rows of similar length; each batch is a list of groups with equal prompt."""
+        by_prompt: dict[str, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_prompt.setdefault(prompt, []).append(index)
+        groups = [
+            group[start : start + self.batch_size]
+            for group in by_prompt.values()
+            for start in range(0, len(group), self.batch_size)
+        ]
+        groups.sort(key=lambda group: max(len(rows[index]) for index in group))
+        places = fill(range(len(groups)), lambda chosen: sum(len(groups[i]) for i in chosen), self.batch_size)
+        return [[groups[place] for place in chosen] for chosen in places]
 
     def _place(self) -> None:
         """Move a model that we loaded to this process's accelerator, at the first call: by then a launcher chose it."""
@@ -306,3 +309,8 @@ class RewardScorer:
             self.model.to(PartialState().device)
         elif torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
+
+
+def _shared(rows: list[list[int]], group: list[int]) -> int:
+    """Tokens that the rows of a group have in common; 0 for one row, which has nobody to share with."""
+    return common_prefix_length([rows[index] for index in group]) if len(group) > 1 else 0

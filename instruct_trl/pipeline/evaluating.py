@@ -90,7 +90,7 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
     Raises:
         ValueError: fewer than two prompts have an untied pair.
     """
-    from instruct_trl.maths.rankings import kendall_tau
+    from instruct_trl.maths.rankings import kendall_tau, preferred_pairs, tied_pairs
 
     taus: list[float] = []
     hits: dict[str, list[list[bool]]] = defaultdict(list)  # distance → prompt → pair
@@ -106,7 +106,8 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
         for distance, group in by_distance.items():
             hits[distance].append(group)
         if pairs:
-            taus.append(float(kendall_tau(torch.tensor([scores]), torch.tensor([row["ranks"]]))))
+            ranks = torch.tensor(row["ranks"])
+            taus.append(float(kendall_tau(torch.tensor(scores), preferred_pairs(ranks), tied_pairs(ranks))))
     if len(hits["all"]) < 2:
         raise ValueError("Fewer than two held-out prompts have an untied pair. Sample more prompts, or longer answers.")
     overall = _accuracy(hits.pop("all"))

@@ -6,6 +6,7 @@ Legend: B prompts, K completions of the longest list in a batch, N completions i
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,20 +17,21 @@ from instruct_trl._upstream import score_head
 from instruct_trl.data.checks import require_columns
 from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
-from instruct_trl.maths.rankings import pair_counts, preferred_pairs, ranking_losses, ranking_metrics
-from instruct_trl.models.reward import (
-    fit_model_to_tokenizer,
-    save_adapter_config,
-    score_rows,
-)
+from instruct_trl.data.token_budget import prompt_pieces, row_pieces, scoring_inputs, take_prompts
+from instruct_trl.maths.rankings import ranking_losses
+from instruct_trl.models.reward import fit_model_to_tokenizer, save_adapter_config, score_rows
+from instruct_trl.models.scoring_route import ScoringRoute
+from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
 from instruct_trl.trainers.ranking_reward_checks import (
     HEAD_REMEDY,
     check_model,
+    check_passes,
     check_peft,
     load_tokenizer,
     prepare_tokenizer,
 )
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig as RankingRewardConfig
+from instruct_trl.trainers.ranking_tally import RankingTally
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +118,8 @@ class RankingRewardTrainer(RewardTrainer):
         _say(args, pad_line)
 
         self.data_reports: dict[str, RankingReport] = {}
-        self._eval_lists: list[torch.Tensor] = []
-        self._tally: dict[str, torch.Tensor] = {}
+        self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `evaluate_rewards`
+        self._tally = RankingTally()
         super().__init__(
             model=model,
             args=args,
@@ -143,14 +145,15 @@ class RankingRewardTrainer(RewardTrainer):
             raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {HEAD_REMEDY}")
         if not hasattr(self.model.config, "reward_bias"):
             self.model.config.reward_bias = 0.0
+        check_passes(self)
+        self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: _say(args, line))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         where = f"the {dataset_name} dataset"
         limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+        options = {**limits, "use_margins": args.use_margins, "num_proc": args.dataset_num_proc}
         with args.main_process_first(local=False, desc=f"tokenizing {where}"):
-            dataset, report = prepare_ranking_dataset(
-                dataset, processing_class, **limits, where=where, num_proc=args.dataset_num_proc
-            )
+            dataset, report = prepare_ranking_dataset(dataset, processing_class, **options, where=where)
         if report is not None:
             self.data_reports[dataset_name] = report
             _say(args, report.line(where, **limits))
@@ -158,89 +161,114 @@ class RankingRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "ranks"]
+            self._signature_columns = ["input_ids", "ranks", "pairs", "margins", "weight", "labeler"]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step, and how many of their prompts count, on all processes together."""
+        """The micro-batches of one optimizer step, and the weight of their prompts, on all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counted = sum(preferred_pairs(batch["ranks"], batch["mask"]).any(-1).any(-1).sum() for batch in batches)
-        counted = torch.as_tensor(counted, device=device)
-        return batches, self.accelerator.gather(counted.reshape(1)).sum()
+        total = torch.as_tensor(sum(_weight(batch) for batch in batches), device=device)
+        return batches, self.accelerator.gather(total.reshape(1)).sum()
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward, or several on pieces of the batch that add up to the same gradient."""
+        with self._route.active():
+            if self.args.max_tokens_per_batch is None and not self.args.two_pass:
+                return super().training_step(model, inputs, num_items_in_batch)
+            inputs = self._prepare_inputs(inputs)
+            if num_items_in_batch is None:
+                num_items_in_batch = _weight(inputs) * self.accelerator.num_processes
+            if self.args.two_pass:
+                pieces, loss = self._first_pass(model, inputs, num_items_in_batch)
+            else:
+                pieces, loss = [take_prompts(inputs, piece) for piece in self._prompts(inputs)], None
+            parts = []
+            for index, piece in enumerate(pieces):
+                last = index == len(pieces) - 1
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    parts.append(super().training_step(model, piece, num_items_in_batch))
+            return torch.stack(parts).sum() if loss is None else loss
+
+    def _prompts(self, inputs: Any) -> list[list[int]]:
+        return prompt_pieces(inputs, self.args.max_tokens_per_batch, self._route.shares)
+
+    def _first_pass(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> tuple[list[dict], torch.Tensor]:
+        """Pieces for the second pass, with the loss's gradient to each of their rewards, and the loss."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            rewards = self._rewards(model, inputs)
+        rewards.requires_grad_(True)
+        loss = self._loss(rewards, inputs, num_items_in_batch)
+        gradients = torch.autograd.grad(loss, rewards)[0][inputs["mask"]]
+        self._tally.add(rewards.detach(), inputs)
+        pieces = []
+        for rows in row_pieces(inputs, self.args.max_tokens_per_batch, self._route.shares):
+            index = torch.tensor(rows, device=gradients.device)
+            pieces.append(scoring_inputs(inputs, index) | {"reward_gradients": gradients[index]})
+        return pieces, loss.detach()
+
+    def _rewards(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+        """Rewards (B, K) without bias, 0 where there is no completion; in pieces where no graph must be kept."""
+        mask = inputs["mask"]
+        if torch.is_grad_enabled():
+            scores = self._route(model, **scoring_inputs(inputs))
+            return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+        rewards = torch.zeros(mask.shape, device=mask.device)
+        for prompts in self._prompts(inputs):
+            piece = take_prompts(inputs, prompts)
+            scores = self._route(model, **scoring_inputs(piece))
+            rewards[prompts] = rewards[prompts].masked_scatter(piece["mask"], scores)
+        return rewards
+
+    def _loss(self, rewards: torch.Tensor, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """Eq. 1 over B prompts. Without `num_items_in_batch`, the mean is over this batch's prompts."""
+        center = self.args.center_rewards_coefficient or 0.0
+        losses, counted = ranking_losses(rewards, inputs["pairs"], inputs.get("margins"), center)
+        total = (losses * inputs["weights"] * counted).sum()
+        if num_items_in_batch is None:
+            weight = _weight(inputs)
+            return total / torch.where(weight > 0, weight, 1.0)
+        # Data parallelism averages gradients over processes, and the weight is that of all of them.
+        weight = torch.as_tensor(num_items_in_batch, device=total.device)
+        return total * self.accelerator.num_processes / torch.where(weight > 0, weight, 1.0)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Eq. 1 over B prompts of N rows. Without `num_items_in_batch`, the mean is over this batch's prompts."""
-        scores = score_rows(model, inputs["input_ids"], inputs["attention_mask"], head=score_head(self.model))
-        ranks, mask = inputs["ranks"], inputs["mask"]
-        rewards = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
-        losses, counted = ranking_losses(rewards, ranks, mask, self.args.center_rewards_coefficient or 0.0)
-        if num_items_in_batch is None:
-            loss = losses.sum() / counted.sum().clamp(min=1)
-        else:
-            # Data parallelism averages gradients over processes, and the count is over all of them.
-            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        """Eq. 1 over B prompts; in the second pass of `two_pass`, Σ r ∂L/∂r, which has the same gradient."""
+        if "reward_gradients" in inputs:
+            rows = {name: tensor for name, tensor in inputs.items() if name != "reward_gradients"}
+            return (self._route(model, **rows) * inputs["reward_gradients"]).sum()
+        rewards = self._rewards(model, inputs)
+        loss = self._loss(rewards, inputs, num_items_in_batch)
         if self.model.training:
-            self._count(rewards.detach(), ranks, mask, inputs["attention_mask"])
+            self._tally.add(rewards.detach(), inputs)
         else:
-            self._remember(rewards.detach(), ranks, mask)
-        return (loss, {"logits": rewards.masked_fill(~mask, -100.0)}) if return_outputs else loss
-
-    def _count(self, rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add a training batch to the sums that `log` turns into metrics."""
-        pairs = preferred_pairs(ranks, mask)
-        correct, total = pair_counts(rewards, ranks, mask)
-        batch = {
-            "correct": correct.sum(),
-            "pairs": total.sum(),
-            "margin": ((rewards.unsqueeze(-1) - rewards.unsqueeze(-2)) * pairs).sum(),
-            "tied_prompts": (total == 0).sum(),
-            "score": rewards.sum(),
-            "rows": mask.sum(),
-            "tokens": tokens.sum(),
-        }
-        for name, value in batch.items():
-            self._tally[name] = self._tally.get(name, 0) + value.double()
-
-    def _remember(self, rewards: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor) -> None:
-        """Keep the scores of an evaluation batch from all processes, without the duplicates that fill the last one."""
-        lists = torch.stack([rewards, ranks.to(rewards.dtype), mask.to(rewards.dtype)], dim=-1)
-        lists = self.accelerator.pad_across_processes(lists, dim=1)
-        self._eval_lists.append(self.accelerator.gather_for_metrics(lists).cpu())
+            self._evaluated.add(rewards)
+        return (loss, {"logits": rewards.masked_fill(~inputs["mask"], -100.0)}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds, in training: pair accuracy, margin, mean score, tied prompts since the last log, and tokens so far."""
+        """Adds, in training: pair accuracy, margin, mean score, tied prompts, padding since the last; tokens so far."""
         if self.model.training and self._tally:
-            names = list(self._tally)
-            sums = self.accelerator.reduce(torch.stack([self._tally[name] for name in names]), reduction="sum")
-            total = dict(zip(names, sums.tolist(), strict=True))
-            self._tally = {}
-            self._total_train_tokens += int(total["tokens"]) // self._tp_size
-            metrics = {
-                "pair_accuracy": total["correct"] / max(total["pairs"], 1),
-                "margin": total["margin"] / max(total["pairs"], 1),
-                "mean_score": total["score"] / max(total["rows"], 1) + self.model.config.reward_bias,
-                "tied_prompts": total["tied_prompts"],
-                "num_tokens": self._total_train_tokens,
-            }
-            logs.update(metrics)
+            metrics = self._tally.metrics(self.accelerator, self._route.take_counts())
+            metrics["mean_score"] += self.model.config.reward_bias
+            self._total_train_tokens += int(metrics.pop("tokens")) // self._tp_size
+            computed = int(metrics.pop("computed")) // self._tp_size
+            earlier = (entry.get("tokens_computed") for entry in reversed(self.state.log_history))
+            computed += next((tokens for tokens in earlier if tokens is not None), 0)
+            tokens = {"num_tokens": self._total_train_tokens, "tokens_computed": computed}
+            logs.update(metrics | tokens)
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Adds metrics that are exact over the whole set: computed from all scores, not averaged over batches."""
+        """Adds metrics that are exact over the whole set, and leaves a record a prompt in `evaluation_records`."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        self._eval_lists = []
+        self._evaluated = GatheredRewards(self.accelerator)
+        counts = self._route.take_counts()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        width = max((lists.shape[1] for lists in self._eval_lists), default=0)
-        if width == 0:
-            return output
-        padded = [nn.functional.pad(lists, (0, 0, 0, width - lists.shape[1])) for lists in self._eval_lists]
-        rewards, ranks, mask = torch.cat(padded).unbind(-1)
-        self._eval_lists = []
-        metrics = ranking_metrics(rewards, ranks, mask.bool(), self.args.center_rewards_coefficient or 0.0)
-        for name in metrics:
-            if name.startswith("mean_score"):
-                metrics[name] += self.model.config.reward_bias
+        self._route.put_counts(counts)  # the log is about training
+        center = self.args.center_rewards_coefficient or 0.0
+        metrics, self.evaluation_records = evaluate_rewards(
+            self._evaluated, dataloader.dataset, self.model.config.reward_bias, center
+        )
         report = self.data_reports.get(prefix.removeprefix("eval_"), self.data_reports.get("eval"))
         if report is not None:
             metrics["dropped_prompts"] = report.dropped_prompts
@@ -302,6 +330,11 @@ class RankingRewardTrainer(RewardTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save and hasattr(self.model, "peft_config"):
             save_adapter_config(self.model, str(output_dir or self.args.output_dir))
+
+
+def _weight(inputs: Any) -> torch.Tensor:
+    """The summed weight of a batch's prompts that have a pair."""
+    return (inputs["weights"] * inputs["pairs"].any(-1).any(-1)).sum()
 
 
 def _say(args: RankingRewardConfig, line: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from instruct_trl.models.reward import check_model_path, check_single_label, ensure_distinct_pad_token
@@ -72,3 +73,29 @@ def prepare_tokenizer(tokenizer: Any, args: RankingRewardConfig, model: Any) -> 
     if args.pad_token is not None and args.pad_token in vocabulary:
         tokenizer.pad_token = args.pad_token
     return ensure_distinct_pad_token(tokenizer, model)
+
+
+def check_passes(trainer: Any) -> None:
+    """Refuse what would make pieces of a batch, or two passes over it, give another gradient than the whole batch."""
+    args = trainer.args
+    if not (args.two_pass or args.max_tokens_per_batch):
+        return
+    name = "two_pass" if args.two_pass else "max_tokens_per_batch"
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"{name} is for one process or DDP: under DeepSpeed and FSDP all processes must run equally many forwards. "
+            "Lower per_device_train_batch_size instead."
+        )
+    if args.two_pass and (rate := _largest_dropout(trainer.model)):
+        raise ValueError(
+            f"two_pass needs a model without dropout, since its second pass must give the rewards of the first; this "
+            f"one has p={rate}, which disable_dropout does not reach. Set it to 0 in the model's config."
+        )
+
+
+def _largest_dropout(model: torch.nn.Module) -> float:
+    """The largest dropout rate of any layer, also where the architecture calls it as a function (OPT)."""
+    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in model.modules():
+        rates += [value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+    return max(rates, default=0.0)

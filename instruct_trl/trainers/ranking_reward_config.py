@@ -47,12 +47,45 @@ class RankingRewardConfig(RewardConfig):
         },
     )
 
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute each prompt once for all its completions. 'auto' falls back to one row a completion, with "
+            "a line that says why, where a model cannot share; 'on' raises there; 'off' never shares."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bounds memory: a batch of prompts is computed in pieces of at most so many tokens, forward and "
+            "backward one after the other. Loss and gradient stay the same. None: the whole batch at once."
+        },
+    )
+    two_pass: bool = field(
+        default=False,
+        metadata={
+            "help": "Bounds memory by one completion (or by max_tokens_per_batch): the rewards of the batch come "
+            "first, without gradient, then a backward pass by pieces. Same gradient; about a third more to compute."
+        },
+    )
+    use_margins: bool = field(
+        default=False,
+        metadata={
+            "help": "−log σ(r_w − r_l − margin), the margin being the difference of the pair's `scores`, or the "
+            "`margin` column beside chosen/rejected, as in TRL. The paper has none."
+        },
+    )
+
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
+        if self.prefix_sharing not in ("auto", "on", "off"):
+            raise ValueError(f"prefix_sharing must be 'auto', 'on' or 'off', got {self.prefix_sharing!r}.")
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
-        for name in ("max_length", "max_prompt_length"):
+        for name in ("max_length", "max_prompt_length", "max_tokens_per_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 token or None, got {value}.")
+        if self.two_pass and not self.disable_dropout:
+            raise ValueError("two_pass needs disable_dropout=True: the second pass must give the rewards of the first.")
         super().__post_init__()

@@ -1,0 +1,97 @@
+"""Cutting a batch of rankings into pieces of at most so many tokens.
+
+Legend: B prompts, K completions of the longest list, N completions in all, T tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+_BY_PROMPT = ("ranks", "mask", "pairs", "margins", "weights", "prefix_lengths")
+_BY_ROW = ("input_ids", "attention_mask")
+
+
+def fill(items: Iterable[int], cost: Callable[[list[int]], int], budget: int) -> list[list[int]]:
+    """`items` in order, in groups whose `cost` is at most `budget`; an item that costs more is a group by itself.
+
+    >>> fill([0, 1, 2], lambda group: 40 * len(group), budget=100)
+    [[0, 1], [2]]
+    """
+    groups: list[list[int]] = []
+    for item in items:
+        if groups and cost([*groups[-1], item]) <= budget:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def owners(batch: Mapping[str, Any]) -> torch.Tensor:
+    """(N,) the prompt of each row."""
+    return batch["mask"].nonzero()[:, 0]
+
+
+def take_prompts(batch: Mapping[str, Any], prompts: list[int]) -> dict[str, Any]:
+    """The batch of these prompts, in this order, its rows cut to their longest."""
+    index = torch.tensor(prompts, device=batch["mask"].device)
+    owner = owners(batch)
+    rows = torch.cat([(owner == prompt).nonzero().squeeze(1) for prompt in prompts])
+    return {name: batch[name][index] for name in _BY_PROMPT if name in batch} | take_rows(batch, rows)
+
+
+def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """`input_ids` and `attention_mask` of these rows, cut to their longest."""
+    width = int(batch["attention_mask"][rows].sum(1).max())
+    return {name: batch[name][rows, :width] for name in _BY_ROW}
+
+
+def prompt_pieces(batch: Mapping[str, Any], budget: int | None, shared: bool) -> list[list[int]]:
+    """The prompts of a batch, longest first, in groups of at most `budget` tokens; None: one group.
+
+    A group costs its prefixes and completions where they are `shared`, else its rows, padded to the longest.
+    """
+    lengths, owner = batch["attention_mask"].sum(1), owners(batch)
+    sizes, prefixes = batch["mask"].sum(1), batch["prefix_lengths"]
+    longest = torch.zeros_like(sizes).scatter_reduce(0, owner, lengths, "amax").tolist()
+    tokens = torch.zeros_like(sizes).scatter_add(0, owner, lengths)
+    packed = (tokens - prefixes * (sizes - 1)).tolist()
+    counts = sizes.tolist()
+
+    def cost(prompts: list[int]) -> int:
+        if shared:
+            return sum(packed[prompt] for prompt in prompts)
+        return sum(counts[prompt] for prompt in prompts) * max(longest[prompt] for prompt in prompts)
+
+    prompts = list(range(len(counts)))
+    if budget is None:
+        return [prompts]
+    return fill(sorted(prompts, key=lambda prompt: (-longest[prompt], prompt)), cost, budget)
+
+
+def row_pieces(batch: Mapping[str, Any], budget: int | None, shared: bool) -> list[list[int]]:
+    """The rows of a batch in groups of at most `budget` tokens, as `prompt_pieces` counts them; None: row by row."""
+    lengths, owner = batch["attention_mask"].sum(1).tolist(), owners(batch).tolist()
+    prefixes = batch["prefix_lengths"].tolist()
+
+    def cost(rows: list[int]) -> int:
+        if not shared:
+            return len(rows) * max(lengths[row] for row in rows)
+        of_prompts = sum(prefixes[prompt] for prompt in {owner[row] for row in rows})
+        return of_prompts + sum(lengths[row] - prefixes[owner[row]] for row in rows)
+
+    return fill(range(len(lengths)), cost, budget or 0)
+
+
+def scoring_inputs(batch: Mapping[str, Any], rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """What scores the rows of a batch, or some of them: `input_ids`, `attention_mask`, `group_sizes`, `prefix_lengths`.
+
+    Args:
+        rows: indices in ascending order; None means all.
+    """
+    owner = owners(batch)
+    texts = take_rows(batch, rows if rows is not None else torch.arange(len(owner), device=owner.device))
+    prompts, sizes = (owner if rows is None else owner[rows]).unique_consecutive(return_counts=True)
+    return {**texts, "group_sizes": sizes, "prefix_lengths": batch["prefix_lengths"][prompts]}

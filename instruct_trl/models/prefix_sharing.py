@@ -1,0 +1,178 @@
+"""Scores of K completions with their prompt computed once (Ouyang et al. 2022, section 3.5: K completions, one batch).
+
+All tokens of a batch go through the network as one packed row: each prompt's shared prefix once, each completion once,
+no padding. Only attention has to know: there the row is cut into prompts, which see themselves, and completions, which
+see their prompt and themselves; each part is computed by the attention that the model has anyway.
+
+Legend: as in `instruct_trl.data.prefix_layout`; Hq query heads, Hk key heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from instruct_trl._upstream import score_head
+from instruct_trl.data.prefix_layout import PrefixLayout
+from instruct_trl.models.scores import head_outputs
+
+
+def prefix_attention(
+    attention: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    prefix_layout: PrefixLayout | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of a packed row, by prompts and by completions, in the form of transformers' AttentionInterface.
+
+    Args:
+        attention: the implementation that computes each part, "sdpa" or "eager".
+        query, key, value: (1, Hq, L, D), (1, Hk, L, D), (1, Hk, L, D).
+        attention_mask: not used with a layout, which says who sees whom.
+        prefix_layout: None for rows that are not packed, which go straight to `attention`. That happens in the
+            backward pass: gradient checkpointing calls again what was called without sharing.
+
+    Returns:
+        (1, L, Hq, D), and None in place of the weights.
+    """
+    inner = _inner_attention(module, attention)
+    if prefix_layout is None:
+        return inner(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
+    layout = prefix_layout
+    layout.layers += 1
+    prompt_mask, completion_mask = layout.masks(sliding_window, query.dtype)
+    packed = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
+    prompts = [layout.prompts.pad(states[: layout.cut]).transpose(1, 2) for states in packed]
+    completions = [layout.completions.pad(states[layout.cut :]).transpose(1, 2) for states in packed]
+    keys, values = (
+        torch.cat([of_prompt.index_select(0, layout.owner), own], dim=2)
+        for of_prompt, own in zip(prompts[1:], completions[1:], strict=True)
+    )
+    outputs = []
+    if layout.cut:
+        outputs.append(layout.prompts.unpad(inner(module, *prompts, prompt_mask, **kwargs)[0]))
+    outputs.append(layout.completions.unpad(inner(module, completions[0], keys, values, completion_mask, **kwargs)[0]))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+_NAMES = {attention: f"prefix_sharing_{attention}" for attention in ("sdpa", "eager")}
+for _attention, _name in _NAMES.items():
+    AttentionInterface.register(_name, partial(prefix_attention, _attention))
+
+
+def _inner_attention(module: nn.Module, name: str) -> Callable:
+    if name == "eager":  # each architecture has its own, beside its attention class
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return AttentionInterface()[name]
+
+
+class PrefixSharing:
+    """Scores with shared prefixes from one reward model.
+
+    Args:
+        model: a sequence classifier with one label, also under PEFT, not yet wrapped by DDP and the like.
+
+    Attributes:
+        obstacle: why this model cannot share prefixes, as half a sentence; None where it can.
+    """
+
+    def __init__(self, model: Any):
+        self.head = score_head(model)
+        configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+        self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+        self._text_config = model.config.get_text_config()
+        self.attention = self._text_config._attn_implementation
+        self.obstacle = _obstacle(model, self.attention)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Within, the model's layers attend by `prefix_attention`.
+
+        Gradient checkpointing runs layers again in the backward pass, which therefore belongs inside, too.
+        """
+        return self._attending_by(_NAMES.get(self.attention, self.attention))
+
+    def inactive(self) -> AbstractContextManager[None]:
+        """Within, also inside `active`, the model's layers attend as if nothing were shared."""
+        inside = self._configs[0]._attn_implementation in _NAMES.values()
+        return self._attending_by(self.attention) if inside else nullcontext()
+
+    @contextmanager
+    def _attending_by(self, name: str) -> Iterator[None]:
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation = name
+            yield
+        finally:
+            for config, previous in zip(self._configs, before, strict=True):
+                config._attn_implementation = previous
+
+    def score(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        group_sizes: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+    ) -> tuple[torch.Tensor, int]:
+        """Scores (N,) in float32, without bias, as `score_rows` gives them, and how many tokens were computed.
+
+        Args:
+            model: the model, possibly wrapped.
+            input_ids, attention_mask: (N, T), padded on the right, the rows of a prompt side by side.
+            group_sizes, prefix_lengths: (B,) rows of each prompt, and the tokens that they have in common.
+
+        Raises:
+            RuntimeError: not every layer went through the shared attention.
+        """
+        layout = PrefixLayout.of(input_ids, attention_mask, group_sizes, prefix_lengths, self.attention)
+        inputs: dict[str, Any] = {"position_ids": layout.position_ids}
+        if self.attention == "flex_attention":
+            inputs["attention_mask"] = _flex_masks(layout, self._text_config)
+        else:
+            inputs["prefix_layout"] = layout
+        with self.active():
+            scores = head_outputs(model, self.head, layout.input_ids, **inputs)
+        expected = self._text_config.num_hidden_layers
+        if self.attention != "flex_attention" and layout.layers != expected:
+            raise RuntimeError(f"{layout.layers} of {expected} layers went through the shared attention")
+        return scores.squeeze(0).index_select(0, layout.last).float(), layout.input_ids.numel()
+
+
+def _obstacle(model: Any, attention: str) -> str | None:
+    config = model.config.get_text_config()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if getattr(base, "_is_stateful", False):
+        return "its layers carry a recurrent state"
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    if not getattr(base, "_supports_attention_backend", False):
+        return "its attention does not go through transformers' AttentionInterface"
+    if attention not in ("sdpa", "eager", "flex_attention"):
+        return f"its attn_implementation is {attention!r}; 'sdpa', 'eager' and 'flex_attention' can share"
+    return None
+
+
+def _flex_masks(layout: PrefixLayout, config: Any) -> Any:
+    """FlexAttention's block mask of the packed row; a dictionary of two for models that mix kinds of layers."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return layout.block_mask(window)
+    windows = {"full_attention": None, "sliding_attention": window}
+    masks = {kind: layout.block_mask(windows[kind]) for kind in kinds}
+    return masks if len(masks) > 1 else next(iter(masks.values()))

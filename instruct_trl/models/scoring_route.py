@@ -1,0 +1,133 @@
+"""Which way rows are scored: with shared prefixes where that is exact, else one row a completion.
+
+Legend: as in `instruct_trl.data.prefix_layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from instruct_trl.models.prefix_sharing import PrefixSharing
+from instruct_trl.models.scores import score_rows
+
+
+class ScoringRoute:
+    """Scores rows with shared prefixes where the model can, and one row a completion where it cannot.
+
+    The first batch that has something to share is scored both ways. Where they differ, "auto" goes on without
+    sharing and says so once, and "on" raises.
+
+    Args:
+        model: as for `PrefixSharing`.
+        mode: "auto", "on" (never falls back) or "off".
+        say: gets the one line that explains a fallback.
+
+    Attributes:
+        shares: whether prefixes are shared.
+
+    Raises:
+        ValueError: mode "on" and a model that cannot share.
+    """
+
+    def __init__(self, model: Any, mode: str, say: Callable[[str], None]):
+        self.sharing = PrefixSharing(model)
+        self.mode = mode
+        self._say = say
+        self._verified = False
+        self._counts = {"computed": 0, "padding": 0}
+        self.shares = mode != "off"
+        if self.shares and self.sharing.obstacle is not None:
+            self._fall_back(self.sharing.obstacle)
+
+    def _fall_back(self, reason: str) -> None:
+        if self.mode == "on":
+            raise ValueError(
+                f"prefix_sharing='on', but the model cannot share prefixes: {reason}. Use 'auto' to score it one row a "
+                "completion."
+            )
+        self.shares = False
+        self._say(f"Prompts are computed once a completion, not shared: {reason}. prefix_sharing='off' says the same.")
+
+    def take_counts(self) -> dict[str, int]:
+        """Places that went through the network since the last call (`computed`), and how many were `padding`."""
+        counts, self._counts = self._counts, {"computed": 0, "padding": 0}
+        return counts
+
+    def put_counts(self, counts: dict[str, int]) -> None:
+        """Go on counting from `counts`."""
+        self._counts = dict(counts)
+
+    def active(self) -> AbstractContextManager[None]:
+        """To be held over a backward pass through `__call__`; see `PrefixSharing.active`."""
+        return self.sharing.active() if self.shares else nullcontext()
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        group_sizes: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """Scores (N,) in float32, without bias; arguments as in `PrefixSharing.score`.
+
+        Raises:
+            ValueError: mode "on", and the first batch shows that the model cannot share.
+        """
+        inputs = input_ids, attention_mask, group_sizes, prefix_lengths
+        if self.shares and int(prefix_lengths.max()) > 0:
+            if not self._verified:
+                self._verify(model, *inputs)
+            if self.shares:
+                scores, tokens = self.sharing.score(model, *inputs)
+                self._counts["computed"] += tokens
+                return scores
+        self._counts["computed"] += input_ids.numel()
+        self._counts["padding"] += input_ids.numel() - int(attention_mask.sum())
+        with self.sharing.inactive():
+            return score_rows(model, input_ids, attention_mask, self.sharing.head)
+
+    @torch.no_grad()
+    def _verify(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        group_sizes: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+    ) -> None:
+        """Score the first prompt that has a prefix both ways.
+
+        Tolerance: 1e-3 of the largest score in float32; a tenth in half precision, which rounds differently by route.
+        """
+        prompt = int(prefix_lengths.argmax())
+        rows = slice(int(group_sizes[:prompt].sum()), int(group_sizes[: prompt + 1].sum()))
+        chosen = input_ids[rows], attention_mask[rows]
+        was_training = model.training
+        model.eval()
+        try:
+            with self.sharing.inactive():
+                plain = score_rows(model, *chosen, self.sharing.head)
+            shared, _ = self.sharing.score(model, *chosen, group_sizes[prompt, None], prefix_lengths[prompt, None])
+        except (RuntimeError, TypeError) as error:
+            self._fall_back(str(error).strip().split("\n")[0])
+        else:
+            gap, scale = (plain - shared).abs().max().item(), max(1.0, plain.abs().max().item())
+            tolerance = 1e-3 if _dtype(self.sharing.head) == torch.float32 else 0.1
+            if gap > tolerance * scale:
+                self._fall_back(f"with sharing, scores of the first prompt differ by {gap:.2g} from those without")
+        finally:
+            model.train(was_training)
+        self._verified = True
+
+
+def _dtype(head: nn.Module) -> torch.dtype:
+    """What `head` computes in: the dtype of its weights, or of autocast."""
+    parameter = next(head.parameters())
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
