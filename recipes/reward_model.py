@@ -3,7 +3,8 @@
     accelerate launch recipes/reward_model.py                         # the demo
     accelerate launch recipes/reward_model.py --model_name_or_path M --dataset_name rankings.jsonl --output_dir rm
 
-Data: `prompt`, `completions` (a list) and `ranks` (1 is best) or `scores`; or `prompt`, `chosen`, `rejected`.
+Data: `prompt`, `completions` (a list) and `ranks` (1 is best), `scores` or `pairs`; or `prompt`, `chosen`, `rejected`.
+Held-out rankings give <output_dir>/evaluation/report.html: accuracy, calibration, length bias, scores.
 """
 
 from dataclasses import dataclass, field
@@ -19,14 +20,18 @@ class RewardArguments(RunArguments):
     demonstrations_name: str | None = field(
         default=None, metadata={"help": "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."}
     )
+    labeler_folds: int | None = field(
+        default=None, metadata={"help": "Also train on all but one group of labelers, for so many groups (paper: 5)."}
+    )
 
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage; returns its folder."""
-    from trl import ModelConfig, get_peft_config, get_quantization_config
+    from trl import ModelConfig
 
-    from instruct_trl import RankingRewardConfig, RankingRewardTrainer
-    from instruct_trl.pipeline.run import demo_or_own, finish_training, prepare_output, quiet_progress, rankings
+    from instruct_trl import RankingRewardConfig
+    from instruct_trl.pipeline.rewarding import labelers_left_out, reward_trainer, write_page
+    from instruct_trl.pipeline.run import demo_or_own, finish_training, prepare_output, rankings
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((RewardArguments, RankingRewardConfig, ModelConfig), "reward_model", __doc__, argv)
@@ -34,19 +39,15 @@ def main(argv: list[str] | None = None) -> str:
 
     def body(checkpoint: str | None) -> dict:
         train, test = rankings(run)
-        trainer = RankingRewardTrainer(
-            model.model_name_or_path or str(run.run / "sft"),
-            args,
-            train_dataset=train,
-            eval_dataset=test,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-        )
-        quiet_progress(trainer, ["loss", "pair_accuracy", "eval_pair_accuracy"])
+        base, demo = model.model_name_or_path or str(run.run / "sft"), run.dataset_name is None
+        folds = labelers_left_out(base, args, model, train, run.labeler_folds) if run.labeler_folds else None
+        trainer = reward_trainer(base, args, model, train, test)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-        metrics = trainer.evaluate() if test is not None else {}
-        if run.demonstrations_name or run.dataset_name is None:
+        if run.demonstrations_name or demo:
             trainer.normalize(demo_or_own(run, "demonstrations", run.demonstrations_name)[0])
+        metrics = trainer.evaluate() if test is not None else {}
+        if metrics:
+            write_page(trainer, args.output_dir, demo, folds)
         shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
         return finish_training(trainer, run.dataset_name) | shown
 

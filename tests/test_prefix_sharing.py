@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from instruct_trl.data.pairs import pad_rows
 from instruct_trl.data.prefix_layout import Grid, PrefixLayout, common_prefix_length
@@ -244,3 +244,24 @@ def test_off_computes_every_row():
     route = ScoringRoute(model, "on", pytest.fail)
     route(model, **batch_of(ROWS))
     assert route.take_counts() == {"computed": 34, "padding": 0}
+
+
+def test_a_4_bit_base_with_an_adapter(tmp_path):
+    """Quantised weights, trained adapter and head: the same rewards and gradients with and without sharing."""
+    pytest.importorskip("bitsandbytes")
+    make("llama", hidden_size=64, head_dim=16, intermediate_size=64).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["score"]
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config, num_labels=1)
+    assert any(p.dtype == torch.uint8 for p in model.parameters())
+    lora = LoraConfig(r=4, task_type="SEQ_CLS", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    model, batch = get_peft_model(model, lora), batch_of(ROWS)
+    expected_scores = plain(model, batch)
+    expected = gradients(model, expected_scores)
+    scores, _ = PrefixSharing(model).score(model, **batch)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-4)
+    shared = gradients(model, scores)
+    assert any("lora_B" in name for name in shared)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-3, atol=1e-3)

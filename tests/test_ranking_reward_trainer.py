@@ -1,6 +1,7 @@
 """RankingRewardTrainer: its loss against TRL's and across batch shapes and processes, its metrics, its defaults."""
 
 import inspect
+import json
 import logging
 import math
 import subprocess
@@ -241,12 +242,15 @@ def test_a_stream_trains(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    """8 prompts as 1 × 8, and as 2 processes × 1 × 4; 9 prompts to evaluate, so that one is filled in and cut off."""
+@pytest.mark.parametrize(
+    "passes", ["{}", '{"two_pass": true, "max_tokens_per_batch": 60}', '{"max_tokens_per_batch": 40}']
+)
+def test_two_processes_equal_one(tmp_path, passes):
+    """8 prompts as 1 × 8, and as 2 processes × 2 × 2, also in pieces; 9 to evaluate: one is filled in, and cut off."""
     one, two = tmp_path / "one", tmp_path / "two"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launch, path, batch, accumulation in (([], one, 8, 1), (launcher, two, 1, 4)):
-        script = [__file__, str(path), str(batch), str(accumulation)]
+    for launch, path, batch, accumulation, more in (([], one, 8, 1, "{}"), (launcher, two, 2, 2, passes)):
+        script = [__file__, str(path), str(batch), str(accumulation), more]
         subprocess.run([sys.executable, *launch, *script], check=True, capture_output=True, text=True)
     (weights, metrics), (other_weights, other_metrics) = torch.load(one / "result.pt"), torch.load(two / "result.pt")
     assert (metrics.pop("processes"), other_metrics.pop("processes")) == (1, 2)
@@ -254,7 +258,7 @@ def test_two_processes_equal_one(tmp_path):
     assert other_metrics == pytest.approx(metrics, abs=1e-4)
 
 
-def _train_and_save(path, batch, accumulation):
+def _train_and_save(path, batch, accumulation, passes):
     from conftest import tokenizer
 
     shape = {"per_device_train_batch_size": int(batch), "gradient_accumulation_steps": int(accumulation)}
@@ -262,7 +266,7 @@ def _train_and_save(path, batch, accumulation):
     order = {"train_sampling_strategy": "sequential", "per_device_eval_batch_size": 2, "max_steps": 2}
     rows = [*RANKINGS, RANKINGS[0]]
     made = tokenizer.__wrapped__() if hasattr(tokenizer, "__wrapped__") else tokenizer._get_wrapped_function()()
-    trainer = make(fresh_model(), made, path, eval_rows=rows, **shape, **fixed, **order)
+    trainer = make(fresh_model(), made, path, eval_rows=rows, **shape, **fixed, **order, **json.loads(passes))
     trainer.train()
     exact = ("loss", "accuracy", "tau", "score", "tied")
     metrics = {key: float(value) for key, value in trainer.evaluate().items() if any(word in key for word in exact)}

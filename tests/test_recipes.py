@@ -122,6 +122,27 @@ def test_sft_under_torchrun(home):
 
 
 @pytest.mark.slow
+def test_reward_model_with_held_out_rankings_and_labelers(home):
+    """A page on the held-out rankings, with the paper's cross validation over groups of labelers in it."""
+    (home / "ranked").mkdir()
+    for split, count in (("train", 12), ("test", 6)):
+        rows = [
+            {"prompt": f"q{i} ", "completions": ["a", "bb", "ccc"], "ranks": [1, 2, 2], "labeler": f"labeler {i % 3}"}
+            for i in range(count)
+        ]
+        (home / "ranked" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = launch(
+        home, "reward_model", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "ranked",
+        "--labeler_folds", "3", "--output_dir", "rm2",
+    )  # fmt: skip
+    assert "rm2/evaluation/report.html" in out
+    metrics = json.loads((home / "rm2" / "evaluation" / "metrics.json").read_text())
+    assert len(metrics["labeler_folds"]["folds"]) == 3
+    assert "labeler 0" in (home / "rm2" / "evaluation" / "report.md").read_text()
+    assert not (home / "rm2" / "folds").exists()
+
+
+@pytest.mark.slow
 def test_sample_then_reward_model(home):
     launch(
         home, "sample", *TINY, "--model_name_or_path", "policy", "--dataset_name", "prompts.jsonl", "--output_dir",
