@@ -72,3 +72,23 @@ def reset_accelerator() -> None:
     """Forget the precision and accumulation of the trainer before, so that the next may have its own."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
+
+
+def keep_4bit_trainable(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights on CPUs with AVX512-BF16: its packed kernel has no backward.
+
+    It packs at the first forward in eval mode, and gradients below a packed layer are then lost without an error
+    (bitsandbytes 0.50). Elsewhere this changes nothing.
+    """
+    modules: Any = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
+    """Without bf16, give what is trained on a quantised base the float32 of its hidden states: TRL casts it to bf16."""
+    if not bf16 and getattr(model, "is_quantized", False) and model.dtype == torch.float32:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()

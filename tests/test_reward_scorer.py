@@ -13,15 +13,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from instruct_trl.models.reward import (
-    RewardScorer,
-    end_of_text,
-    ensure_distinct_pad_token,
-    load_reward_model,
-    pad_rows,
-    score_rows,
-    tokenize_pair,
-)
+from instruct_trl.data.pairs import end_of_text, pad_rows, tokenize_pair
+from instruct_trl.models.reward import RewardScorer
+from instruct_trl.models.reward_loading import ensure_distinct_pad_token, load_reward_model
+from instruct_trl.models.scores import score_rows
 
 PROMPTS = ["What is up?", "Hi", "A longer prompt than the others"]
 COMPLETIONS = ["The sky.", "Hello there, how are you?", "No"]

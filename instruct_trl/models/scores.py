@@ -20,7 +20,7 @@ def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **i
     is picked up where it leaves the head, before transformers' pooling, which compares tokens with the pad id.
 
     Raises:
-        ValueError: the head does not score every token (an encoder that pools first).
+        ValueError: the head does not score every token (an encoder that pools first), or is not the model's any more.
     """
     outputs: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -28,6 +28,11 @@ def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **i
         model(input_ids=input_ids, use_cache=False, **inputs)
     finally:
         hook.remove()
+    if not outputs:
+        raise ValueError(
+            f"The head of {type(model).__name__} was not called: it was replaced since (merging an adapter does that). "
+            "Make the RewardScorer or the trainer from the model as it is now."
+        )
     if outputs[-1].shape != (*input_ids.shape, 1):
         raise ValueError(
             f"The head of {type(model).__name__} gave {tuple(outputs[-1].shape)} for input {tuple(input_ids.shape)}: a "

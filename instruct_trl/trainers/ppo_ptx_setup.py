@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from instruct_trl.models.reward import RewardScorer, check_model_path
+from instruct_trl.models.reward import RewardScorer
+from instruct_trl.models.reward_loading import check_model_path
 from instruct_trl.models.value import ValueModel, value_model_from_reward_model
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
@@ -71,7 +73,7 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
         raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions.")
     return [
         RewardScorer(func, tokenizer, batch_size=args.local_rollout_forward_batch_size)
-        if isinstance(func, (str, PreTrainedModel))
+        if isinstance(func, (str, Path, PreTrainedModel)) or hasattr(func, "peft_config")
         else func
         for func, tokenizer in zip(funcs, tokenizers, strict=True)
     ]

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from trl import RewardTrainer
 
-from instruct_trl._upstream import score_head
+from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head
 from instruct_trl.data.checks import require_columns
 from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
 from instruct_trl.data.token_budget import prompt_pieces, row_pieces, scoring_inputs, take_prompts
 from instruct_trl.maths.rankings import ranking_losses
-from instruct_trl.models.reward import fit_model_to_tokenizer, save_adapter_config, score_rows
+from instruct_trl.models.reward_loading import fit_model_to_tokenizer, save_adapter_config
+from instruct_trl.models.scores import score_rows
 from instruct_trl.models.scoring_route import ScoringRoute
 from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
 from instruct_trl.trainers.ranking_reward_checks import (
@@ -135,18 +136,24 @@ class RankingRewardTrainer(RewardTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self._settle_model(args, processing_class)
+        self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: _say(args, line))
+
+    def _settle_model(self, args: RankingRewardConfig, processing_class: Any) -> None:
+        """What can be asked of the model only once upstream has loaded it, quantised it and added adapters."""
         if processing_class.pad_token_id == processing_class.eos_token_id:
             raise ValueError(
                 f"`chat_template_path={args.chat_template_path!r}` made {processing_class.eos_token!r} both EOS and "
                 "pad token. Prepare the tokenizer with a pad token of its own and pass it as processing_class."
             )
-        fit_model_to_tokenizer(self.model, processing_class)  # a model given by name is loaded only by now
+        fit_model_to_tokenizer(self.model, processing_class)
+        keep_4bit_trainable(self.model)
+        match_adapters_to_precision(self.model, args.bf16)
         if not any(parameter.requires_grad for parameter in score_head(self.model).parameters()):
             raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {HEAD_REMEDY}")
         if not hasattr(self.model.config, "reward_bias"):
             self.model.config.reward_bias = 0.0
         check_passes(self)
-        self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: _say(args, line))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         where = f"the {dataset_name} dataset"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from instruct_trl.models.reward import check_model_path, check_single_label, ensure_distinct_pad_token
+from instruct_trl.models.reward_loading import check_model_path, check_single_label, ensure_distinct_pad_token
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
 
 HEAD_REMEDY = (

@@ -1,0 +1,146 @@
+"""A reward model and its tokenizer on their way in and out of a folder: pad token, head, bias, adapter, 4-bit base."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from instruct_trl._upstream import keep_4bit_trainable, score_head
+
+# Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
+ADAPTER_CONFIG = "reward_config.json"
+
+# Special tokens that tokenizers carry for padding or leave unused, in order of preference.
+_PAD_CANDIDATES = ("<|endoftext|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+
+
+def ensure_distinct_pad_token(tokenizer: Any, model: nn.Module | None = None) -> str | None:
+    """Give `tokenizer` a pad token that is not its EOS: an unused special token if it has one, else a new `<|pad|>`.
+
+    With pad == EOS, transformers' pooling takes the last token before the EOS, and no checkpoint that ends so can be
+    read elsewhere. With `model`, its embeddings grow where the new token needs it, and its config learns the pad id.
+
+    Returns:
+        One line that says what changed, to be logged; None where the pad token was fine already.
+    """
+    line = None
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        was = "missing" if tokenizer.pad_token is None else f"its EOS token {tokenizer.eos_token!r}"
+        taken = {tokenizer.eos_token, tokenizer.bos_token}
+        vocabulary = tokenizer.get_vocab()
+        token = next((t for t in _PAD_CANDIDATES if t in vocabulary and t not in taken), None)
+        source = "already in its vocabulary" if token else "added to it"
+        tokenizer.add_special_tokens({"pad_token": token or "<|pad|>"})
+        line = (
+            f"The tokenizer's pad token was {was}; it is now {tokenizer.pad_token!r} (id {tokenizer.pad_token_id}, "
+            f"{source}), saved with model and tokenizer."
+        )
+    if model is not None:
+        fit_model_to_tokenizer(model, tokenizer)
+    return line
+
+
+def fit_model_to_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Grow the embeddings of `model` to hold every token of `tokenizer`, and copy the pad id into its config."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def check_model_path(path: str | Path) -> None:
+    """Refuse a path that is not there, with one line in place of a hub traceback.
+
+    Raises:
+        ValueError: neither a folder nor a reachable repository of the hub with this name.
+    """
+    path = str(path)
+    if os.path.isdir(path):
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ValueError(f"There is no model folder {path!r}. Check the path, or train the model first.")
+    try:
+        AutoConfig.from_pretrained(path)
+    except OSError as error:
+        offline = " HF_HUB_OFFLINE is set and it is not in the cache." if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ValueError(
+            f"There is no model {path!r}: neither a local folder nor a repository that could be read.{offline} Check "
+            "the name, or log in with `hf auth login` if it is private."
+        ) from error
+
+
+def check_single_label(config: Any, name: str) -> None:
+    """Raises ValueError unless `config` has one label, the reward."""
+    if config.num_labels != 1:
+        raise ValueError(
+            f"{name} has num_labels={config.num_labels}; a reward model has one label, the reward. Train it with "
+            "RankingRewardTrainer, or load it with num_labels=1."
+        )
+
+
+def load_reward_model(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+    """Read a trained reward model, or the folder of its PEFT adapter, with its tokenizer and its `reward_bias`.
+
+    Args:
+        path: local folder or hub name.
+        kwargs: for `AutoModelForSequenceClassification.from_pretrained` (dtype, device_map, revision, ...).
+
+    Returns:
+        (model, tokenizer), the model in eval mode.
+
+    Raises:
+        ValueError: no such path, more than one label, or an adapter without the trained head.
+    """
+    path = str(path)
+    check_model_path(path)
+    shared = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token") if key in kwargs}
+    tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        model = _load_adapter(path, tokenizer, kwargs)
+    else:
+        check_single_label(AutoConfig.from_pretrained(path, **shared), f"The reward model {path!r}")
+        model = AutoModelForSequenceClassification.from_pretrained(path, **kwargs)
+    return model.eval(), tokenizer
+
+
+def _load_adapter(path: str, tokenizer: Any, kwargs: dict[str, Any]) -> Any:
+    from peft import PeftConfig, PeftModel
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+    base_path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    check_model_path(base_path)
+    # RankingRewardTrainer writes this file; adapters of other makers lack it.
+    file = Path(path, ADAPTER_CONFIG)
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    defaults = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
+    with suppress_seqcls_warning():
+        base = AutoModelForSequenceClassification.from_pretrained(
+            base_path, **{"dtype": "float32", **defaults, **kwargs, "num_labels": 1}
+        )
+    keep_4bit_trainable(base)
+    fit_model_to_tokenizer(base, tokenizer)
+    base.config.reward_bias = saved.get("reward_bias", getattr(base.config, "reward_bias", 0.0))
+    model = PeftModel.from_pretrained(base, path)
+    trained_base = any(
+        "SequenceClassification" in name for name in AutoConfig.from_pretrained(base_path).architectures or []
+    )
+    if not trained_base and not hasattr(score_head(model), "modules_to_save"):
+        raise ValueError(
+            f"The adapter {path!r} does not hold the score head, which would be random. Train it with "
+            "LoraConfig(task_type='SEQ_CLS')."
+        )
+    return model
+
+
+def save_adapter_config(model: Any, folder: str | Path) -> None:
+    """Write beside a PEFT adapter what PEFT does not: the reward bias, the base's dtype, and how it was quantised."""
+    saved: dict[str, Any] = {"reward_bias": model.config.reward_bias, "dtype": str(model.dtype).removeprefix("torch.")}
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None:
+        saved["quantization_config"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    Path(folder, ADAPTER_CONFIG).write_text(json.dumps(saved, indent=2, default=str) + "\n", encoding="utf-8")
