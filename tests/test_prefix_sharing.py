@@ -171,6 +171,25 @@ def test_lora_and_bf16():
     assert (scores - exact).abs().max() < 3 * rounding
 
 
+@pytest.mark.parametrize(("half", "accepted"), [(True, True), (False, False)])
+def test_half_precision_is_allowed_its_rounding(half, accepted, monkeypatch):
+    """A gap of 2 %: rounding in bf16, an error in float32. accelerate's autocast sits on the model's own forward."""
+    model, said, score = make("llama", "sdpa"), [], PrefixSharing.score
+
+    def off_by_a_fiftieth(self, *args):
+        scores, tokens = score(self, *args)
+        return scores * 1.02, tokens
+
+    monkeypatch.setattr(PrefixSharing, "score", off_by_a_fiftieth)
+    torch.nn.init.normal_(model.score.weight, std=2.0)
+    if half:
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    route = ScoringRoute(model, "auto", said.append)
+    route(model, **batch_of(ROWS))
+    assert route.shares == accepted
+    assert len(said) == (not accepted)
+
+
 UNFIT = {
     "bloom": ({"hidden_size": 16, "n_layer": 1, "n_head": 2}, "AttentionInterface"),
     "qwen3_next": (
