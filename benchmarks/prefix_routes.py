@@ -20,7 +20,7 @@ import time
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification
 
-from instruct_trl.data.prefix_layout import PrefixLayout
+from instruct_trl.data.prefix_layout import GroupedRows, PrefixLayout
 from instruct_trl.models.prefix_sharing import PrefixSharing
 from instruct_trl.models.scores import score_rows
 
@@ -36,8 +36,9 @@ def make_routes(model: LlamaForSequenceClassification, prompt: int, answer: int,
     """Functions without arguments that give the scores (K,) of one prompt, and the floor's hidden states."""
     prefix, own = torch.randint(3, 4000, (prompt,)), torch.randint(3, 4000, (k, answer))
     rows = torch.cat([prefix.expand(k, -1), own], dim=1)
-    ones, sizes, lengths = torch.ones_like(rows), torch.tensor([k]), torch.tensor([prompt])
-    sharing, layout = PrefixSharing(model), PrefixLayout.of(rows, ones, sizes, lengths)
+    ones = torch.ones_like(rows)
+    grouped = GroupedRows(rows, ones, torch.tensor([k]), torch.tensor([prompt]))
+    sharing, layout = PrefixSharing(model), PrefixLayout.of(grouped)
     packed = layout.input_ids.shape[1]
     visible = layout.block_mask(None).mask_mod(
         0, 0, *torch.meshgrid(torch.arange(packed), torch.arange(packed), indexing="ij")
@@ -58,7 +59,7 @@ def make_routes(model: LlamaForSequenceClassification, prompt: int, answer: int,
 
     return {
         "rows": lambda: score_rows(model, rows, ones),
-        "cut": lambda: sharing.score(model, rows, ones, sizes, lengths)[0],
+        "cut": lambda: sharing.score(model, grouped)[0],
         "mask": masked,
         "cache": cached,
         "floor": lambda: model.model(floor, use_cache=False).last_hidden_state,

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from instruct_trl.data.pairs import pad_rows
-from instruct_trl.data.prefix_layout import Grid, PrefixLayout, common_prefix_length
+from instruct_trl.data.prefix_layout import Grid, GroupedRows, PrefixLayout, common_prefix_length
 from instruct_trl.models.prefix_sharing import PrefixSharing
 from instruct_trl.models.scores import score_rows
 from instruct_trl.models.scoring_route import ScoringRoute
@@ -46,12 +46,11 @@ ROWS = [
 def batch_of(groups):
     rows = [row for group in groups for row in group]
     prefixes = [common_prefix_length(group) for group in groups]
-    sizes = {"group_sizes": torch.tensor([len(g) for g in groups]), "prefix_lengths": torch.tensor(prefixes)}
-    return {**pad_rows(rows, 0), **sizes}
+    return GroupedRows(*pad_rows(rows, 0).values(), torch.tensor([len(g) for g in groups]), torch.tensor(prefixes))
 
 
 def plain(model, batch):
-    return score_rows(model, batch["input_ids"], batch["attention_mask"])
+    return score_rows(model, batch.input_ids, batch.attention_mask)
 
 
 def make(family, attention="eager", **kwargs):
@@ -81,7 +80,7 @@ def test_rewards_and_gradients_equal_the_plain_route(family, attention):
     expected_gradients = gradients(model, expected)
     sharing = PrefixSharing(model)
     assert sharing.obstacle is None
-    scores, tokens = sharing.score(model, **batch)
+    scores, tokens = sharing.score(model, batch)
     shared_gradients = gradients(model, scores)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
     for name, gradient in expected_gradients.items():
@@ -101,7 +100,7 @@ def test_a_grid_gives_back_what_it_was_given():
 
 
 def test_the_packed_row_by_hand():
-    layout = PrefixLayout.of(**batch_of([[[5, 6, 7], [5, 8, 9, 10]], [[11, 12]]]))
+    layout = PrefixLayout.of(batch_of([[[5, 6, 7], [5, 8, 9, 10]], [[11, 12]]]))
     # Prefixes [5] and [11]; own tokens [6, 7], [8, 9, 10], [12].
     assert layout.input_ids.tolist() == [[5, 11, 6, 7, 8, 9, 10, 12]]
     assert layout.position_ids.tolist() == [[0, 0, 1, 2, 1, 2, 3, 1]]
@@ -114,7 +113,7 @@ def test_the_packed_row_by_hand():
 def test_the_block_mask_of_flex_attention_is_the_same_visibility(window):
     """Both say who sees whom; here against plain loops over the packed row."""
     groups = [[[5, 6, 7], [5, 6, 9, 10]], [[11, 12], [13]]]
-    layout = PrefixLayout.of(**batch_of(groups))
+    layout = PrefixLayout.of(batch_of(groups))
     dense = layout.block_mask(window).mask_mod(0, 0, *torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"))
     # (prompt, completion or None, position) of each packed token: prefixes [5 6], []; own [7], [9 10], [11 12], [13].
     tokens = [(0, None, 0), (0, None, 1), (0, 0, 2), (0, 1, 2), (0, 1, 3), (1, 2, 0), (1, 2, 1), (1, 3, 0)]
@@ -130,7 +129,7 @@ def test_flex_attention_scores_the_same():
     model = make("llama", "flex_attention").eval()
     reference = make("llama", "eager").eval()
     with torch.no_grad():
-        scores, _ = PrefixSharing(model).score(model, **batch_of(ROWS))
+        scores, _ = PrefixSharing(model).score(model, batch_of(ROWS))
         torch.testing.assert_close(scores, plain(reference, batch_of(ROWS)), rtol=1e-3, atol=1e-4)
 
 
@@ -142,7 +141,7 @@ def test_gradient_checkpointing_changes_nothing(attention):
     expected = gradients(model, plain(model, batch))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with sharing.active():
-        shared = gradients(model, sharing.score(model, **batch)[0])
+        shared = gradients(model, sharing.score(model, batch)[0])
         with sharing.inactive():
             scores = plain(model, batch)
         not_shared = gradients(model, scores)
@@ -157,12 +156,12 @@ def test_lora_and_bf16():
     model = get_peft_model(make("qwen3", "sdpa"), LoraConfig(r=4, task_type="SEQ_CLS", init_lora_weights=False))
     batch = batch_of(ROWS)
     expected = gradients(model, plain(model, batch))
-    shared = gradients(model, PrefixSharing(model).score(model, **batch)[0])
+    shared = gradients(model, PrefixSharing(model).score(model, batch)[0])
     assert any("lora_A" in name for name in shared)
     for name, gradient in expected.items():
         torch.testing.assert_close(shared[name], gradient, rtol=1e-3, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        scores, _ = PrefixSharing(model).score(model, **batch)
+        scores, _ = PrefixSharing(model).score(model, batch)
         reference = plain(model, batch)
     # bfloat16 has 8 bits: both routes are that far from float32, and no further from each other.
     exact = plain(model, batch)
@@ -185,7 +184,7 @@ def test_half_precision_is_allowed_its_rounding(half, accepted, monkeypatch):
     if half:
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     route = ScoringRoute(model, "auto", said.append)
-    route(model, **batch_of(ROWS))
+    route(model, batch_of(ROWS))
     assert route.shares == accepted
     assert len(said) == (not accepted)
 
@@ -213,7 +212,7 @@ def test_what_cannot_share_says_why_and_goes_on(family):
     assert len(said) == 1
     assert reason in said[0]
     assert not route.shares
-    torch.testing.assert_close(route(model, **batch_of(ROWS)), plain(model, batch_of(ROWS)))
+    torch.testing.assert_close(route(model, batch_of(ROWS)), plain(model, batch_of(ROWS)))
     with pytest.raises(ValueError, match=f"prefix_sharing='on'.*{reason}"):
         ScoringRoute(model, "on", said.append)
 
@@ -237,19 +236,19 @@ def test_a_model_that_shares_wrongly_is_caught_by_the_first_batch(monkeypatch):
     monkeypatch.setattr(PrefixLayout, "_visible", blind)
     model, said = make("llama", "sdpa"), []
     route = ScoringRoute(model, "auto", said.append)
-    scores = route(model, **batch_of(ROWS))
+    scores = route(model, batch_of(ROWS))
     torch.testing.assert_close(scores, plain(model, batch_of(ROWS)))
     assert len(said) == 1
-    assert "first prompt differ" in said[0]
-    with pytest.raises(ValueError, match="first prompt differ"):
-        ScoringRoute(model, "on", said.append)(model, **batch_of(ROWS))
+    assert "one prompt differ" in said[0]
+    with pytest.raises(ValueError, match="one prompt differ"):
+        ScoringRoute(model, "on", said.append)(model, batch_of(ROWS))
 
 
 def test_a_layer_that_bypasses_the_shared_attention_is_caught(monkeypatch):
     model, said = make("llama", "sdpa"), []
     route = ScoringRoute(model, "auto", said.append)
     model.config.num_hidden_layers = 3  # as if one layer had an attention of its own
-    route(model, **batch_of(ROWS))
+    route(model, batch_of(ROWS))
     assert "2 of 3 layers" in said[0]
     assert not route.shares
 
@@ -257,11 +256,11 @@ def test_a_layer_that_bypasses_the_shared_attention_is_caught(monkeypatch):
 def test_off_computes_every_row():
     model = make("llama", "sdpa")
     route = ScoringRoute(model, "off", pytest.fail)
-    route(model, **batch_of(ROWS))
+    route(model, batch_of(ROWS))
     # 6 rows, each padded to 12.
     assert route.take_counts() == {"computed": 6 * 12, "padding": 6 * 12 - (10 + 8 + 12 + 4 + 9 + 4)}
     route = ScoringRoute(model, "on", pytest.fail)
-    route(model, **batch_of(ROWS))
+    route(model, batch_of(ROWS))
     assert route.take_counts() == {"computed": 34, "padding": 0}
 
 
@@ -278,7 +277,7 @@ def test_a_4_bit_base_with_an_adapter(tmp_path):
     model, batch = get_peft_model(model, lora), batch_of(ROWS)
     expected_scores = plain(model, batch)
     expected = gradients(model, expected_scores)
-    scores, _ = PrefixSharing(model).score(model, **batch)
+    scores, _ = PrefixSharing(model).score(model, batch)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-4)
     shared = gradients(model, scores)
     assert any("lora_B" in name for name in shared)

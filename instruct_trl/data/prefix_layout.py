@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,21 @@ def common_prefix_length(rows: Sequence[list[int]]) -> int:
     """
     shared: Sequence[int] = os.path.commonprefix(rows)  # type: ignore[type-var]  # it compares any sequences
     return min(len(shared), min(len(row) for row in rows) - 1)
+
+
+class GroupedRows(NamedTuple):
+    """Token rows, the rows of a prompt side by side.
+
+    Attributes:
+        input_ids, attention_mask: (N, T), padded on the right.
+        group_sizes: (B,) rows of each prompt.
+        prefix_lengths: (B,) tokens that the rows of a prompt begin with, as `common_prefix_length` counts them.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    group_sizes: torch.Tensor
+    prefix_lengths: torch.Tensor
 
 
 class Grid:
@@ -77,21 +92,9 @@ class PrefixLayout:
     _masks: dict = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        group_sizes: torch.Tensor,
-        prefix_lengths: torch.Tensor,
-        attention: str = "sdpa",
-    ) -> PrefixLayout:
-        """Pack the rows of B prompts.
-
-        Args:
-            input_ids, attention_mask: (N, T), padded on the right, the rows of a prompt side by side.
-            group_sizes, prefix_lengths: (B,) rows of each prompt, and the tokens that they have in common.
-            attention: see the class.
-        """
+    def of(cls, rows: GroupedRows, attention: str = "sdpa") -> PrefixLayout:
+        """Pack the rows of B prompts."""
+        input_ids, attention_mask, group_sizes, prefix_lengths = rows
         device = input_ids.device
         owner = torch.repeat_interleave(torch.arange(len(group_sizes), device=device), group_sizes)
         first = group_sizes.cumsum(0) - group_sizes  # the row of a prompt from which its prefix is taken

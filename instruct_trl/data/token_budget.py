@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from instruct_trl.data.prefix_layout import GroupedRows
+
 _BY_PROMPT = ("ranks", "mask", "pairs", "margins", "weights", "prefix_lengths")
 _BY_ROW = ("input_ids", "attention_mask")
 
@@ -85,13 +87,9 @@ def row_pieces(batch: Mapping[str, Any], budget: int | None, shared: bool) -> li
     return fill(range(len(lengths)), cost, budget or 0)
 
 
-def scoring_inputs(batch: Mapping[str, Any], rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """What scores the rows of a batch, or some of them: `input_ids`, `attention_mask`, `group_sizes`, `prefix_lengths`.
-
-    Args:
-        rows: indices in ascending order; None means all.
-    """
+def grouped_rows(batch: Mapping[str, Any], rows: torch.Tensor | None = None) -> GroupedRows:
+    """The rows of a batch, or those with the indices `rows` (in ascending order), as they are scored."""
     owner = owners(batch)
     texts = take_rows(batch, rows if rows is not None else torch.arange(len(owner), device=owner.device))
     prompts, sizes = (owner if rows is None else owner[rows]).unique_consecutive(return_counts=True)
-    return {**texts, "group_sizes": sizes, "prefix_lengths": batch["prefix_lengths"][prompts]}
+    return GroupedRows(**texts, group_sizes=sizes, prefix_lengths=batch["prefix_lengths"][prompts])

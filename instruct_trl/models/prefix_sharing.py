@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from instruct_trl._upstream import score_head
-from instruct_trl.data.prefix_layout import PrefixLayout
+from instruct_trl.data.prefix_layout import GroupedRows, PrefixLayout
 from instruct_trl.models.scores import head_outputs
 
 
@@ -120,25 +120,16 @@ class PrefixSharing:
             for config, previous in zip(self._configs, before, strict=True):
                 config._attn_implementation = previous
 
-    def score(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        group_sizes: torch.Tensor,
-        prefix_lengths: torch.Tensor,
-    ) -> tuple[torch.Tensor, int]:
+    def score(self, model: nn.Module, rows: GroupedRows) -> tuple[torch.Tensor, int]:
         """Scores (N,) in float32, without bias, as `score_rows` gives them, and how many tokens were computed.
 
         Args:
             model: the model, possibly wrapped.
-            input_ids, attention_mask: (N, T), padded on the right, the rows of a prompt side by side.
-            group_sizes, prefix_lengths: (B,) rows of each prompt, and the tokens that they have in common.
 
         Raises:
             RuntimeError: not every layer went through the shared attention.
         """
-        layout = PrefixLayout.of(input_ids, attention_mask, group_sizes, prefix_lengths, self.attention)
+        layout = PrefixLayout.of(rows, self.attention)
         inputs: dict[str, Any] = {"position_ids": layout.position_ids}
         if self.attention == "flex_attention":
             inputs["attention_mask"] = _flex_masks(layout, self._text_config)

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer
 
 from instruct_trl.data.pairs import Text, pad_rows, template_kwargs, tokenize_pair
-from instruct_trl.data.prefix_layout import common_prefix_length
+from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.data.token_budget import fill
 from instruct_trl.models.reward_loading import check_single_label, load_reward_model
 from instruct_trl.models.scoring_route import ScoringRoute
@@ -136,12 +136,10 @@ class RewardScorer:
         scores = [math.nan] * len(rows)
         for groups in self._batches(rows, prompts):
             chosen = [index for group in groups for index in group]
-            sizes = {
-                "group_sizes": torch.tensor([len(group) for group in groups]),
-                "prefix_lengths": torch.tensor([_shared(rows, group) for group in groups]),
-            }
-            batch = pad_rows([rows[index] for index in chosen], pad_token_id) | sizes
-            values = self._route(self.model, **{name: tensor.to(device) for name, tensor in batch.items()})
+            sizes = torch.tensor([len(group) for group in groups])
+            prefixes = torch.tensor([_shared(rows, group) for group in groups])
+            batch = pad_rows([rows[index] for index in chosen], pad_token_id)
+            values = self._route(self.model, GroupedRows(*(t.to(device) for t in (*batch.values(), sizes, prefixes))))
             for index, value in zip(chosen, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise ValueError(

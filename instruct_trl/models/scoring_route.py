@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.models.prefix_sharing import PrefixSharing
 from instruct_trl.models.scores import score_rows
 
@@ -66,48 +67,38 @@ class ScoringRoute:
         """To be held over a backward pass through `__call__`; see `PrefixSharing.active`."""
         return self.sharing.active() if self.shares else nullcontext()
 
-    def __call__(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        group_sizes: torch.Tensor,
-        prefix_lengths: torch.Tensor,
-    ) -> torch.Tensor:
-        """Scores (N,) in float32, without bias; arguments as in `PrefixSharing.score`.
+    def __call__(self, model: nn.Module, rows: GroupedRows) -> torch.Tensor:
+        """Scores (N,) in float32, without bias; `model` may be wrapped.
 
         Raises:
             ValueError: mode "on", and the first batch shows that the model cannot share.
         """
-        inputs = input_ids, attention_mask, group_sizes, prefix_lengths
-        if self.shares and int(prefix_lengths.max()) > 0:
+        if self.shares and int(rows.prefix_lengths.max()) > 0:
             if not self._verified:
-                self._verify(model, *inputs)
+                self._verify(model, rows)
             if self.shares:
-                scores, tokens = self.sharing.score(model, *inputs)
+                scores, tokens = self.sharing.score(model, rows)
                 self._counts["computed"] += tokens
                 return scores
-        self._counts["computed"] += input_ids.numel()
-        self._counts["padding"] += input_ids.numel() - int(attention_mask.sum())
+        self._counts["computed"] += rows.input_ids.numel()
+        self._counts["padding"] += rows.input_ids.numel() - int(rows.attention_mask.sum())
         with self.sharing.inactive():
-            return score_rows(model, input_ids, attention_mask, self.sharing.head)
+            return score_rows(model, rows.input_ids, rows.attention_mask, self.sharing.head)
 
     @torch.no_grad()
-    def _verify(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        group_sizes: torch.Tensor,
-        prefix_lengths: torch.Tensor,
-    ) -> None:
-        """Score the first prompt that has a prefix both ways.
+    def _verify(self, model: nn.Module, rows: GroupedRows) -> None:
+        """Score the prompt with the longest prefix both ways.
 
         Tolerance: 1e-3 of the largest score in float32; a tenth in half precision, which rounds differently by route.
         """
-        prompt = int(prefix_lengths.argmax())
-        rows = slice(int(group_sizes[:prompt].sum()), int(group_sizes[: prompt + 1].sum()))
-        chosen = input_ids[rows], attention_mask[rows]
+        prompt = int(rows.prefix_lengths.argmax())
+        own = slice(int(rows.group_sizes[:prompt].sum()), int(rows.group_sizes[: prompt + 1].sum()))
+        chosen = GroupedRows(
+            rows.input_ids[own],
+            rows.attention_mask[own],
+            rows.group_sizes[prompt : prompt + 1],
+            rows.prefix_lengths[prompt : prompt + 1],
+        )
         # What the network computes in shows at its head: accelerate's autocast is not visible from outside the model.
         dtypes: list[torch.dtype] = []
         hook = self.sharing.head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
@@ -115,14 +106,14 @@ class ScoringRoute:
         model.eval()
         try:
             with self.sharing.inactive():
-                plain = score_rows(model, *chosen, self.sharing.head)
-            shared, _ = self.sharing.score(model, *chosen, group_sizes[prompt, None], prefix_lengths[prompt, None])
+                plain = score_rows(model, chosen.input_ids, chosen.attention_mask, self.sharing.head)
+            shared, _ = self.sharing.score(model, chosen)
         except (RuntimeError, TypeError) as error:
             self._fall_back(str(error).strip().split("\n")[0])
         else:
             gap, scale = (plain - shared).abs().max().item(), max(1.0, plain.abs().max().item())
             if gap > (1e-3 if dtypes[-1] == torch.float32 else 0.1) * scale:
-                self._fall_back(f"with sharing, scores of the first prompt differ by {gap:.2g} from those without")
+                self._fall_back(f"with sharing, scores of one prompt differ by {gap:.2g} from those without")
         finally:
             hook.remove()
             model.train(was_training)

@@ -5,7 +5,6 @@ Legend: B prompts, K completions of the longest list in a batch, N completions i
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,8 +15,9 @@ from trl import RewardTrainer
 from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head
 from instruct_trl.data.checks import require_columns
 from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair
+from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
-from instruct_trl.data.token_budget import prompt_pieces, row_pieces, scoring_inputs, take_prompts
+from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.reward_loading import fit_model_to_tokenizer, save_adapter_config
 from instruct_trl.models.scores import score_rows
@@ -30,11 +30,10 @@ from instruct_trl.trainers.ranking_reward_checks import (
     check_peft,
     load_tokenizer,
     prepare_tokenizer,
+    say,
 )
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig as RankingRewardConfig
 from instruct_trl.trainers.ranking_tally import RankingTally
-
-logger = logging.getLogger(__name__)
 
 _CITATION = """\
 @inproceedings{ouyang2022training,
@@ -116,7 +115,7 @@ class RankingRewardTrainer(RewardTrainer):
         check_peft(model, peft_config)
         processing_class = processing_class or load_tokenizer(name, args)
         pad_line = prepare_tokenizer(processing_class, args, None if isinstance(model, str) else model)
-        _say(args, pad_line)
+        say(args, pad_line)
 
         self.data_reports: dict[str, RankingReport] = {}
         self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `evaluate_rewards`
@@ -137,7 +136,7 @@ class RankingRewardTrainer(RewardTrainer):
             peft_config=peft_config,
         )
         self._settle_model(args, processing_class)
-        self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: _say(args, line))
+        self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: say(args, line))
 
     def _settle_model(self, args: RankingRewardConfig, processing_class: Any) -> None:
         """What can be asked of the model only once upstream has loaded it, quantised it and added adapters."""
@@ -163,7 +162,7 @@ class RankingRewardTrainer(RewardTrainer):
             dataset, report = prepare_ranking_dataset(dataset, processing_class, **options, where=where)
         if report is not None:
             self.data_reports[dataset_name] = report
-            _say(args, report.line(where, **limits))
+            say(args, report.line(where, **limits))
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -209,19 +208,19 @@ class RankingRewardTrainer(RewardTrainer):
         pieces = []
         for rows in row_pieces(inputs, self.args.max_tokens_per_batch, self._route.shares):
             index = torch.tensor(rows, device=gradients.device)
-            pieces.append(scoring_inputs(inputs, index) | {"reward_gradients": gradients[index]})
+            pieces.append(grouped_rows(inputs, index)._asdict() | {"reward_gradients": gradients[index]})
         return pieces, loss.detach()
 
     def _rewards(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         """Rewards (B, K) without bias, 0 where there is no completion; in pieces where no graph must be kept."""
         mask = inputs["mask"]
         if torch.is_grad_enabled():
-            scores = self._route(model, **scoring_inputs(inputs))
+            scores = self._route(model, grouped_rows(inputs))
             return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
         rewards = torch.zeros(mask.shape, device=mask.device)
         for prompts in self._prompts(inputs):
             piece = take_prompts(inputs, prompts)
-            scores = self._route(model, **scoring_inputs(piece))
+            scores = self._route(model, grouped_rows(piece))
             rewards[prompts] = rewards[prompts].masked_scatter(piece["mask"], scores)
         return rewards
 
@@ -242,8 +241,8 @@ class RankingRewardTrainer(RewardTrainer):
     ) -> Any:
         """Eq. 1 over B prompts; in the second pass of `two_pass`, Σ r ∂L/∂r, which has the same gradient."""
         if "reward_gradients" in inputs:
-            rows = {name: tensor for name, tensor in inputs.items() if name != "reward_gradients"}
-            return (self._route(model, **rows) * inputs["reward_gradients"]).sum()
+            rows = GroupedRows(**{name: inputs[name] for name in GroupedRows._fields})
+            return (self._route(model, rows) * inputs["reward_gradients"]).sum()
         rewards = self._rewards(model, inputs)
         loss = self._loss(rewards, inputs, num_items_in_batch)
         if self.model.training:
@@ -308,7 +307,7 @@ class RankingRewardTrainer(RewardTrainer):
         if not kept:
             raise ValueError(f"{where}: none of {len(rows)} rows fits max_length={self.args.max_length} tokens.")
         if len(kept) < len(rows):
-            _say(self.args, f"{where}: left out {len(rows) - len(kept)} of {len(rows)} rows longer than max_length.")
+            say(self.args, f"{where}: left out {len(rows) - len(kept)} of {len(rows)} rows longer than max_length.")
         mean = sum(self._scores(kept)) / len(kept)
         if not torch.isfinite(torch.tensor(mean)):
             raise ValueError(
@@ -342,9 +341,3 @@ class RankingRewardTrainer(RewardTrainer):
 def _weight(inputs: Any) -> torch.Tensor:
     """The summed weight of a batch's prompts that have a pair."""
     return (inputs["weights"] * inputs["pairs"].any(-1).any(-1)).sum()
-
-
-def _say(args: RankingRewardConfig, line: str | None) -> None:
-    """One line for the user, from one process. A warning, since Python's logging hides anything less by default."""
-    if line and args.process_index == 0:
-        logger.warning(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from instruct_trl.models.reward_loading import check_model_path, check_single_label, ensure_distinct_pad_token
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
+
+logger = logging.getLogger(__name__)
 
 HEAD_REMEDY = (
     "It would stay random in training and be another one after reload. Use LoraConfig(task_type='SEQ_CLS'), or "
@@ -99,3 +102,9 @@ def _largest_dropout(model: torch.nn.Module) -> float:
     for module in model.modules():
         rates += [value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
     return max(rates, default=0.0)
+
+
+def say(args: RankingRewardConfig, line: str | None) -> None:
+    """One line for the user, from one process. A warning, since Python's logging hides anything less by default."""
+    if line and args.process_index == 0:
+        logger.warning(line)
