@@ -92,3 +92,8 @@ def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
+
+
+def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
+    """Set accelerate's `optimizer.step_was_skipped`, by which the Trainer holds its schedule; it has no setter."""
+    optimizer._is_overflow = skipped

@@ -3,10 +3,14 @@
 import copy
 
 import pytest
+import torch
+from conftest import tiny_config
 from datasets import Dataset
-from ppo_helpers import make
+from ppo_helpers import PROMPTS, make
+from transformers import LlamaForSequenceClassification
 
-from instruct_trl import RewardScorer
+from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
+from instruct_trl.trainers.ppo_ptx_setup import wrap_reward_funcs
 
 
 def test_gamma_without_pretraining_data(tmp_path, policy, scorer, tokenizer):
@@ -33,9 +37,6 @@ def test_a_reward_tokenizer_that_differs_is_named(tmp_path, policy, reward_model
 
 
 def test_a_value_model_with_two_labels(tmp_path, policy, scorer, tokenizer):
-    from conftest import tiny_config
-    from transformers import LlamaForSequenceClassification
-
     with pytest.raises(ValueError, match="num_labels=2"):
         make(
             tmp_path, policy, scorer, tokenizer,
@@ -81,3 +82,27 @@ def test_a_model_path_that_does_not_exist(tmp_path, scorer, tokenizer):
 def test_pretraining_data_without_text(tmp_path, policy, scorer, tokenizer):
     with pytest.raises(ValueError, match="has no column 'text' or 'input_ids'"):
         make(tmp_path, policy, scorer, tokenizer, pretraining_dataset=Dataset.from_dict({"txt": ["a b"]}))
+
+
+def test_the_policy_as_its_own_reference_is_refused(tmp_path, policy, scorer, tokenizer):
+    args = PPOPtxConfig(str(tmp_path), ptx_coef=0.0, report_to="none")
+    with pytest.raises(ValueError, match="ref_model is the policy itself"):
+        PPOPtxTrainer(policy, scorer, args, PROMPTS, processing_class=tokenizer, ref_model=policy)
+
+
+@pytest.mark.parametrize(("knob", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("repetition_penalty", 1.2)])
+def test_a_sampler_that_the_log_probs_do_not_follow_is_refused(tmp_path, knob, value):
+    with pytest.raises(ValueError, match=knob):
+        PPOPtxConfig(str(tmp_path), **{knob: value})
+
+
+def test_two_reward_models_have_names_of_their_own(scorer, reward_model, tokenizer, tmp_path):
+    wrapped = wrap_reward_funcs([scorer, reward_model], tokenizer, PPOPtxConfig(str(tmp_path)))
+    assert [func.__name__ for func in wrapped] == ["reward_model_1", "reward_model_2"]
+
+
+def test_a_critic_of_ones_own_loses_its_dropout(tmp_path, policy, scorer, tokenizer):
+    critic = LlamaForSequenceClassification(tiny_config(num_labels=1))
+    critic.model.layers[0].mlp = torch.nn.Sequential(critic.model.layers[0].mlp, torch.nn.Dropout(0.5))
+    trainer = make(tmp_path, policy, scorer, tokenizer, value_model=critic)
+    assert {module.p for module in trainer.critic.model.modules() if isinstance(module, torch.nn.Dropout)} == {0}

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 
 class EMACallback(TrainerCallback):
-    """Keeps θ_ema ← decay·θ_ema + (1 − decay)·θ after every optimizer step, over the trainable parameters.
+    """Keeps θ_ema ← decay·θ_ema + (1 − decay)·θ after every optimizer step taken, over the trainable parameters.
 
     θ_ema starts at the initial weights. Frozen parameters (a LoRA base) are neither copied nor averaged.
 
@@ -32,7 +32,8 @@ class EMACallback(TrainerCallback):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.update()
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.update()
 
     @torch.no_grad()
     def update(self) -> None:

@@ -37,7 +37,18 @@ def quiet_progress(trainer: Any, metrics: list[str]) -> None:
 
 
 def finish_training(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
-    """Save model, state and card; push if asked; free the memory. Returns the stage's summary."""
+    """Save model, state and card; push if asked; free the memory. Returns the stage's summary.
+
+    Raises:
+        RuntimeError: PPO was stopped by one of its guards; the stage then stays unfinished.
+    """
+    stopped = getattr(getattr(trainer, "divergence", None), "stopped", None)
+    if stopped:
+        raise RuntimeError(
+            f"Training was stopped: {stopped} The stage is not finished; its checkpoints are in "
+            f"{trainer.args.output_dir}. With other settings, give another --output_dir and, to go on from a "
+            "checkpoint, --resume_from_checkpoint."
+        )
     trainer.save_model()
     trainer.save_state()
     if trainer.args.push_to_hub:

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer, get_scheduler
 
-from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -79,13 +78,16 @@ class Critic:
         chunks = [{k: rollout[k][i : i + batch_size] for k in names} for i in range(0, rows, batch_size)]
         return torch.cat([self.completion_values(chunk) for chunk in chunks])
 
-    def backward(self, batch: Batch, token_count: torch.Tensor, sync: bool) -> dict[str, float]:
+    def backward(self, batch: Batch, token_count: torch.Tensor, sync: bool) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of this micro-batch's share of the clipped value loss.
 
         Args:
             batch: with `old_values`, `returns` and `loss_mask`, each (B, T).
             token_count: completion tokens of the minibatch, divided by the number of processes.
             sync: True on the last micro-batch of the minibatch.
+
+        Returns:
+            metrics, each one number a token that counts, (N,).
         """
         self.model.train()
         with torch.enable_grad() if sync else self.accelerator.no_sync(self.model):
@@ -94,19 +96,23 @@ class Critic:
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
             self.accelerator.backward((losses * mask).sum() / token_count)
         clipped = (values.detach() - batch["old_values"]).abs() > self.args.value_clip
-        return {
-            "value_loss": masked_mean(losses.detach(), mask).item(),
-            "value_clip_fraction": masked_mean(clipped.float(), mask).item(),
-        }
+        real = mask.bool()
+        return {"value_loss": losses.detach()[real], "value_clip_fraction": clipped[real]}
 
-    def step(self) -> float:
-        """Clip, step, advance the schedule, forget the gradients; returns the gradient norm before the clip."""
+    def clip_gradients(self) -> float:
+        """Clip the gradients of the minibatch; returns their norm before."""
         max_norm = self.args.value_max_grad_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
+
+    def step(self) -> None:
+        """Step, advance the schedule, forget the gradients."""
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return float(norm)
+
+    def skip_step(self) -> None:
+        """Forget the gradients: weights, moments and schedule stay as they are."""
+        self.optimizer.zero_grad()
 
     @property
     def unwrapped(self) -> ValueModel:

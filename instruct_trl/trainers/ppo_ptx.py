@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
-from instruct_trl._upstream import prepare_reference
+from instruct_trl._upstream import disable_dropout_in_model, prepare_reference
 from instruct_trl.callbacks.ema import EMACallback
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
@@ -24,13 +24,14 @@ from instruct_trl.maths.objectives import clipped_policy_loss
 from instruct_trl.models.generation import require_eos
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.critic import Critic
+from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
     check_pretraining,
-    copy_reference,
     load_policy,
     load_policy_tokenizer,
+    resolve_reference,
     resolve_value_model,
     say_estimate,
     say_plan,
@@ -97,8 +98,7 @@ class PPOPtxTrainer(PPORollout):
         value_model = resolve_value_model(value_model, reward_funcs, processing_class)
         model = load_policy(model, args, quantization_config, peft_config)
         with_peft = peft_config is not None or is_peft_model(model)
-        if ref_model is None and not with_peft:
-            ref_model = copy_reference(model)
+        ref_model = resolve_reference(model, ref_model, with_peft)
         train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
         eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
 
@@ -131,8 +131,12 @@ class PPOPtxTrainer(PPORollout):
         """What PPO-ptx has and GRPO has not: an own reference, the critic, the pretraining gradient, the average."""
         args = self.args
         self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
+        if args.disable_dropout:
+            disable_dropout_in_model(value_model)
         self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
         self.pretraining = self._pretraining_gradient(pretraining_dataset) if args.ptx_coef > 0 else None
+        self.divergence = DivergenceMonitor(args)
+        self.add_callback(self.divergence)
         self.ema = None
         if args.ema_decay is not None:
             self.ema = EMACallback(self.model, args.ema_decay)
@@ -158,7 +162,8 @@ class PPOPtxTrainer(PPORollout):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """This micro-batch's share of the clipped policy loss, averaged over the minibatch's completion tokens."""
         if not self.model.training:
-            return -(inputs["scores"] - self.beta * (inputs["kl"] * inputs["loss_mask"]).sum(dim=1)).mean()
+            objective = inputs["scores"] - self.beta * (inputs["kl"] * inputs["loss_mask"]).sum(dim=1)
+            return -masked_mean(objective, inputs["loss_mask"].any(dim=1))
         inputs = trim_padding(inputs)
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -172,18 +177,15 @@ class PPOPtxTrainer(PPORollout):
         if "importance_sampling_ratio" in inputs:
             losses = losses * inputs["importance_sampling_ratio"]
         outside = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
-        self._log_means(
-            {
-                "policy_loss": masked_mean(losses, mask, dim=1),
-                "ratio": masked_mean(ratio, mask, dim=1),
-                "clip_fraction": masked_mean(outside.float(), mask, dim=1),
-                "entropy": masked_mean(entropies, mask, dim=1),
-            }
-        )
+        metrics = {"policy_loss": losses, "ratio": ratio, "clip_fraction": outside.float(), "entropy": entropies}
+        scored = mask.any(dim=1)
+        self._log_means({name: masked_mean(value, mask, dim=1)[scored] for name, value in metrics.items()})
         return (losses * mask).sum() / inputs["minibatch_tokens"]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch: pretraining gradient, then PPO's, then the critic's; the critic steps with the policy."""
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self.stopwatch.start_iteration()
         if self.pretraining is not None:
             # Before PPO's backward and never synchronised: under DeepSpeed a backward at the boundary is a step.
             with self.stopwatch("pretraining"), self.accelerator.no_sync(model):
@@ -196,13 +198,28 @@ class PPOPtxTrainer(PPORollout):
             loss = super().training_step(model, inputs, num_items_in_batch)
         with self.stopwatch("value_update"):
             batch = trim_padding(self._minibatch)
-            for name, value in self.critic.backward(batch, batch["minibatch_tokens"], sync).items():
-                self._metrics["train"][name].append(value)
-            if sync:
-                self._metrics["train"]["value_grad_norm"].append(self.critic.step())
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-            self._log_iteration()
+            self._log_means(self.critic.backward(batch, batch["minibatch_tokens"], sync))
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called just before the optimizer steps: the critic steps here, or neither does (see `DivergenceMonitor`)."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        metrics = self._metrics["train"]
+        with self.stopwatch("value_update"):
+            norms = {"value_grad_norm": self.critic.clip_gradients()}
+            metrics["value_grad_norm"].append(norms["value_grad_norm"])
+            if grad_norm is not None:  # DeepSpeed may not know it
+                norms["grad_norm"] = float(grad_norm)
+            if self.pretraining is not None:
+                norms["ptx_loss"] = metrics["ptx_loss"][-1]
+            if self.divergence.may_step(self, norms):
+                self.critic.step()
+            else:
+                self.critic.skip_step()
+                model.zero_grad()  # optimizers pass over a parameter without a gradient: no moment, no decay
+        if (self.state.global_step + 1) % self.args.steps_per_iteration == 0:
+            self._log_iteration()
+        return grad_norm
 
     # Logging and checkpoints -----------------------------------------------------------------------------------------
 
@@ -240,8 +257,11 @@ class PPOPtxTrainer(PPORollout):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_state(self, output_dir)
+        if self.args.should_save:
+            self.divergence.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_state(self, checkpoint)
+            self.divergence.load(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from instruct_trl._upstream import apply_cpu_defaults
+from instruct_trl.trainers.divergence import DivergenceGuard
 
 # Inherited knobs that would change the objective of Eq. 2 behind the user's back → the only value they may have.
 FIXED: dict[str, Any] = {
@@ -22,6 +23,11 @@ FIXED: dict[str, Any] = {
     "delta": None,
     "use_liger_kernel": False,
     "fp16": False,
+    # The log-probs are those of the policy at its temperature: answers must be drawn from nothing else.
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
 }
 
 
@@ -74,6 +80,21 @@ class PPOPtxConfig(GRPOConfig):
     ema_decay: float | None = _setting(0.992, "Decay of the average of the policy's weights, a step (paper).")
     local_rollout_forward_batch_size: int = _setting(64, "Rows generated, or scored, at once on one device.")
 
+    kl_stop: float | None = _setting(
+        None, "Stop at a rollout whose mean KL from the reference, nats an answer, is above."
+    )
+    value_loss_stop: float | None = _setting(None, "A step is bad above this many times the running median value loss.")
+    entropy_stop: float | None = _setting(None, "Stop where the policy's entropy, nats a token, is below: collapse.")
+    eos_rate_stop: float | None = _setting(
+        None, "Stop where no larger share of answers ends with EOS (0: none ends) ..."
+    )
+    eos_rate_patience: int = _setting(3, "... in this many rollouts in a row.")
+    divergence_action: str = _setting(
+        "stop",
+        "At a step that is not finite or above value_loss_stop: 'stop' training, 'skip' the step, or 'ignore' it (warn "
+        "once). KL, entropy and EOS limits stop training unless 'ignore'. A skipped step changes no weight.",
+    )
+
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
         for name, only in FIXED.items():
@@ -119,6 +140,7 @@ class PPOPtxConfig(GRPOConfig):
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', got {self.kl_estimator!r}.")
+        DivergenceGuard.from_config(self)  # checks its settings
 
     def _check_batches(self) -> None:
         if self.generation_batch_size % self.minibatch_size:

@@ -53,9 +53,19 @@ def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_c
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)
 
 
-def copy_reference(policy: Any) -> Any:
-    """A frozen copy of the policy as it was passed in, made before TRL patches its forward."""
-    return copy.deepcopy(policy).requires_grad_(False)
+def resolve_reference(policy: Any, ref_model: Any, with_peft: bool) -> Any:
+    """The reference of the KL: the one passed in, or a frozen copy of the policy, made before TRL patches its forward.
+
+    None with PEFT: the reference is then the base, with the adapters off or as they were.
+
+    Raises:
+        ValueError: it is the policy itself, which would be frozen.
+    """
+    if ref_model is policy:
+        raise ValueError("ref_model is the policy itself. Leave it out: a frozen copy of the policy is made.")
+    if ref_model is None and not with_peft:
+        return copy.deepcopy(policy).requires_grad_(False)
+    return ref_model
 
 
 def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxConfig) -> list[Any]:
@@ -71,12 +81,17 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
     tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
     if len(tokenizers) != len(funcs):
         raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions.")
-    return [
+    wrapped = [
         RewardScorer(func, tokenizer, batch_size=args.local_rollout_forward_batch_size)
         if isinstance(func, (str, Path, PreTrainedModel)) or hasattr(func, "peft_config")
         else func
         for func, tokenizer in zip(funcs, tokenizers, strict=True)
     ]
+    scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
+    if len(scorers) > 1:  # metrics are logged by name
+        for number, scorer in enumerate(scorers, start=1):
+            scorer.__name__ = f"reward_model_{number}"
+    return wrapped
 
 
 def resolve_value_model(value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any) -> ValueModel:

@@ -16,6 +16,7 @@ from instruct_trl.maths.objectives import explained_variance
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
 from instruct_trl.models.logprobs import completion_logps, keeps_logits
 from instruct_trl.trainers.critic import Critic
+from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.minibatches import arrange_minibatches
 from instruct_trl.trainers.stopwatch import Stopwatch
 
@@ -24,13 +25,14 @@ class PPORollout(GRPOTrainer):
     """GRPOTrainer with a critic's advantages in place of a group's: what [`PPOPtxTrainer`] builds on.
 
     Adds to the rollout, each row padded on the right: `loss_mask` (B, T), `scores` (B,), `kl` (B, T), `old_values`
-    (B, T), `returns` (B, T), and makes `advantages` (B, T). Subclasses set `critic` and `stopwatch`.
+    (B, T), `returns` (B, T), and makes `advantages` (B, T). Subclasses set `critic`, `divergence` and `stopwatch`.
     """
 
     args: Any  # a PPOPtxConfig
     model: Any
     ref_model: Any
     critic: Critic
+    divergence: DivergenceMonitor
     stopwatch: Stopwatch
     _rewards: torch.Tensor
     _minibatch: dict[str, Any]
@@ -89,7 +91,6 @@ class PPORollout(GRPOTrainer):
         return torch.cat([logps for logps, _ in parts]), entropies, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self.stopwatch.start_iteration()
         # The KL from the reference is always reported, so the reference log-probs are always wanted: beta = 1 for now.
         beta, self.beta = self.beta, 1.0
         try:
@@ -101,6 +102,7 @@ class PPORollout(GRPOTrainer):
             rollout["old_per_token_logps"] = self._policy_logps(rollout)
         self._score_rollout(rollout)
         if self.model.training:
+            self.divergence.judge_rollout(self)
             self._add_advantages(rollout)
         return rollout
 
@@ -134,22 +136,30 @@ class PPORollout(GRPOTrainer):
                 "score": rollout["scores"][scored],
                 "kl": sequence_kl[scored],
                 "objective": (rollout["scores"] - self.beta * sequence_kl)[scored],
-                "eos_rate": ended,
+                "eos_rate": ended[scored],
                 "unscored_fraction": ~scored,
             }
         )
+        missing = self.accelerator.reduce((~scored).sum(), "sum").item()
+        self._metrics["train" if self.model.training else "eval"]["missing_rewards"].append(float(missing))
 
     def _add_advantages(self, rollout: dict[str, Any]) -> None:
         """Replace `advantages` by GAE's, (B, T), whitened over the whole rollout; add `old_values` and `returns`."""
         with self.stopwatch("value"):
             values = self.critic.rollout_values(rollout, self.args.local_rollout_forward_batch_size)
         mask = rollout["completion_mask"]
-        rewards = token_rewards(rollout["scores"], rollout["kl"], mask, self.beta)
+        kl = rollout["kl"] * rollout["loss_mask"]  # a tool's words are not the policy's choice
+        rewards = token_rewards(rollout["scores"], kl, mask, self.beta)
         advantages, returns = generalized_advantages(rewards, values, mask, self.args.discount, self.args.gae_lambda)
-        self._log_means({"value": masked_mean(values, mask, dim=1), "return": masked_mean(returns, mask, dim=1)})
-        self._metrics["train"]["explained_variance"].append(
-            explained_variance(values, returns, rollout["loss_mask"]).item()
+        scored = rollout["loss_mask"].any(dim=1)
+        self._log_means(
+            {
+                "value": masked_mean(values, mask, dim=1)[scored],
+                "return": masked_mean(returns, mask, dim=1)[scored],
+            }
         )
+        everyone = self._of_all_processes(values, returns, rollout["loss_mask"])
+        self._metrics["train"]["explained_variance"].append(explained_variance(*everyone).item())
         if self.args.whiten_advantages:
             advantages = self._whiten(advantages, rollout["loss_mask"])
         rollout |= {"advantages": advantages, "old_values": values, "returns": returns}
@@ -157,12 +167,14 @@ class PPORollout(GRPOTrainer):
     def _whiten(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Whiten (B, T) over the real tokens of every process."""
         rows, width = advantages.shape
-        pad = self.accelerator.pad_across_processes
-        everyone = masked_whiten(
-            self.accelerator.gather(pad(advantages, dim=1)), self.accelerator.gather(pad(mask, dim=1))
-        )
+        advantages, mask = self._of_all_processes(advantages, mask)
+        everyone = masked_whiten(advantages, mask)
         first = self.accelerator.process_index * rows
         return everyone[first : first + rows, :width]
+
+    def _of_all_processes(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors (B, T) of all processes as (processes × B, longest T), padded on the right with zeros."""
+        return [self.accelerator.gather(self.accelerator.pad_across_processes(t, dim=1)) for t in tensors]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if not self.model.training:
@@ -178,9 +190,11 @@ class PPORollout(GRPOTrainer):
         return inputs
 
     def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Log the mean over all processes of each per-row tensor, (B,)."""
+        """Log the mean over all processes of each tensor, one number a row that counts; show it to the guards."""
         mode = "train" if self.model.training else "eval"
         for name, rows in metrics.items():
             totals = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
             total, count = self.accelerator.reduce(totals, "sum").tolist()
             self._metrics[mode][name].append(total / count if count else float("nan"))
+            if mode == "train":
+                self.divergence.observe(name, total, count)

@@ -17,7 +17,8 @@ class Stopwatch:
         self._start = time.perf_counter()
 
     def start_iteration(self) -> None:
-        """Begin to count `iteration` here."""
+        """Begin to count here; what an evaluation in between took is forgotten."""
+        self._seconds.clear()
         self._start = time.perf_counter()
 
     @contextmanager
