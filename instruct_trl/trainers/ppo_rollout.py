@@ -60,9 +60,15 @@ class PPORollout(GRPOTrainer):
                 completions += super()._generate_single_turn(prompt_ids[i : i + size], images, {}, *args, **kwargs)[0]
             return completions, None
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
+        # Whether an answer ended is known here, by the policy's own EOS; another tokenizer's would not be found.
+        ends = set(self.eos_token_ids)
+        inputs = [
+            {**row, "truncated": not ids or int(ids[-1]) not in ends}
+            for row, ids in zip(inputs, completion_ids, strict=True)
+        ]
         with self.stopwatch("score"), self.accelerator.autocast():
-            self._rewards = super()._calculate_rewards(*args, **kwargs)
+            self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         return self._rewards
 
     def _get_per_token_logps_and_entropies(
@@ -162,7 +168,16 @@ class PPORollout(GRPOTrainer):
         self._metrics["train"]["explained_variance"].append(explained_variance(*everyone).item())
         if self.args.whiten_advantages:
             advantages = self._whiten(advantages, rollout["loss_mask"])
+        self._log_advantages(masked_mean(advantages, rollout["loss_mask"], dim=1))
         rollout |= {"advantages": advantages, "old_values": values, "returns": returns}
+
+    def _log_advantages(self, rows: torch.Tensor) -> None:
+        """For `log_completions`: the mean advantage of each answer, (B,), in place of GRPO's, 0 without a group."""
+        logged: Any = self._logs["advantages"]
+        mine = self.accelerator.gather(rows).tolist()
+        for _ in range(min(len(mine), len(logged))):
+            logged.pop()
+        logged.extend(mine)
 
     def _whiten(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Whiten (B, T) over the real tokens of every process."""
