@@ -115,17 +115,16 @@ def policy_loss(policy: Any, episodes: list[Episode], settings: Any) -> tuple[to
     return loss, {name: statistics.fmean(numbers) for name, numbers in rows.items()} | {"loss": loss.item()}
 
 
-def value_loss(classifier: Any, micro_batches: list[list[Episode]], settings: Any) -> tuple[Any, dict[str, float]]:
-    """½·max((V − R)², (clip(V, V_old ± ε) − R)²), mean over the minibatch's tokens; logged by micro-batch."""
+def value_loss(classifier: Any, episodes: list[Episode], settings: Any) -> tuple[Any, dict[str, float]]:
+    """½·max((V − R)², (clip(V, V_old ± ε) − R)²), mean over the minibatch's tokens; metrics as the policy's."""
     total, tokens, losses, shares = torch.tensor(0.0), 0, [], []
-    for episodes in micro_batches:
+    for e in episodes:
         terms, moved = [], []
-        for e in episodes:
-            values = state_values(classifier, e.prompt, e.answer)
-            for value, old, goal in zip(values, e.values, e.returns, strict=True):
-                clipped = torch.clamp(value, old - settings.value_clip, old + settings.value_clip)
-                terms.append(torch.maximum((value - goal) ** 2, (clipped - goal) ** 2) / 2)
-                moved.append(abs(value.item() - old) > settings.value_clip)
+        values = state_values(classifier, e.prompt, e.answer)
+        for value, old, goal in zip(values, e.values, e.returns, strict=True):
+            clipped = torch.clamp(value, old - settings.value_clip, old + settings.value_clip)
+            terms.append(torch.maximum((value - goal) ** 2, (clipped - goal) ** 2) / 2)
+            moved.append(abs(value.item() - old) > settings.value_clip)
         total, tokens = total + sum(terms), tokens + len(terms)
         losses.append(statistics.fmean(term.item() for term in terms))
         shares.append(statistics.fmean(moved))
@@ -184,9 +183,10 @@ def update(
     logged = []
     for k, (micro_batches, text) in enumerate(zip(minibatches, texts, strict=True)):
         left = 1 - k / steps
-        clipped, metrics = policy_loss(policy, [e for batch in micro_batches for e in batch], settings)
+        episodes = [e for batch in micro_batches for e in batch]
+        clipped, metrics = policy_loss(policy, episodes, settings)
         ptx = pretraining_loss(policy, text)
-        error, value_metrics = value_loss(classifier, micro_batches, settings)
+        error, value_metrics = value_loss(classifier, episodes, settings)
         metrics |= value_metrics | {"ptx_loss": ptx.item(), "learning_rate": settings.learning_rate * left}
         metrics["grad_norm"] = actor.step(clipped + settings.ptx_coef * ptx, settings.learning_rate * left)
         metrics["value_grad_norm"] = critic.step(error, settings.value_learning_rate * left)

@@ -47,6 +47,13 @@ def test_kl_is_0_while_the_policy_is_its_reference(tmp_path, policy, scorer, tok
     assert abs(kl[1]) > 1e-6  # reported although beta is 0
 
 
+def test_a_policy_that_another_trainer_has_used_gets_a_reference_of_its_own(tmp_path, policy, scorer, tokenizer):
+    make(tmp_path / "first", policy, scorer, tokenizer)  # TRL sets a forward on the policy
+    trainer = make(tmp_path / "second", policy, scorer, tokenizer)
+    trainer.train()
+    assert [entry["kl"] for entry in trainer.state.log_history if "kl" in entry][-1] != 0
+
+
 def test_the_reference_is_the_policy_passed_in_not_the_one_on_disk(tmp_path, policy, scorer, tokenizer):
     policy.save_pretrained(tmp_path / "old")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "old")

@@ -337,6 +337,5 @@ def test_the_completions_table_shows_ppos_advantages(evaluated, tmp_path):
     assert table["advantage"].abs().max() > 0
 
 
-@pytest.mark.xfail(strict=True, reason="evaluation reports score and KL, and no win rate yet")
 def test_evaluation_reports_a_win_rate_against_the_reference(evaluated):
     assert any("win" in key for row in evaluated.state.log_history for key in row if key.startswith("eval_"))

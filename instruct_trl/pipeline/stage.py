@@ -12,6 +12,8 @@ from typing import Any
 
 from accelerate import PartialState
 
+from instruct_trl.trainers.checkpoints import last_complete_checkpoint
+
 STARTED, FINISHED = "stage.started.json", "stage.finished.json"
 
 
@@ -26,13 +28,6 @@ def finished_summary(folder: Path) -> dict | None:
     """What the finished stage in `folder` reported, or None."""
     path = folder / FINISHED
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest `checkpoint-N` whose `trainer_state.json`, written last, is there."""
-    steps = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    complete = [p for p in steps if (p / "trainer_state.json").exists()]
-    return str(max(complete, key=lambda p: int(p.name.split("-")[-1]))) if complete else None
 
 
 def run_stage(

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer, get_scheduler
 
+from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -87,7 +88,7 @@ class Critic:
             sync: True on the last micro-batch of the minibatch.
 
         Returns:
-            metrics, each one number a token that counts, (N,).
+            metrics, each the mean over an answer's tokens, for the answers that count, (N,).
         """
         self.model.train()
         with torch.enable_grad() if sync else self.accelerator.no_sync(self.model):
@@ -96,8 +97,8 @@ class Critic:
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
             self.accelerator.backward((losses * mask).sum() / token_count)
         clipped = (values.detach() - batch["old_values"]).abs() > self.args.value_clip
-        real = mask.bool()
-        return {"value_loss": losses.detach()[real], "value_clip_fraction": clipped[real]}
+        metrics = {"value_loss": losses.detach(), "value_clip_fraction": clipped.float()}
+        return {name: masked_mean(value, mask, dim=1)[mask.any(dim=1)] for name, value in metrics.items()}
 
     def clip_gradients(self) -> float:
         """Clip the gradients of the minibatch; returns their norm before."""

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import re
 import statistics
 from collections import deque
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from instruct_trl._upstream import mark_step_skipped
+from instruct_trl.trainers.checkpoints import complete_steps
 
 logger = logging.getLogger(__name__)
 
@@ -272,11 +272,6 @@ class DivergenceMonitor(TrainerCallback):
 
 
 def last_good_checkpoint(output_dir: str, good_step: int) -> str | None:
-    """The newest complete `checkpoint-N` (its `trainer_state.json`, written last, is there) with N ≤ `good_step`."""
-    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    steps = [int(match[1]) for match in map(re.compile(r"checkpoint-(\d+)").fullmatch, names) if match]
-    for step in sorted((step for step in steps if step <= good_step), reverse=True):
-        path = os.path.join(output_dir, f"checkpoint-{step}")
-        if os.path.isfile(os.path.join(path, "trainer_state.json")):
-            return path
-    return None
+    """The newest complete `checkpoint-N` with N ≤ `good_step`."""
+    step = next((step for step in complete_steps(output_dir) if step <= good_step), None)
+    return None if step is None else os.path.join(output_dir, f"checkpoint-{step}")

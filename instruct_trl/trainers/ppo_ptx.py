@@ -10,6 +10,7 @@ the critic's step and the pretraining gradient (`training_step`).
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss
 from instruct_trl.models.generation import require_eos
 from instruct_trl.models.value import ValueModel
+from instruct_trl.trainers.checkpoints import begin_checkpoint, last_complete_checkpoint, seal_checkpoint
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.minibatches import trim_padding
+from instruct_trl.trainers.ppo_evaluation import PPOEvaluation, ReferenceScores, check_win_rate
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
     check_pretraining,
@@ -38,12 +41,11 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     wrap_reward_funcs,
 )
 from instruct_trl.trainers.ppo_ptx_state import load_state, save_state
-from instruct_trl.trainers.ppo_rollout import PPORollout
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
-class PPOPtxTrainer(PPORollout):
+class PPOPtxTrainer(PPOEvaluation):
     """Trainer for PPO with a critic and, for `ptx_coef > 0`, pretraining gradients: PPO-ptx.
 
     Arguments up to `environment_factory` are [`~trl.GRPOTrainer`]'s. Reward models, given as a path or a module, are
@@ -92,6 +94,7 @@ class PPOPtxTrainer(PPORollout):
     ):
         args = args or PPOPtxConfig("PPO-ptx")
         check_pretraining(args, pretraining_dataset)
+        with_win_rate = check_win_rate(args, eval_dataset, rollout_func)
         processing_class = processing_class or load_policy_tokenizer(model)
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
@@ -125,6 +128,7 @@ class PPOPtxTrainer(PPORollout):
             args.beta = beta
         self.beta = beta
         self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
+        self.reference_scores = ReferenceScores() if with_win_rate else None
         say_plan(self)
 
     def _add_ppo_parts(self, value_model: ValueModel, ref_model: Any, pretraining_dataset: Any) -> None:
@@ -253,6 +257,34 @@ class PPOPtxTrainer(PPORollout):
                 super().save_model(os.path.join(root, "ema"), _internal_call=True)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:  # upstream takes the highest number, also of a torn checkpoint
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. Leave it "
+                    "out to start afresh."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, steps_an_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
+        """A finished run has no epoch left. Upstream would take a step more, where it ended inside an epoch."""
+        position = super()._init_training_state(max_steps, steps_an_epoch, epochs, *args)
+        return (epochs, 0) if self.state.global_step >= max_steps else position
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            begin_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last thing each process writes before the main one writes `trainer_state.json`."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(Path(output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

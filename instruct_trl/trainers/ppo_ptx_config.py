@@ -79,6 +79,11 @@ class PPOPtxConfig(GRPOConfig):
     value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (n.p.); 0 for none.")
     ema_decay: float | None = _setting(0.992, "Decay of the average of the policy's weights, a step (paper).")
     local_rollout_forward_batch_size: int = _setting(64, "Rows generated, or scored, at once on one device.")
+    eval_win_rate: bool = _setting(
+        True,
+        "With eval_dataset, log eval_win_rate: the share of its prompts where the policy's answer scores higher than "
+        "the reference's. Costs one generation and scoring of its prompts a run, for the reference.",
+    )
 
     kl_stop: float | None = _setting(
         None, "Stop at a rollout whose mean KL from the reference, nats an answer, is above."

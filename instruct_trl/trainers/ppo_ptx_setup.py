@@ -64,7 +64,10 @@ def resolve_reference(policy: Any, ref_model: Any, with_peft: bool) -> Any:
     if ref_model is policy:
         raise ValueError("ref_model is the policy itself. Leave it out: a frozen copy of the policy is made.")
     if ref_model is None and not with_peft:
-        return copy.deepcopy(policy).requires_grad_(False)
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        # A trainer before may have set a forward of its own on the policy; copied, it would go on calling the policy.
+        vars(reference).pop("forward", None)
+        return reference
     return ref_model
 
 

@@ -119,20 +119,27 @@ class PPORollout(GRPOTrainer):
         width = rollout["completion_ids"].size(1)
         return self._get_per_token_logps_and_entropies(self.model, input_ids, attention_mask, width)[0]
 
-    def _score_rollout(self, rollout: dict[str, Any]) -> None:
-        """Add `scores` (B,) and `kl` (B, T); mask out, and count, the rows that no reward function could score."""
-        mask, rows = rollout["loss_mask"], len(rollout["loss_mask"])
+    def _score_answers(self, rollout: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """R of each answer, (B,), NaN where no reward function could score it; whether it ends with an EOS, (B,)."""
+        rows, completions = len(rollout["completion_ids"]), rollout["completion_ids"]
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         rewards = self._rewards[mine]
         weights = self.reward_weights.to(rewards.device)
         scores = (rewards * weights).nansum(dim=1)
         # A function of weight 0 is logged only: where no other scored an answer, its score is no reward of 0.
         scored = scores.isfinite() & ~rewards[:, weights != 0].isnan().all(dim=1)
-        ends = rollout["completion_ids"].gather(1, rollout["completion_mask"].sum(dim=1, keepdim=True) - 1)
-        ended = torch.isin(ends.squeeze(1), torch.tensor(self.eos_token_ids, device=mask.device))
+        ends = completions.gather(1, rollout["completion_mask"].sum(dim=1, keepdim=True) - 1)
+        ended = torch.isin(ends.squeeze(1), torch.tensor(self.eos_token_ids, device=completions.device))
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~ended
-        rollout["scores"] = scores.where(scored, torch.zeros_like(scores))
+        return scores.masked_fill(~scored, float("nan")), ended
+
+    def _score_rollout(self, rollout: dict[str, Any]) -> None:
+        """Add `scores` (B,) and `kl` (B, T); mask out, and count, the rows that no reward function could score."""
+        mask = rollout["loss_mask"]
+        scores, ended = self._score_answers(rollout)
+        scored = ~scores.isnan()
+        rollout["scores"] = scores.masked_fill(~scored, 0.0)
         rollout["loss_mask"] = mask * scored.unsqueeze(1)
         logps, ref_logps = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
         rollout["kl"] = kl_estimate(logps, ref_logps, self.args.kl_estimator)

@@ -1,0 +1,207 @@
+"""PPOPtxTrainer on two processes (DDP, gloo, CPU): the same run as on one; it saves and resumes."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import conftest
+import pytest
+import torch
+from peft import LoraConfig
+from ppo_helpers import PROMPTS, TEXTS
+from ppo_killed import fresh, step_metrics
+
+from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
+
+pytestmark = pytest.mark.slow
+# name: (full fine-tuning, rows a process, accumulation, answers drawn, checkpoint resumed from) of two processes
+JOBS = {
+    "full": (True, 4, 1, False, None),
+    "accumulated": (True, 2, 2, False, None),
+    "lora": (False, 4, 1, False, None),
+    "sampled": (True, 2, 1, True, None),  # two steps an iteration
+    "sampled_resumed": (True, 2, 1, True, "sampled/checkpoint-3"),  # inside the second iteration
+    "lora_resumed": (False, 4, 1, False, "lora/checkpoint-2"),
+}
+
+
+def fixed_answers(prompts, trainer):
+    """1 to 8 tokens that depend on the prompt alone; those below 8 end with EOS."""
+    answers = []
+    for prompt in prompts:
+        draw = random.Random(prompt)
+        length = draw.randint(1, 8)
+        ids = [draw.randrange(256) for _ in range(length)]
+        answers.append(ids if length == 8 else [*ids[:-1], 256])
+    return {"prompt_ids": trainer._tokenizer(prompts)["input_ids"], "completion_ids": answers, "logprobs": None}
+
+
+def train(root, name, full, rows, accumulation, sampled, resume):
+    """3 iterations of 8 episodes; steps of plain SGD, so that a gradient k times too large shows in the weights.
+
+    Fixed answers are gone over twice, since the loss of the first pass is 0: ratio 1 and white advantages.
+    """
+    tokenizer = fresh(conftest.tokenizer)
+    rate = 1e-2 if full else 1.0
+    args = PPOPtxConfig(
+        str(root / name), generation_batch_size=8, per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation, total_episodes=24, max_completion_length=8, ptx_coef=1.0,
+        num_iterations=1 if sampled else 2, ptx_ratio=2, ptx_max_length=32, optim="sgd", learning_rate=rate,
+        value_learning_rate=1e-2, max_grad_norm=1e9, value_max_grad_norm=1e9, warmup_iterations=0, logging_steps=1,
+        save_strategy="steps", save_steps=1, gradient_checkpointing=False, use_cpu=True, bf16=False,
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)
+    trainer = PPOPtxTrainer(
+        fresh(conftest.policy), RewardScorer(fresh(conftest.reward_model), tokenizer), args, PROMPTS.select(range(8)),
+        processing_class=tokenizer, peft_config=None if full else lora,
+        rollout_func=None if sampled else fixed_answers, pretraining_dataset=TEXTS,
+    )  # fmt: skip
+    if name == "sampled" and args.process_index == 1:
+        come_late(trainer, root)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(root / resume))
+    trainer.save_model()
+    return trainer
+
+
+def come_late(trainer, root):
+    """Make this process write its last file of checkpoint 1 late, and note whether the checkpoint looked complete."""
+    write = trainer._save_rng_state
+
+    def late(output_dir):
+        complete = Path(output_dir) / "trainer_state.json"
+        if trainer.state.global_step == 1:
+            for _ in range(200):
+                if complete.exists():
+                    break
+                time.sleep(0.01)
+            (root / "early.json").write_text(json.dumps(complete.exists()))
+        write(output_dir)
+
+    trainer._save_rng_state = late
+
+
+def result_of(trainer):
+    """Metrics of each step, weights, and by how much the weights of the processes differ at most."""
+    weights = {
+        "policy": torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]),
+        "value": torch.cat([p.detach().flatten() for p in trainer.critic.unwrapped.parameters()]),
+        "ema": torch.cat([p.flatten() for p in trainer.ema.shadow]),
+    }
+    everyone = {role: trainer.accelerator.gather(w.unsqueeze(0)) for role, w in weights.items()}
+    return {
+        "metrics": step_metrics(trainer.state.log_history),
+        "weights": weights,
+        "spread": max((w - w[:1]).abs().max().item() for w in everyone.values()),
+        "processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+    }
+
+
+def launch(root, which):
+    """Run the jobs that start afresh, or those that resume, on two processes; results lie in `<job>.pt`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, __file__, str(root), which], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("two"), "fresh")
+
+
+@pytest.fixture(scope="module")
+def resumed(root):
+    return launch(root, "resumed")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same as one process with all 8 rows at once: full fine-tuning and LoRA."""
+    root = tmp_path_factory.mktemp("one")
+    return {full: result_of(train(root, "run", full, 8, 1, False, None)) for full in (True, False)}
+
+
+def load(root, name):
+    found = torch.load(root / f"{name}.pt")
+    assert (found["processes"], found["distributed_type"]) == (2, "MULTI_CPU")
+    assert found["spread"] == 0
+    return found
+
+
+def assert_same(found, expected, skip=()):
+    assert len(found["metrics"]) == len(expected["metrics"])
+    for row, other in zip(expected["metrics"], found["metrics"], strict=True):
+        row, other = ({k: v for k, v in r.items() if k not in skip} for r in (row, other))
+        assert other == pytest.approx(row, abs=1e-5, rel=1e-4), row["step"]
+    torch.testing.assert_close(found["weights"], expected["weights"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "full"), [("full", True), ("lora", False)])
+def test_two_processes_equal_one(root, alone, name, full):
+    """8 episodes a step as 1 × 8 and as 2 × 4; one step an iteration, since each process deals out its own rows."""
+    assert_same(load(root, name), alone[full])
+
+
+def test_two_processes_that_accumulate_equal_one(root, alone):
+    """2 processes × 2 rows × 2: gradients are held back until the last micro-batch."""
+    assert_same(load(root, "accumulated"), alone[True], skip=("value_loss", "value_clip_fraction"))
+
+
+def test_the_logged_value_loss_does_not_depend_on_accumulation(root, alone):
+    expected = [row["value_loss"] for row in alone[True]["metrics"]]
+    assert [row["value_loss"] for row in load(root, "accumulated")["metrics"]] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_runs_move(alone):
+    """What is compared above is not the starting point."""
+    for full, result in alone.items():
+        kl = [row["kl"] for row in result["metrics"] if "kl" in row]  # of each rollout
+        assert abs(kl[0]) < 1e-6 < abs(kl[-1]), full
+        first, last = result["metrics"][0], result["metrics"][-1]
+        assert abs(last["loss"]) > 1e-5, full
+        assert first["policy_loss"] != last["policy_loss"], full
+        assert first["value_loss"] != last["value_loss"], full
+
+
+@pytest.mark.parametrize(("name", "step"), [("sampled", 3), ("lora", 2)])
+def test_two_processes_resume_where_they_were(resumed, name, step):
+    """`sampled` draws its answers and is resumed inside an iteration: RNG and rollout of each process come back."""
+    whole, again = load(resumed, name), load(resumed, f"{name}_resumed")
+    assert [row["step"] for row in again["metrics"]] == [row["step"] for row in whole["metrics"]]
+    assert len(whole["metrics"]) > step
+    assert_same(again, whole)
+
+
+def test_two_processes_save_what_plain_transformers_reads(root):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    expected = torch.load(root / "sampled.pt")["weights"]
+    for role in ("policy", "ema"):
+        model = AutoModelForCausalLM.from_pretrained(root / "sampled" / role)
+        torch.testing.assert_close(torch.cat([p.detach().flatten() for p in model.parameters()]), expected[role])
+    AutoModelForSequenceClassification.from_pretrained(root / "sampled" / "value")
+    assert (root / "lora" / "policy" / "adapter_config.json").exists()
+
+
+def test_a_checkpoint_is_complete_once_every_process_has_written(root):
+    assert json.loads((root / "early.json").read_text()) is False
+
+
+def main(root, which):
+    torch.set_num_threads(1)
+    for name, job in JOBS.items():
+        if (job[-1] is None) == (which == "fresh"):
+            trainer = train(root, name, *job)
+            result = result_of(trainer)
+            if trainer.args.process_index == 0:
+                torch.save(result, root / f"{name}.pt")
+            trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
