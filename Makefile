@@ -9,8 +9,12 @@ BIN     = .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
 	touch .venv/installed
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch .venv/installed-dev
 
 ## The whole pipeline on a real model and real text, under 20 minutes on 2 cores; ends in outputs/demo/report.html
 demo: .venv/installed
@@ -21,25 +25,25 @@ demo-long: .venv/installed
 	$(BIN)/accelerate launch recipes/ppo_ptx.py --config recipes/demo_long/ppo_ptx.yaml --run_dir outputs/demo_long
 
 ## The whole test suite
-test: .venv/installed
+test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 ## Without the tests that launch recipes or processes
-test-fast: .venv/installed
+test-fast: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
 ## Only those
-test-slow: .venv/installed
+test-slow: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 ## Format, lint, types, fast tests
-check: .venv/installed
+check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test-fast
 
-format: .venv/installed
+format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
