@@ -66,23 +66,11 @@ def _blocks(tokenizer: Any, texts: list[str]) -> list[dict]:
     return [{"input_ids": tokens[start : start + BLOCK]} for start in range(0, len(tokens) - BLOCK + 1, BLOCK)]
 
 
-def _train(tokenizer: Any, texts: list[str], folder: Path, steps: int, bf16: bool) -> float:
-    """Train and save under `folder`; returns the loss a token on texts held out."""
-    import datasets
-    import torch
-    from transformers import (
-        DataCollatorForLanguageModeling,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
-    from transformers.trainer_callback import PrinterCallback
+def _config(tokenizer: Any) -> Any:
+    """4.2M parameters."""
+    from transformers import LlamaConfig
 
-    datasets.disable_progress_bars()
-    set_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=688,
@@ -94,6 +82,23 @@ def _train(tokenizer: Any, texts: list[str], folder: Path, steps: int, bf16: boo
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _train(tokenizer: Any, texts: list[str], folder: Path, steps: int, bf16: bool) -> float:
+    """Train and save under `folder`; returns the loss a token on texts held out."""
+    import datasets
+    import torch
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        LlamaForCausalLM,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    datasets.disable_progress_bars()
+    set_seed(0)
     args = TrainingArguments(
         str(folder / "trainer"),
         max_steps=steps,
@@ -116,7 +121,7 @@ def _train(tokenizer: Any, texts: list[str], folder: Path, steps: int, bf16: boo
     # Tokenising all 33 million characters would take longer than the texts that `steps` reads.
     read = texts[: len(texts) - held_out][: steps * ROWS]
     trainer = Trainer(
-        LlamaForCausalLM(config),
+        LlamaForCausalLM(_config(tokenizer)),
         args,
         DataCollatorForLanguageModeling(tokenizer, mlm=False),
         train_dataset=datasets.Dataset.from_list(_blocks(tokenizer, read)),

@@ -91,12 +91,7 @@ def cross_validate_labelers(
         ValueError: no labeler column; what `labeler_folds` raises; `held_in` outside 0 to 1; a fold with an empty
             set; records missing from the answer.
     """
-    if "labeler" not in dataset.column_names:
-        raise ValueError(
-            f"The dataset has no `labeler` column, only {', '.join(dataset.column_names)}; name who ranked each row."
-        )
-    if not 0 < held_in < 1:
-        raise ValueError(f"held_in is {held_in}; it is the share of prompts kept from training, between 0 and 1.")
+    _check(dataset, held_in)
     labelers = list(dataset["labeler"])
     prompts = _prompt_keys(dataset)
     folds = []
@@ -112,6 +107,15 @@ def cross_validate_labelers(
     rates = {name: [fold[name]["accuracy"] for fold in folds] for name in EVALUATION_SETS}
     rates["difference"] = [new - seen for seen, new in zip(rates["held_in"], rates["held_out"], strict=True)]
     return {"folds": folds, **{name: _mean_and_error(values) for name, values in rates.items()}}
+
+
+def _check(dataset: Any, held_in: float) -> None:
+    if "labeler" not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no `labeler` column, only {', '.join(dataset.column_names)}; name who ranked each row."
+        )
+    if not 0 < held_in < 1:
+        raise ValueError(f"held_in is {held_in}; it is the share of prompts kept from training, between 0 and 1.")
 
 
 def _run_fold(

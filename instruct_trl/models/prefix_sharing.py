@@ -106,7 +106,7 @@ class PrefixSharing:
 
     def inactive(self) -> AbstractContextManager[None]:
         """Within, also inside `active`, the model's layers attend as if nothing were shared."""
-        inside = self._configs[0]._attn_implementation in _NAMES.values()
+        inside = any(config._attn_implementation in _NAMES.values() for config in self._configs)
         return self._attending_by(self.attention) if inside else nullcontext()
 
     @contextmanager
