@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
@@ -17,7 +23,10 @@ def apply_cpu_defaults(config: Any) -> None:
     launched processes without `use_cpu` would each run alone. Call at the top of a config's `__post_init__`.
     """
     if not torch.accelerator.is_available():
-        config.use_cpu = True
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            config.ddp_backend = config.ddp_backend or "gloo"  # accelerate leaves DeepSpeed out where use_cpu is set
+        else:
+            config.use_cpu = True
         if config.bf16 is None:
             config.bf16 = False
 
@@ -72,6 +81,15 @@ def reset_accelerator() -> None:
     """Forget the precision and accumulation of the trainer before, so that the next may have its own."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
+    load_models_whole()
+
+
+def load_models_whole() -> None:
+    """From here until the next trainer, transformers loads models whole, also where it has been told of ZeRO-3.
+
+    It would load shards, of which no copy can be made and no forward be run without an engine.
+    """
+    unset_hf_deepspeed_config()
 
 
 def keep_4bit_trainable(model: torch.nn.Module) -> None:
@@ -97,3 +115,105 @@ def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
     """Set accelerate's `optimizer.step_was_skipped`, by which the Trainer holds its schedule; it has no setter."""
     optimizer._is_overflow = skipped
+
+
+# Engines: FSDP2 and DeepSpeed ----------------------------------------------------------------------------------------
+
+
+class DeepSpeedSteps:
+    """Drives a DeepSpeed engine as accelerate's wrapper does, except that its backward takes no step.
+
+    So gradients can be looked at, and a step be left out, as everywhere else.
+
+    Raises:
+        ValueError: ZeRO stage 0.
+    """
+
+    def __init__(self, engine: Any):
+        if not engine.zero_optimization():
+            raise ValueError("DeepSpeed with zero_stage 0 is not supported. Set zero_stage to 2 or 3, or launch DDP.")
+        self.engine = engine
+
+    def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+
+    def get_global_grad_norm(self) -> float:
+        """The norm of the accumulated gradients, before any clip; inf where one is not finite."""
+        optimizer = self.engine.optimizer
+        if self.engine.zero_optimization_stage() == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        else:
+            norm = optimizer.scaled_global_norm()
+        return float(norm) / float(optimizer.loss_scale)
+
+    def step(self) -> None:
+        """Clip, step, forget the gradients. DeepSpeed itself leaves out a step whose gradients are not finite."""
+        self.engine.step()
+
+    def skip_step(self) -> None:
+        """Forget the gradients the way DeepSpeed does where they are not finite: by telling it so."""
+        optimizer, infinite = self.engine.optimizer, torch.tensor(float("inf"))
+        is_zero3 = self.engine.zero_optimization_stage() == 3
+        name, norm = ("_get_norm_groups", [infinite]) if is_zero3 else ("scaled_global_norm", infinite)
+        setattr(optimizer, name, lambda: norm)
+        try:
+            self.engine.step()
+        finally:
+            delattr(optimizer, name)
+
+
+def prepare_deepspeed_model(
+    accelerator: Any, model: torch.nn.Module, optimizer: Any, max_norm: float | None, args: Any
+) -> tuple[Any, Any]:
+    """A DeepSpeed engine for a second model, and its optimizer for a scheduler. Accelerate prepares one model only."""
+    import deepspeed
+    from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, map_pytorch_optim_to_deepspeed
+
+    settings = copy.deepcopy(accelerator.deepspeed_plugin.hf_ds_config)
+    settings.trainer_config_finalize(args, model, 1)  # "auto" sizes follow from this model
+    config = settings.config
+    config["gradient_clipping"] = max_norm or 0.0
+    config["zero_allow_untested_optimizer"] = True
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    if settings.is_offload() and config.get("zero_force_ds_cpu_optimizer", True):
+        optimizer = map_pytorch_optim_to_deepspeed(optimizer)
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine, DeepSpeedOptimizerWrapper(optimizer)
+
+
+@contextmanager
+def wrapping_afresh(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, accelerate's FSDP plugin looks for the layers of the model at hand, and forgets them on leaving."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    try:
+        yield
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Free what FSDP2 keeps whole after a forward without backward, so that parameters are shards."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
+
+
+@contextmanager
+def writable_shards(parameters: Sequence[Any]) -> Iterator[None]:
+    """ZeRO-3 keeps small parameters whole beside their shards: gather them anew after the shards were written."""
+    whole = [p for p in parameters if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"]
+    if whole:
+        whole[0].partition(whole)
+    try:
+        yield
+    finally:
+        if whole:
+            whole[0].all_gather(whole)

@@ -10,11 +10,14 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
+from instruct_trl.trainers.engines import local_shards, local_shards_to_write
+
 
 class EMACallback(TrainerCallback):
     """Keeps θ_ema ← decay·θ_ema + (1 − decay)·θ after every optimizer step taken, over the trainable parameters.
 
-    θ_ema starts at the initial weights. Frozen parameters (a LoRA base) are neither copied nor averaged.
+    θ_ema starts at the initial weights, and is kept in float32. Frozen parameters (a LoRA base) are neither copied nor
+    averaged. Under ZeRO-3 and FSDP2 each process averages its own shards.
 
     Raises:
         ValueError: `decay` is not in [0, 1).
@@ -25,11 +28,17 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"ema_decay must be in [0, 1), got {decay}. Set ema_decay to null to keep no average.")
         self.decay = decay
         self.model = model
-        self.shadow = [parameter.detach().clone() for parameter in self._trainable()]
+        self.is_sharded = False
+        self.shadow = [shard.float().clone() for shard in local_shards(model)]
         self._average = get_ema_multi_avg_fn(decay)
 
-    def _trainable(self) -> list[torch.Tensor]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def follow_layout(self) -> None:
+        """Start again from the weights as they lie now, if an engine has sharded them since."""
+        shards = local_shards(self.model)
+        if any(shard.shape != mine.shape for shard, mine in zip(shards, self.shadow, strict=True)):
+            self.is_sharded = True
+            self.shadow = [shard.float().clone() for shard in shards]
+        self.shadow = [mine.to(shard.device) for shard, mine in zip(shards, self.shadow, strict=True)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
@@ -38,12 +47,12 @@ class EMACallback(TrainerCallback):
     @torch.no_grad()
     def update(self) -> None:
         """One averaging step."""
-        self._average(self.shadow, [parameter.detach() for parameter in self._trainable()], None)
+        self._average(self.shadow, [shard.float() for shard in local_shards(self.model)], None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model carries the averaged weights; on leaving, its own come back, also after an error."""
-        own = [parameter.detach().clone() for parameter in self._trainable()]
+        own = [shard.clone() for shard in local_shards(self.model)]
         self._copy(self.shadow)
         try:
             yield
@@ -52,8 +61,9 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def _copy(self, source: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self._trainable(), source, strict=True):
-            parameter.copy_(value)
+        with local_shards_to_write(self.model) as shards:
+            for shard, value in zip(shards, source, strict=True):
+                shard.copy_(value)
 
     def state_dict(self) -> dict[str, list[torch.Tensor]]:
         return {"shadow": self.shadow}

@@ -37,6 +37,11 @@ class ValueModel(nn.Module):
     def config(self) -> Any:
         return self.classifier.config
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """The layers that accelerate shards one by one."""
+        return self.classifier._no_split_modules
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Values (B, T) in float32; `values[:, t]` is read from the hidden state of token t, so it has seen tokens ≤ t.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from transformers import Trainer, get_scheduler
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
 from instruct_trl.models.value import ValueModel
+from instruct_trl.trainers.engines import prepare_beside_policy, whole_state_dict
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
-STATE_FILE = "value_training_state.pt"
+SCHEDULE_FILE = "value_scheduler.pt"
+OPTIMIZER_STEM = "value_optimizer"  # a file, or under DeepSpeed a folder
 Batch = dict[str, torch.Tensor]
 
 
@@ -48,7 +50,8 @@ class Critic:
         optimizer = optimizer_class(
             trainable, **{**kwargs, "lr": args.value_learning_rate, "weight_decay": args.weight_decay}
         )
-        self.model, self.optimizer = accelerator.prepare(value_model.to(accelerator.device), optimizer)
+        self.engine = prepare_beside_policy(accelerator, value_model, optimizer, args.value_max_grad_norm, args)
+        self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.scheduler: Any = None
 
     def create_scheduler(self, num_training_steps: int) -> None:
@@ -91,44 +94,52 @@ class Critic:
             metrics, each the mean over an answer's tokens, for the answers that count, (N,).
         """
         self.model.train()
-        with torch.enable_grad() if sync else self.accelerator.no_sync(self.model):
+        with nullcontext() if sync else self.engine.accumulating():
             values = self.completion_values(batch)
             mask = batch["loss_mask"]
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
-            self.accelerator.backward((losses * mask).sum() / token_count)
+            self.engine.backward((losses * mask).sum() / token_count, sync)
         clipped = (values.detach() - batch["old_values"]).abs() > self.args.value_clip
         metrics = {"value_loss": losses.detach(), "value_clip_fraction": clipped.float()}
         return {name: masked_mean(value, mask, dim=1)[mask.any(dim=1)] for name, value in metrics.items()}
 
     def clip_gradients(self) -> float:
         """Clip the gradients of the minibatch; returns their norm before."""
-        max_norm = self.args.value_max_grad_norm or float("inf")
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
+        return self.engine.clip_gradients()
 
     def step(self) -> None:
         """Step, advance the schedule, forget the gradients."""
-        self.optimizer.step()
+        self.engine.step()
         self.scheduler.step()
-        self.optimizer.zero_grad()
 
     def skip_step(self) -> None:
         """Forget the gradients: weights, moments and schedule stay as they are."""
-        self.optimizer.zero_grad()
+        self.engine.skip_step()
 
     @property
     def unwrapped(self) -> ValueModel:
         return self.accelerator.unwrap_model(self.model)
 
+    def save_model(self, folder: str) -> None:
+        """Write the weights as a plain checkpoint; called by every process."""
+        prefix = "classifier."
+        weights = whole_state_dict(self.accelerator, self.model)
+        if self.args.should_save:
+            state = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+            self.unwrapped.classifier.save_pretrained(folder, state_dict=state)
+
     def save(self, checkpoint: str) -> None:
-        """Weights as a plain checkpoint under `value/`, optimizer and schedule beside them."""
-        self.unwrapped.save_pretrained(os.path.join(checkpoint, "value"))
-        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-        torch.save(state, os.path.join(checkpoint, STATE_FILE))
+        """Weights as a plain checkpoint under `value/`, optimizer and schedule beside them; called by every process."""
+        self.save_model(os.path.join(checkpoint, "value"))
+        self.engine.save(os.path.join(checkpoint, OPTIMIZER_STEM), self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.scheduler.state_dict(), os.path.join(checkpoint, SCHEDULE_FILE))
 
     def load(self, checkpoint: str) -> None:
         """Take up weights, optimizer and schedule from `checkpoint`."""
-        saved = ValueModel.from_pretrained(os.path.join(checkpoint, "value"))
-        self.unwrapped.load_state_dict(saved.state_dict())
-        state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.engine.load(
+            os.path.join(checkpoint, OPTIMIZER_STEM),
+            lambda: ValueModel.from_pretrained(os.path.join(checkpoint, "value")).state_dict(),
+        )
+        path = os.path.join(checkpoint, SCHEDULE_FILE)
+        self.scheduler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -27,6 +27,7 @@ from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.checkpoints import begin_checkpoint, last_complete_checkpoint, seal_checkpoint
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
+from instruct_trl.trainers.engines import before_last_backward, skip_step, take_over_steps, take_step
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_evaluation import PPOEvaluation, ReferenceScores, check_win_rate
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -191,8 +192,7 @@ class PPOPtxTrainer(PPOEvaluation):
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             self.stopwatch.start_iteration()
         if self.pretraining is not None:
-            # Before PPO's backward and never synchronised: under DeepSpeed a backward at the boundary is a step.
-            with self.stopwatch("pretraining"), self.accelerator.no_sync(model):
+            with self.stopwatch("pretraining"), before_last_backward(self.accelerator, model):
                 if self._step % self.args.gradient_accumulation_steps == 0:
                     self.pretraining.start_minibatch()
                     self._metrics["train"]["ptx_loss"].append(0.0)
@@ -218,9 +218,10 @@ class PPOPtxTrainer(PPOEvaluation):
                 norms["ptx_loss"] = metrics["ptx_loss"][-1]
             if self.divergence.may_step(self, norms):
                 self.critic.step()
+                take_step(self.accelerator)
             else:
                 self.critic.skip_step()
-                model.zero_grad()  # optimizers pass over a parameter without a gradient: no moment, no decay
+                skip_step(self.accelerator, model)
         if (self.state.global_step + 1) % self.args.steps_per_iteration == 0:
             self._log_iteration()
         return grad_norm
@@ -239,6 +240,9 @@ class PPOPtxTrainer(PPOEvaluation):
         metrics["episodes_per_second"].append(self.args.generation_batch_size / metrics["time/iteration"][-1])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        take_over_steps(self.accelerator)  # the policy is prepared by now, and no checkpoint is loaded yet
+        if self.ema is not None:
+            self.ema.follow_layout()
         self.critic.create_scheduler(num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -249,8 +253,8 @@ class PPOPtxTrainer(PPOEvaluation):
             return
         root = output_dir or self.args.output_dir
         super().save_model(os.path.join(root, "policy"), _internal_call=True)
+        self.critic.save_model(os.path.join(root, "value"))
         if self.args.should_save:
-            self.critic.unwrapped.save_pretrained(os.path.join(root, "value"))
             self._tokenizer.save_pretrained(os.path.join(root, "value"))
         if self.ema is not None:
             with self.ema.applied():

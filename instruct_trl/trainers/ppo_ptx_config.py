@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from instruct_trl._upstream import apply_cpu_defaults
+from instruct_trl._upstream import apply_cpu_defaults, load_models_whole
 from instruct_trl.trainers.divergence import DivergenceGuard
 
 # Inherited knobs that would change the objective of Eq. 2 behind the user's back → the only value they may have.
@@ -114,6 +114,7 @@ class PPOPtxConfig(GRPOConfig):
         if log_each_iteration:
             self.logging_steps = 1
         self._upstream_post_init()
+        load_models_whole()
         self._check_batches()
         if self.max_steps <= 0 and self.total_episodes is not None:
             self.max_steps = -(-self.total_episodes // self.generation_batch_size) * self.steps_per_iteration

@@ -9,12 +9,11 @@ import torch
 
 
 def save_state(trainer: Any, checkpoint: str) -> None:
-    """Write critic and EMA once, and the rollout position of this process."""
+    """Write critic and EMA, and the rollout position of this process; called by every process."""
     os.makedirs(checkpoint, exist_ok=True)
-    if trainer.args.should_save:
-        trainer.critic.save(checkpoint)
-        if trainer.ema is not None:
-            torch.save(trainer.ema.state_dict(), os.path.join(checkpoint, "ema.pt"))
+    trainer.critic.save(checkpoint)
+    if trainer.ema is not None and (trainer.args.should_save or trainer.ema.is_sharded):
+        torch.save(trainer.ema.state_dict(), _ema_file(trainer, checkpoint))
     position = {
         "step": trainer._step,
         "buffered_inputs": trainer._buffered_inputs,
@@ -37,7 +36,9 @@ def load_state(trainer: Any, checkpoint: str) -> None:
         )
     trainer.critic.load(checkpoint)
     if trainer.ema is not None:
-        trainer.ema.load_state_dict(torch.load(os.path.join(checkpoint, "ema.pt"), weights_only=True))
+        trainer.ema.load_state_dict(
+            torch.load(_ema_file(trainer, checkpoint), map_location="cpu", weights_only=True)
+        )
     device = trainer.args.device  # on two CPU processes it is cpu:0, to which torch does not restore
     position = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
     trainer._step, trainer._buffered_inputs = position["step"], position["buffered_inputs"]
@@ -47,3 +48,8 @@ def load_state(trainer: Any, checkpoint: str) -> None:
 
 def _rollout_file(trainer: Any, checkpoint: str) -> str:
     return os.path.join(checkpoint, f"rollout_{trainer.args.process_index}.pt")
+
+
+def _ema_file(trainer: Any, checkpoint: str) -> str:
+    name = f"ema_{trainer.args.process_index}.pt" if trainer.ema.is_sharded else "ema.pt"
+    return os.path.join(checkpoint, name)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from instruct_trl._upstream import fused_head_is_compact
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.maths.objectives import ppo_ptx_loss
+from instruct_trl.trainers.engines import backward_arguments
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
 
@@ -51,6 +52,7 @@ class PretrainingGradient:
             batch = self.stream.collate(self._window.pop(), self.accelerator.device)
             with self.autocast():
                 loss = model(**batch, num_items_in_batch=self._tokens, use_cache=False, **head).loss
-            self.accelerator.backward(ppo_ptx_loss(torch.zeros_like(loss), loss, self.args.ptx_coef))
+            ptx_loss = ppo_ptx_loss(torch.zeros_like(loss), loss, self.args.ptx_coef)
+            self.accelerator.backward(ptx_loss, **backward_arguments(self.accelerator))
             total += self.accelerator.reduce(loss.detach(), "mean").item()
         return total

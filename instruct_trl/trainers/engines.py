@@ -1,0 +1,229 @@
+"""Where DDP, FSDP2 and DeepSpeed differ: how a second model is prepared, how a step is taken or left out, what is saved.
+
+A model lies whole on every process under DDP and ZeRO-2, and in shards under ZeRO-3 and FSDP2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from instruct_trl._upstream import (
+    DeepSpeedSteps,
+    prepare_deepspeed_model,
+    reshard,
+    writable_shards,
+    wrapping_afresh,
+)
+
+State = dict[str, Any]
+
+
+class ModelEngine:
+    """A model with its own optimizer beside the trainer's, under accelerate: one process, DDP or FSDP2.
+
+    Args:
+        accelerator: the trainer's.
+        model, optimizer: to be prepared; `optimizer` holds `model`'s trainable parameters.
+        max_norm: its gradients are clipped to this norm; None for no clip.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None):
+        self.accelerator, self.max_norm = accelerator, max_norm or float("inf")
+        if not is_sharding(accelerator):
+            model = model.to(accelerator.device)
+        with wrapping_afresh(accelerator):
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def accumulating(self) -> AbstractContextManager:
+        """Inside, gradients are not summed over processes yet."""
+        return self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: torch.Tensor, sync: bool) -> None:
+        """Accumulate the gradient of `loss`; `sync` is True on the last micro-batch."""
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self) -> float:
+        """Clip the accumulated gradients; returns their norm before."""
+        return float(_whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)))
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def skip_step(self) -> None:
+        """Forget the gradients: weights and moments stay as they are."""
+        self.optimizer.zero_grad()
+
+    def save(self, stem: str, is_main: bool) -> None:
+        """Write what the optimizer knows to `stem`.pt; called by every process."""
+        if is_main:
+            torch.save(self.optimizer.state_dict(), f"{stem}.pt")
+
+    def load(self, stem: str, weights: Callable[[], State]) -> None:
+        """Take up `weights()` and what `save` wrote."""
+        self.accelerator.unwrap_model(self.model).load_state_dict(weights())
+        self.optimizer.load_state_dict(_read(stem))
+
+
+class FSDPModelEngine(ModelEngine):
+    """The same under FSDP2: what is written is whole, so that the number of processes may change."""
+
+    def save(self, stem: str, is_main: bool) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if is_main:
+            torch.save(state, f"{stem}.pt")
+
+    def load(self, stem: str, weights: Callable[[], State]) -> None:
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, weights(), options=options)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, _read(stem), options=options)
+
+
+class DeepSpeedModelEngine(ModelEngine):
+    """The same as a DeepSpeed engine of its own, with the trainer's DeepSpeed configuration but for the clip."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None, args: Any):
+        self.accelerator = accelerator
+        self.model, self.optimizer = prepare_deepspeed_model(accelerator, model, optimizer, max_norm, args)
+        self.steps = DeepSpeedSteps(self.model)
+
+    def accumulating(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor, sync: bool) -> None:
+        self.steps.backward(loss, sync_gradients=sync, scale_wrt_gas=False)
+
+    def clip_gradients(self) -> float:
+        return self.steps.get_global_grad_norm()
+
+    def step(self) -> None:
+        self.steps.step()
+        self.optimizer.step()  # does nothing; schedules count its calls
+
+    def skip_step(self) -> None:
+        self.steps.skip_step()
+
+    def save(self, stem: str, is_main: bool) -> None:
+        """Weights and optimizer, each process its shards, to the folder `stem`."""
+        self.model.save_checkpoint(stem)
+
+    def load(self, stem: str, weights: Callable[[], State]) -> None:
+        path, _ = self.model.load_checkpoint(stem)
+        if path is None:
+            raise ValueError(f"DeepSpeed finds no checkpoint in {stem}. Resume from another checkpoint.")
+
+
+def prepare_beside_policy(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None, args: Any
+) -> ModelEngine:
+    """`model` and `optimizer` under whatever the trainer was launched with; `args` are the training arguments."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return DeepSpeedModelEngine(accelerator, model, optimizer, max_norm, args)
+    engine = FSDPModelEngine if accelerator.is_fsdp2 else ModelEngine
+    return engine(accelerator, model, optimizer, max_norm)
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """True where a model is placed, and perhaps sharded, by its engine: FSDP and DeepSpeed."""
+    return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+def take_over_steps(accelerator: Accelerator) -> None:
+    """Under DeepSpeed, make `accelerator.backward` leave the policy's step to `take_step`.
+
+    Accelerate's backward steps the engine, too early for whatever looks at the gradients first.
+
+    Raises:
+        ValueError: ZeRO stage 0, which is DDP with DeepSpeed's optimizer around it.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_engine_wrapped = DeepSpeedSteps(accelerator.deepspeed_engine_wrapped.engine)
+
+
+def take_step(accelerator: Accelerator) -> None:
+    """Under DeepSpeed, step the policy. Elsewhere the Trainer does, a moment later."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_engine_wrapped.step()
+
+
+def skip_step(accelerator: Accelerator, model: nn.Module) -> None:
+    """Forget the policy's gradients. Optimizers pass over a parameter without one: no moment, no decay."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_engine_wrapped.skip_step()
+    else:
+        model.zero_grad()
+
+
+@contextmanager
+def before_last_backward(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Inside, backwards are never the minibatch's last: a backward of PPO's follows.
+
+    DDP does not communicate in them. DeepSpeed and FSDP2 do, since an unsharded gradient is what they are there to
+    avoid; under DeepSpeed no gradient accumulation boundary is set.
+    """
+    if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        with accelerator.no_sync(model):
+            yield
+        return
+    state, sync = accelerator.gradient_state, accelerator.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        yield
+    finally:
+        state._set_sync_gradients(sync)
+
+
+def backward_arguments(accelerator: Accelerator) -> dict[str, bool]:
+    """Keywords for `accelerator.backward` with a loss that is already divided by the minibatch's tokens."""
+    return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+def local_shards(model: nn.Module) -> list[torch.Tensor]:
+    """This process's part of every trainable parameter: all of it, or its shard. Not to be written to."""
+    reshard(model)
+    return [_shard(parameter) for parameter in model.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def local_shards_to_write(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The same, to be written to; on leaving, whole copies that the engine keeps are made anew."""
+    reshard(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with writable_shards(parameters):
+        yield [_shard(parameter) for parameter in parameters]
+
+
+def _shard(parameter: Any) -> torch.Tensor:
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3
+        return parameter.ds_tensor.data
+    if hasattr(parameter, "to_local"):  # DTensor, FSDP2
+        return parameter.detach().to_local()
+    return parameter.detach()
+
+
+def _read(stem: str) -> State:
+    return torch.load(f"{stem}.pt", map_location="cpu", weights_only=True)
+
+
+def _whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_state_dict(accelerator: Accelerator, model: nn.Module) -> State:
+    """The weights of a prepared model, gathered; called by every process, of use on the main one."""
+    reshard(model)
+    return accelerator.get_state_dict(model)

@@ -1,0 +1,116 @@
+"""PPOPtxTrainer on two processes under DDP, FSDP2 and DeepSpeed, started from recipes/accelerate/*.yaml on the CPU.
+
+Each engine: the loss curve of one process with all rows; the value model, larger than the policy, in shards where the
+policy is; checkpoints that continue, and saved models that plain transformers reads.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ppo_engine_job import ADAM, JOBS, saved_weights, train
+from ppo_two import metrics_of
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+JOB = Path(__file__).with_name("ppo_engine_job.py")
+# engine: (distributed_type, options of the launcher, are weights in shards, are optimizer states)
+ENGINES = {
+    "ddp": ("MULTI_CPU", ["--cpu"], False, False),
+    "fsdp2": ("FSDP", [], True, True),
+    "deepspeed_zero2": ("DEEPSPEED", [], False, True),
+    "deepspeed_zero3": ("DEEPSPEED", [], True, True),
+}
+
+
+def launch(engine, root, which):
+    """Run the job on two processes; results lie in `root`."""
+    if "deepspeed" in engine:
+        pytest.importorskip("deepspeed", reason="pip install instruct-trl[deepspeed]")
+    config = ROOT / "recipes" / "accelerate" / f"{engine}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    paths = [str(ROOT), str(ROOT / "tests"), str(JOB.parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *ENGINES[engine][1], JOB, root, which], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return root
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def run(request, tmp_path_factory):
+    """(engine, folder of its results)."""
+    return request.param, launch(request.param, tmp_path_factory.mktemp(request.param), "fresh")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Each job as one process with all 8 rows at once: metrics, and the weights that it saves."""
+    root = tmp_path_factory.mktemp("one")
+    results = {}
+    for name, (settings, _, _) in JOBS.items():
+        trainer = train(root / name, settings, 8, 1)
+        results[name] = {"metrics": metrics_of(trainer), "weights": saved_weights(root / name)}
+    return results
+
+
+def load(run, name):
+    engine, root = run
+    found = torch.load(root / f"{name}.pt")
+    assert (found["processes"], found["distributed_type"]) == (2, ENGINES[engine][0])
+    return found
+
+
+def assert_same_metrics(found, expected, skip=(), rel=1e-3):
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(expected, found, strict=True):
+        row, other = ({k: v for k, v in r.items() if k not in skip} for r in (row, other))
+        assert other == pytest.approx(row, abs=1e-5, rel=rel), row["step"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_equal_one(run, alone, name):
+    """8 episodes a step as 1 × 8 and as 2 × 4 (`full`: 2 × 2 × 2): metrics of every step and the final weights."""
+    assert_same_metrics(load(run, name)["metrics"], alone[name]["metrics"])
+    found = saved_weights(run[1] / name)
+    for role, expected in alone[name]["weights"].items():
+        torch.testing.assert_close(found[role], expected, atol=2e-6, rtol=1e-4, msg=lambda m, r=role: f"{r}: {m}")
+
+
+def test_the_runs_move_and_the_clip_bites(alone):
+    """What is compared above is not the starting point, and not what an unclipped run gives."""
+    for name, result in alone.items():
+        first, last = result["metrics"][0], result["metrics"][-1]
+        assert first["policy_loss"] != last["policy_loss"], name
+        assert first["value_loss"] != last["value_loss"], name
+    clipped = alone["clipped"]["metrics"]
+    assert min(row["grad_norm"] for row in clipped) > ADAM["max_grad_norm"]
+    assert min(row["value_grad_norm"] for row in clipped) > ADAM["value_max_grad_norm"]
+
+
+def test_policy_and_value_model_are_sharded(run):
+    """Each of two processes holds half, up to padding, of weights and Adam's moments, where the engine shards them."""
+    _, _, weights_in_shards, states_in_shards = ENGINES[run[0]]
+    found = load(run, "clipped")
+    for role in ("policy", "value"):
+        held, whole, moments = found[role]
+        assert held == pytest.approx(whole / 2 if weights_in_shards else whole, rel=0.02), role
+        assert moments == pytest.approx(whole / 2 if states_in_shards else whole, rel=0.02), role
+    assert found["value"][1] > found["policy"][1]
+    if run[0] == "fsdp2":
+        assert (found["policy_class"], found["value_class"]) == ("DTensor", "DTensor")
+
+
+def test_a_checkpoint_continues(run):
+    """`sampled` draws its answers and is resumed inside an iteration; both with Adam's moments and a schedule."""
+    launch(*run, "resumed")
+    for name in ("clipped", "sampled"):
+        whole, again = load(run, name), load(run, f"{name}_resumed")
+        assert_same_metrics(again["metrics"], whole["metrics"], rel=1e-4)
+        expected, found = saved_weights(run[1] / name), saved_weights(run[1] / f"{name}_resumed")
+        for role in expected:
+            torch.testing.assert_close(found[role], expected[role], atol=1e-6, rtol=1e-5)
