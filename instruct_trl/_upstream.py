@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
@@ -202,7 +203,7 @@ def wrapping_afresh(accelerator: Accelerator) -> Iterator[None]:
 def reshard(model: torch.nn.Module) -> None:
     """Free what FSDP2 keeps whole after a forward without backward, so that parameters are shards."""
     for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+        if isinstance(module, FSDPModule):
             module.reshard()
 
 

@@ -1,20 +1,15 @@
 """PPOPtxTrainer on two processes (DDP, gloo, CPU): the same run as on one; it saves and resumes."""
 
 import json
-import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
 from peft import LoraConfig
-from ppo_helpers import PROMPTS, TEXTS
-from ppo_killed import fresh, step_metrics
-
-from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
+from ppo_two import assert_same, build, fixed_answers, metrics_of
 
 pytestmark = pytest.mark.slow
 # name: (full fine-tuning, rows a process, accumulation, answers drawn, checkpoint resumed from) of two processes
@@ -28,39 +23,15 @@ JOBS = {
 }
 
 
-def fixed_answers(prompts, trainer):
-    """1 to 8 tokens that depend on the prompt alone; those below 8 end with EOS."""
-    answers = []
-    for prompt in prompts:
-        draw = random.Random(prompt)
-        length = draw.randint(1, 8)
-        ids = [draw.randrange(256) for _ in range(length)]
-        answers.append(ids if length == 8 else [*ids[:-1], 256])
-    return {"prompt_ids": trainer._tokenizer(prompts)["input_ids"], "completion_ids": answers, "logprobs": None}
-
-
 def train(root, name, full, rows, accumulation, sampled, resume):
-    """3 iterations of 8 episodes; steps of plain SGD, so that a gradient k times too large shows in the weights.
-
-    Fixed answers are gone over twice, since the loss of the first pass is 0: ratio 1 and white advantages.
-    """
-    tokenizer = fresh(conftest.tokenizer)
-    rate = 1e-2 if full else 1.0
-    args = PPOPtxConfig(
-        str(root / name), generation_batch_size=8, per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation, total_episodes=24, max_completion_length=8, ptx_coef=1.0,
-        num_iterations=1 if sampled else 2, ptx_ratio=2, ptx_max_length=32, optim="sgd", learning_rate=rate,
-        value_learning_rate=1e-2, max_grad_norm=1e9, value_max_grad_norm=1e9, warmup_iterations=0, logging_steps=1,
-        save_strategy="steps", save_steps=1, gradient_checkpointing=False, use_cpu=True, bf16=False,
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+    """The run of `ppo_two.build`; LoRA's steps are larger, since its B starts at 0."""
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)
-    trainer = PPOPtxTrainer(
-        fresh(conftest.policy), RewardScorer(fresh(conftest.reward_model), tokenizer), args, PROMPTS.select(range(8)),
-        processing_class=tokenizer, peft_config=None if full else lora,
-        rollout_func=None if sampled else fixed_answers, pretraining_dataset=TEXTS,
+    trainer = build(
+        root / name, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
+        num_iterations=1 if sampled else 2, learning_rate=1e-2 if full else 1.0,
+        peft_config=None if full else lora, rollout_func=None if sampled else fixed_answers,
     )  # fmt: skip
-    if name == "sampled" and args.process_index == 1:
+    if name == "sampled" and trainer.args.process_index == 1:
         come_late(trainer, root)
     trainer.train(resume_from_checkpoint=None if resume is None else str(root / resume))
     trainer.save_model()
@@ -93,7 +64,7 @@ def result_of(trainer):
     }
     everyone = {role: trainer.accelerator.gather(w.unsqueeze(0)) for role, w in weights.items()}
     return {
-        "metrics": step_metrics(trainer.state.log_history),
+        "metrics": metrics_of(trainer),
         "weights": weights,
         "spread": max((w - w[:1]).abs().max().item() for w in everyone.values()),
         "processes": trainer.accelerator.num_processes,
@@ -131,14 +102,6 @@ def load(root, name):
     assert (found["processes"], found["distributed_type"]) == (2, "MULTI_CPU")
     assert found["spread"] == 0
     return found
-
-
-def assert_same(found, expected, skip=()):
-    assert len(found["metrics"]) == len(expected["metrics"])
-    for row, other in zip(expected["metrics"], found["metrics"], strict=True):
-        row, other = ({k: v for k, v in r.items() if k not in skip} for r in (row, other))
-        assert other == pytest.approx(row, abs=1e-5, rel=1e-4), row["step"]
-    torch.testing.assert_close(found["weights"], expected["weights"], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "full"), [("full", True), ("lora", False)])

@@ -1,4 +1,4 @@
-"""Where DDP, FSDP2 and DeepSpeed differ: how a second model is prepared, how a step is taken or left out, what is saved.
+"""Where DDP, FSDP2 and DeepSpeed differ: preparing a second model, taking a step or leaving it out, saving.
 
 A model lies whole on every process under DDP and ZeRO-2, and in shards under ZeRO-3 and FSDP2.
 """
@@ -24,8 +24,8 @@ from instruct_trl._upstream import (
     DeepSpeedSteps,
     prepare_deepspeed_model,
     reshard,
-    writable_shards,
     wrapping_afresh,
+    writable_shards,
 )
 
 State = dict[str, Any]

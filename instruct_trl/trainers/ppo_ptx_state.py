@@ -36,9 +36,7 @@ def load_state(trainer: Any, checkpoint: str) -> None:
         )
     trainer.critic.load(checkpoint)
     if trainer.ema is not None:
-        trainer.ema.load_state_dict(
-            torch.load(_ema_file(trainer, checkpoint), map_location="cpu", weights_only=True)
-        )
+        trainer.ema.load_state_dict(torch.load(_ema_file(trainer, checkpoint), map_location="cpu", weights_only=True))
     device = trainer.args.device  # on two CPU processes it is cpu:0, to which torch does not restore
     position = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
     trainer._step, trainer._buffered_inputs = position["step"], position["buffered_inputs"]

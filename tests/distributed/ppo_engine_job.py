@@ -3,21 +3,53 @@
 usage: ppo_engine_job.py FOLDER fresh|resumed
 """
 
+import importlib
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import torch
+from peft import LoraConfig
+from ppo_helpers import PROMPTS
 from ppo_two import build, metrics_of
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from instruct_trl.models.value import ValueModel
+from instruct_trl.trainers.divergence import Verdict
 
-# name: (settings, rows a process, accumulation); of two processes
-SGD = {}
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 0.5, "value_max_grad_norm": 0.3}
-JOBS = {"full": (SGD, 2, 2), "clipped": (ADAM, 4, 1)}
-SAMPLED = {**ADAM, "rollout_func": None, "num_iterations": 1}  # two steps an iteration
+LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)
+# Runs that one process repeats with all rows at once. name: (settings, rows a process, accumulation); of two processes
+JOBS = {
+    "full": ({"gradient_checkpointing": True}, 2, 2),  # plain SGD
+    "clipped": (ADAM, 4, 1),
+    "skipping": ({**ADAM, "total_episodes": 16}, 4, 1),  # leaves out its second step
+    "lora": ({"peft_config": LORA, "learning_rate": 1.0, "total_episodes": 16}, 4, 1),
+}
+# Answers are drawn: two steps an iteration, and an evaluation with a win rate after the second.
+SAMPLED = {
+    **ADAM, "rollout_func": None, "num_iterations": 1, "eval_prompts": PROMPTS.select(range(8, 12)),
+    "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
+}  # fmt: skip
+
+
+def let_accelerate_shard_on_cpu():
+    """Accelerate takes FSDP for accelerators only and makes DDP of it on the CPU, where torch's `fully_shard` runs."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
 
 
 def larger_value_model():
@@ -32,23 +64,36 @@ def train(folder, settings, rows, accumulation, resume=None):
         folder, make_value_model=larger_value_model, per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation, **settings,
     )  # fmt: skip
+    if Path(folder).name == "skipping":
+        skip_second_step(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return trainer
 
 
+def skip_second_step(trainer):
+    """Make the guard object to the second minibatch."""
+    guard = SimpleNamespace(steps=0, judge=trainer.divergence.guard.judge_step)
+
+    def judge_step(metrics):
+        guard.steps += 1
+        return Verdict("skip", "asked for") if guard.steps == 2 else guard.judge(metrics)
+
+    trainer.divergence.guard.judge_step = judge_step
+
+
 def saved_weights(folder):
-    """The weights of `policy/`, `value/` and `ema/`, as plain transformers reads them."""
-    classes = {
-        "policy": AutoModelForCausalLM,
-        "value": AutoModelForSequenceClassification,
-        "ema": AutoModelForCausalLM,
-    }
-    return {
-        role: torch.cat([p.detach().flatten() for p in cls.from_pretrained(folder / role).parameters()])
-        for role, cls in classes.items()
-    }
+    """The weights under `policy/`, `value/` and `ema/`, as plain transformers reads them; of LoRA, the adapter."""
+    weights = {}
+    for role in ("policy", "value", "ema"):
+        if (folder / role / "adapter_config.json").exists():
+            tensors = [tensor for _, tensor in sorted(load_file(folder / role / "adapter_model.safetensors").items())]
+        else:
+            classes = {"value": AutoModelForSequenceClassification}
+            tensors = classes.get(role, AutoModelForCausalLM).from_pretrained(folder / role).parameters()
+        weights[role] = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    return weights
 
 
 def sharding_of(model):
@@ -74,6 +119,7 @@ def result_of(trainer):
     accelerator = trainer.accelerator
     return {
         "metrics": metrics_of(trainer),
+        "win_rates": [row["eval_win_rate"] for row in trainer.state.log_history if "eval_win_rate" in row],
         "processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "policy": (*sharding_of(trainer.model), optimizer_elements(trainer.optimizer)),
@@ -85,6 +131,8 @@ def result_of(trainer):
 
 def main(root, which):
     torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        let_accelerate_shard_on_cpu()
     if which == "fresh":
         runs = {name: (*job, None) for name, job in JOBS.items()} | {"sampled": (SAMPLED, 2, 1, None)}
     else:
@@ -97,6 +145,19 @@ def main(root, which):
         result = result_of(trainer)
         if trainer.args.process_index == 0:
             torch.save(result, root / f"{name}.pt")
+    if which == "fresh":
+        run_recipe(root)
+
+
+def run_recipe(root):
+    """`recipes/ppo_ptx.py` on the tiny models and data under `root`."""
+    importlib.import_module("recipes.ppo_ptx").main([
+        "--bf16", "false", "--cpu_threads", "1", "--max_steps", "2", "--report_to", "none",
+        "--model_name_or_path", str(root / "tiny_policy"), "--reward_model_path", str(root / "tiny_rm"),
+        "--dataset_name", str(root / "prompts.jsonl"), "--pretraining_dataset_name", str(root / "texts.jsonl"),
+        "--output_dir", str(root / "recipe"), "--generation_batch_size", "4", "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "1", "--max_completion_length", "4", "--labeler", "none",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from ppo_engine_job import ADAM, JOBS, saved_weights, train
+from ppo_helpers import PROMPTS, TEXTS
+from ppo_killed import fresh
 from ppo_two import metrics_of
 
 pytestmark = pytest.mark.slow
@@ -41,10 +44,22 @@ def launch(engine, root, which):
     return root
 
 
+def write_tiny_assets(root):
+    """What the recipe reads: policy, reward model, prompts, texts."""
+    models = {"tiny_policy": fresh(conftest.policy), "tiny_rm": fresh(conftest.reward_model)}
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        fresh(conftest.tokenizer).save_pretrained(root / name)
+    PROMPTS.to_json(root / "prompts.jsonl")
+    TEXTS.to_json(root / "texts.jsonl")
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def run(request, tmp_path_factory):
     """(engine, folder of its results)."""
-    return request.param, launch(request.param, tmp_path_factory.mktemp(request.param), "fresh")
+    root = tmp_path_factory.mktemp(request.param)
+    write_tiny_assets(root)
+    return request.param, launch(request.param, root, "fresh")
 
 
 @pytest.fixture(scope="module")
