@@ -187,17 +187,22 @@ def prepare_deepspeed_model(
 
 
 @contextmanager
-def wrapping_afresh(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, accelerate's FSDP plugin looks for the layers of the model at hand, and forgets them on leaving."""
+def apart_from_policy(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, accelerate prepares a second model under FSDP, and forgets it on leaving.
+
+    Else its plugin would look for the second model's layers in the policy, and its `clip_grad_norm_` compare the
+    parameters of the two, element by element.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         yield
         return
-    kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    models, layers = list(accelerator._models), (plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap)
     try:
         yield
     finally:
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
+        accelerator._models = models
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = layers
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from instruct_trl._upstream import (
     DeepSpeedSteps,
+    apart_from_policy,
     prepare_deepspeed_model,
     reshard,
-    wrapping_afresh,
     writable_shards,
 )
 
@@ -44,7 +44,7 @@ class ModelEngine:
         self.accelerator, self.max_norm = accelerator, max_norm or float("inf")
         if not is_sharding(accelerator):
             model = model.to(accelerator.device)
-        with wrapping_afresh(accelerator):
+        with apart_from_policy(accelerator):
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def accumulating(self) -> AbstractContextManager:
@@ -57,7 +57,7 @@ class ModelEngine:
 
     def clip_gradients(self) -> float:
         """Clip the accumulated gradients; returns their norm before."""
-        return float(_whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)))
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm))
 
     def step(self) -> None:
         self.optimizer.step()
@@ -79,7 +79,12 @@ class ModelEngine:
 
 
 class FSDPModelEngine(ModelEngine):
-    """The same under FSDP2: what is written is whole, so that the number of processes may change."""
+    """The same under FSDP2: what is written is whole."""
+
+    def clip_gradients(self) -> float:
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        return float(norm.full_tensor())
 
     def save(self, stem: str, is_main: bool) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -217,10 +222,6 @@ def _shard(parameter: Any) -> torch.Tensor:
 
 def _read(stem: str) -> State:
     return torch.load(f"{stem}.pt", map_location="cpu", weights_only=True)
-
-
-def _whole(tensor: Any) -> Any:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_state_dict(accelerator: Accelerator, model: nn.Module) -> State:
