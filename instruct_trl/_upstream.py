@@ -124,15 +124,10 @@ def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
 class DeepSpeedSteps:
     """Drives a DeepSpeed engine as accelerate's wrapper does, except that its backward takes no step.
 
-    So gradients can be looked at, and a step be left out, as everywhere else.
-
-    Raises:
-        ValueError: ZeRO stage 0.
+    So gradients can be looked at, and a step be left out, as everywhere else. For ZeRO's optimizers.
     """
 
     def __init__(self, engine: Any):
-        if not engine.zero_optimization():
-            raise ValueError("DeepSpeed with zero_stage 0 is not supported. Set zero_stage to 2 or 3, or launch DDP.")
         self.engine = engine
 
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
@@ -155,7 +150,11 @@ class DeepSpeedSteps:
         self.engine.step()
 
     def skip_step(self) -> None:
-        """Forget the gradients the way DeepSpeed does where they are not finite: by telling it so."""
+        """Forget the gradients the way DeepSpeed does where they are not finite: by telling it so.
+
+        Raises:
+            RuntimeError: DeepSpeed took the step all the same, as versions before 0.19.8 do.
+        """
         optimizer, infinite = self.engine.optimizer, torch.tensor(float("inf"))
         is_zero3 = self.engine.zero_optimization_stage() == 3
         name, norm = ("_get_norm_groups", [infinite]) if is_zero3 else ("scaled_global_norm", infinite)
@@ -164,6 +163,8 @@ class DeepSpeedSteps:
             self.engine.step()
         finally:
             delattr(optimizer, name)
+        if not optimizer.overflow:
+            raise RuntimeError("DeepSpeed took a step that was to be left out. Install deepspeed>=0.19.8.")
 
 
 def prepare_deepspeed_model(

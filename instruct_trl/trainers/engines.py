@@ -132,6 +132,24 @@ class DeepSpeedModelEngine(ModelEngine):
             raise ValueError(f"DeepSpeed finds no checkpoint in {stem}. Resume from another checkpoint.")
 
 
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse launcher settings under which PPO-ptx would not be what it says.
+
+    Raises:
+        ValueError: FSDP 1, weights that are read by one process only, DeepSpeed without ZeRO.
+    """
+    fsdp, deepspeed = getattr(accelerator.state, "fsdp_plugin", None), accelerator.state.deepspeed_plugin
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(f"fsdp_version {fsdp.fsdp_version} is not supported. Set fsdp_version: 2.")
+    if fsdp is not None and fsdp.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves the weights of all but the first process empty, and so the copies "
+            "made of them for the reference and the value model. Set it to false."
+        )
+    if deepspeed is not None and deepspeed.zero_stage < 1:
+        raise ValueError("DeepSpeed with zero_stage 0 is not supported. Set zero_stage to 2 or 3, or launch DDP.")
+
+
 def prepare_beside_policy(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None, args: Any
 ) -> ModelEngine:
@@ -151,9 +169,6 @@ def take_over_steps(accelerator: Accelerator) -> None:
     """Under DeepSpeed, make `accelerator.backward` leave the policy's step to `take_step`.
 
     Accelerate's backward steps the engine, too early for whatever looks at the gradients first.
-
-    Raises:
-        ValueError: ZeRO stage 0, which is DDP with DeepSpeed's optimizer around it.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_engine_wrapped = DeepSpeedSteps(accelerator.deepspeed_engine_wrapped.engine)

@@ -27,12 +27,13 @@ from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.checkpoints import begin_checkpoint, last_complete_checkpoint, seal_checkpoint
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
-from instruct_trl.trainers.engines import before_last_backward, skip_step, take_over_steps, take_step
+from instruct_trl.trainers.engines import before_last_backward, check_engine, skip_step, take_over_steps, take_step
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_evaluation import PPOEvaluation, ReferenceScores, check_win_rate
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
     check_pretraining,
+    check_whole,
     load_policy,
     load_policy_tokenizer,
     resolve_reference,
@@ -95,6 +96,7 @@ class PPOPtxTrainer(PPOEvaluation):
     ):
         args = args or PPOPtxConfig("PPO-ptx")
         check_pretraining(args, pretraining_dataset)
+        check_whole(model=model, value_model=value_model, ref_model=ref_model)
         with_win_rate = check_win_rate(args, eval_dataset, rollout_func)
         processing_class = processing_class or load_policy_tokenizer(model)
         require_eos(processing_class)
@@ -135,6 +137,7 @@ class PPOPtxTrainer(PPOEvaluation):
     def _add_ppo_parts(self, value_model: ValueModel, ref_model: Any, pretraining_dataset: Any) -> None:
         """What PPO-ptx has and GRPO has not: an own reference, the critic, the pretraining gradient, the average."""
         args = self.args
+        check_engine(self.accelerator)
         self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
         if args.disable_dropout:
             disable_dropout_in_model(value_model)

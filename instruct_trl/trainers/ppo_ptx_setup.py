@@ -31,6 +31,20 @@ def check_pretraining(args: PPOPtxConfig, pretraining_dataset: Any) -> None:
         )
 
 
+def check_whole(**models: Any) -> None:
+    """Refuse models that lie in ZeRO-3 shards already.
+
+    Raises:
+        ValueError: one of `models` does.
+    """
+    for name, model in models.items():
+        if isinstance(model, torch.nn.Module) and any(hasattr(p, "ds_id") for p in model.parameters()):
+            raise ValueError(
+                f"{name} lies in ZeRO-3 shards, of which no copy can be made. Pass its path, load it after the "
+                "PPOPtxConfig was created, or set zero3_init_flag: false."
+            )
+
+
 def load_policy_tokenizer(model: Any) -> Any:
     """The tokenizer that was saved with the policy, padding on the left.
 
@@ -91,6 +105,8 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
         for func, tokenizer in zip(funcs, tokenizers, strict=True)
     ]
     scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
+    for scorer in scorers:
+        check_whole(reward_funcs=scorer.model)
     if len(scorers) > 1:  # metrics are logged by name
         for number, scorer in enumerate(scorers, start=1):
             scorer.__name__ = f"reward_model_{number}"

@@ -16,6 +16,7 @@ def save_state(trainer: Any, checkpoint: str) -> None:
         torch.save(trainer.ema.state_dict(), _ema_file(trainer, checkpoint))
     position = {
         "step": trainer._step,
+        "processes": trainer.args.world_size,
         "buffered_inputs": trainer._buffered_inputs,
         "pretraining_position": 0 if trainer.pretraining is None else trainer.pretraining.stream.position,
     }
@@ -34,11 +35,16 @@ def load_state(trainer: Any, checkpoint: str) -> None:
             f"{checkpoint} holds no {os.path.basename(path)}: it was not written by PPOPtxTrainer on this many "
             "processes. Resume with the number of processes that the run had, or start afresh."
         )
+    device = trainer.args.device  # on two CPU processes it is cpu:0, to which torch does not restore
+    position = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+    if position["processes"] != trainer.args.world_size:
+        raise ValueError(
+            f"{checkpoint} was written by {position['processes']} processes, these are {trainer.args.world_size}. "
+            "Resume with the number of processes that the run had, or start afresh."
+        )
     trainer.critic.load(checkpoint)
     if trainer.ema is not None:
         trainer.ema.load_state_dict(torch.load(_ema_file(trainer, checkpoint), map_location="cpu", weights_only=True))
-    device = trainer.args.device  # on two CPU processes it is cpu:0, to which torch does not restore
-    position = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
     trainer._step, trainer._buffered_inputs = position["step"], position["buffered_inputs"]
     if trainer.pretraining is not None:
         trainer.pretraining.stream.position = position["pretraining_position"]

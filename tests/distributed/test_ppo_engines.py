@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 JOB = Path(__file__).with_name("ppo_engine_job.py")
 # engine: (distributed_type, options of the launcher, are weights in shards, are optimizer states)
 ENGINES = {
-    "ddp": ("MULTI_CPU", ["--cpu"], False, False),
+    "ddp": ("MULTI_CPU", [], False, False),
     "fsdp2": ("FSDP", [], True, True),
     "deepspeed_zero2": ("DEEPSPEED", [], False, True),
     "deepspeed_zero3": ("DEEPSPEED", [], True, True),
