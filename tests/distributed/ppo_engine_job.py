@@ -23,15 +23,16 @@ from instruct_trl.trainers.divergence import Verdict
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 0.5, "value_max_grad_norm": 0.3}
 LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)
 # Runs that one process repeats with all rows at once. name: (settings, rows a process, accumulation); of two processes
+SHORT = {"total_episodes": 16, "save_strategy": "no"}  # 4 steps
 JOBS = {
-    "full": ({"gradient_checkpointing": True}, 2, 2),  # plain SGD
-    "clipped": (ADAM, 4, 1),
-    "skipping": ({**ADAM, "total_episodes": 16}, 4, 1),  # leaves out its second step
-    "lora": ({"peft_config": LORA, "learning_rate": 1.0, "total_episodes": 16}, 4, 1),
+    "full": ({**SHORT, "gradient_checkpointing": True}, 2, 2),  # plain SGD
+    "clipped": ({**ADAM, "save_steps": 2}, 4, 1),
+    "skipping": ({**ADAM, **SHORT}, 4, 1),  # leaves out its second step
+    "lora": ({**SHORT, "peft_config": LORA, "learning_rate": 1.0}, 4, 1),
 }
 # Answers are drawn: two steps an iteration, and an evaluation with a win rate after the second.
 SAMPLED = {
-    **ADAM, "rollout_func": None, "num_iterations": 1, "eval_prompts": PROMPTS.select(range(8, 12)),
+    **ADAM, "rollout_func": None, "num_iterations": 1, "save_steps": 3, "eval_prompts": PROMPTS.select(range(8, 12)),
     "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
 }  # fmt: skip
 
