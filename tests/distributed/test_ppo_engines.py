@@ -25,7 +25,7 @@ ENGINES = {
     "ddp": ("MULTI_CPU", [], False, False),
     "fsdp2": ("FSDP", [], True, True),
     "deepspeed_zero2": ("DEEPSPEED", [], False, True),
-    "deepspeed_zero3": ("DEEPSPEED", [], True, True),
+    "deepspeed_zero3": ("DEEPSPEED", ["--zero3_init_flag", "true"], True, True),  # as TRL's own zero3.yaml has it
 }
 
 
