@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -66,6 +68,27 @@ def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     if trainer.is_fsdp_enabled:
         return prepare_fsdp(ref_model, trainer.accelerator)
     return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+@contextmanager
+def unchanged_model(model: torch.nn.Module) -> Iterator[None]:
+    """On leaving, give `model` back the weights, gradients, buffers and modes that it had, none of them copied.
+
+    GRPO's continuous batching casts the policy itself to bf16 under `bf16=True`, and leaves it in train mode, also
+    during an evaluation (TRL 1.16).
+    """
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    tensors = [(tensor, tensor.data) for tensor in (*parameters, *gradients)]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for tensor, data in tensors:
+            tensor.data = data
+        for module, training, buffers in modules:
+            module.training = training
+            module._buffers.update(buffers)
 
 
 def reset_accelerator() -> None:
