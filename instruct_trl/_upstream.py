@@ -62,12 +62,23 @@ def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     disable_dropout_in_model(ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
-    add_fused_lm_head(ref_model, temperature=trainer.temperature)
+    in_float32 = trainer.args.cast_lm_head_to_fp32
+    if in_float32:
+        _cast_head_to_float32(ref_model)
+    add_fused_lm_head(ref_model, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(ref_model, trainer.accelerator)
     if trainer.is_fsdp_enabled:
         return prepare_fsdp(ref_model, trainer.accelerator)
     return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+def _cast_head_to_float32(model: Any) -> None:
+    """What GRPOTrainer does to its models under `cast_lm_head_to_fp32`, inside its constructor."""
+    dtype, head = model.lm_head.weight.dtype, model.lm_head.float()
+    head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
+    if model.config.tie_word_embeddings:  # the embedding is float32 now, too
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
 @contextmanager
