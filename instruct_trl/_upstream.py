@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from transformers import Trainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
@@ -42,6 +43,17 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
         f"{type(model).__name__} has no `score` or `classifier` head. Load the reward model with "
         "AutoModelForSequenceClassification and num_labels=1."
     )
+
+
+def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters as Trainer groups them: weights decay, biases and norms do not."""
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))  # it does not read `self`
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if (name in decaying) == decays], "weight_decay": decay}
+        for decays, decay in ((True, weight_decay), (False, 0.0))
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class EpochSeededRepeatSampler(RepeatSampler):
