@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import Trainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
@@ -52,6 +53,17 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
     )
 
 
+def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters as Trainer groups them: weights decay, biases and norms do not."""
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))  # it does not read `self`
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if (name in decaying) == decays], "weight_decay": decay}
+        for decays, decay in ((True, weight_decay), (False, 0.0))
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class EpochSeededRepeatSampler(RepeatSampler):
     """TRL's sampler, its order a function of (seed, epoch), so that a run resumed in epoch 3 sees epoch 3's order."""
 
@@ -70,12 +82,44 @@ def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     disable_dropout_in_model(ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
-    add_fused_lm_head(ref_model, temperature=trainer.temperature)
+    in_float32 = trainer.args.cast_lm_head_to_fp32
+    if in_float32:
+        _cast_head_to_float32(ref_model)
+    add_fused_lm_head(ref_model, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(ref_model, trainer.accelerator)
     if trainer.is_fsdp_enabled:
         return prepare_fsdp(ref_model, trainer.accelerator)
     return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+def _cast_head_to_float32(model: Any) -> None:
+    """What GRPOTrainer does to its models under `cast_lm_head_to_fp32`, inside its constructor."""
+    dtype, head = model.lm_head.weight.dtype, model.lm_head.float()
+    head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
+    if model.config.tie_word_embeddings:  # the embedding is float32 now, too
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+
+
+@contextmanager
+def unchanged_model(model: torch.nn.Module) -> Iterator[None]:
+    """On leaving, give `model` back the weights, gradients, buffers and modes that it had, none of them copied.
+
+    GRPO's continuous batching casts the policy itself to bf16 under `bf16=True`, and leaves it in train mode, also
+    during an evaluation (TRL 1.16).
+    """
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    tensors = [(tensor, tensor.data) for tensor in (*parameters, *gradients)]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for tensor, data in tensors:
+            tensor.data = data
+        for module, training, buffers in modules:
+            module.training = training
+            module._buffers.update(buffers)
 
 
 def reset_accelerator() -> None:

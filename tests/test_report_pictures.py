@@ -35,7 +35,7 @@ def test_frontier_picture_marks_start_and_end():
     assert [axes.get_title(loc="left").split(" score")[0] for axes in figure.axes] == ["Labeler", "Reward model"]
     for axes in figure.axes:
         assert [text.get_text().split()[0] for text in axes.texts] == ["start", "end"]
-    assert figure.axes[1].get_xlabel() == "KL from SFT (nats per answer)"
+    assert figure.axes[1].get_xlabel() == "KL from the start of RL (nats per answer)"
     assert figure.axes[0].get_shared_x_axes().joined(*figure.axes)
 
 

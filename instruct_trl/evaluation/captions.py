@@ -136,7 +136,7 @@ def frontier_caption(data: ReportData) -> str:
         if values:
             parts.append(_moved(f"the {name}", values))
             moves[key] = direction(values)
-    text = f"While {_moved(f'KL from {data.kl_reference}', kl)} {data.kl_unit}, {' and '.join(parts)}."
+    text = f"While {_moved(f'KL from {data.training_reference}', kl)} {data.kl_unit}, {' and '.join(parts)}."
     if moves.get("score") == "rose" and moves.get("labeler_score") in ("fell", "did not clearly move"):
         text += " Only the score that was trained on rose: a sign of over-optimisation."
     return text

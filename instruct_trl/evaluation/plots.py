@@ -130,7 +130,7 @@ def draw_frontier(data: ReportData, theme: Theme) -> Any:
         )
         if data.series(key, against="kl")[1]
     ]
-    title = f"What does moving away from {data.kl_reference} buy?"
+    title = f"What does moving away from {data.training_reference} buy?"
     figure = new_figure(0.8 + 2.1 * len(panels), title)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, kl, scores, color) in zip(grid, panels, strict=True):
@@ -152,7 +152,7 @@ def draw_frontier(data: ReportData, theme: Theme) -> Any:
         axes.grid()
         axes.margins(x=0.06, y=0.2)
         axes.set_ylabel("score")
-    grid[-1].set_xlabel(f"KL from {data.kl_reference} ({data.kl_unit})")
+    grid[-1].set_xlabel(f"KL from {data.training_reference} ({data.kl_unit})")
     return figure
 
 

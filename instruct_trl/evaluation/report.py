@@ -159,7 +159,7 @@ def _frontier_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
         return _missing("no log of scores and KL from PPO training was given")
     reading = (
         "In order of training from the open dot to the full one. Pale dots are single logged steps, the line joins "
-        f"means of consecutive ones. KL says how far the policy has moved from {data.kl_reference}."
+        f"means of consecutive ones. KL says how far the policy has moved from {data.training_reference}."
     )
     blocks: list[Block] = [_picture(pictures, "frontier", captions.frontier_caption(data), reading)]
     if not data.series("labeler_score", against="kl")[1]:

@@ -70,7 +70,8 @@ class ReportData:
         notes: anything a reader must know.
         command: the command line that made the run.
         environment: machine and versions.
-        kl_reference: the model that `kl` is measured from.
+        kl_reference: the model that `kl` of `models` is measured from.
+        training_reference: the same for `training`: the reference of PPO, the policy as RL began.
         kl_unit: unit of `kl`, in `training` and in `models`.
         pretraining_text: what `pretraining_loss` was measured on.
     """
@@ -92,6 +93,7 @@ class ReportData:
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     kl_reference: str = "SFT"
+    training_reference: str = "the start of RL"
     kl_unit: str = "nats per answer"
     pretraining_text: str = "held-out pretraining text"
 

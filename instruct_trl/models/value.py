@@ -71,7 +71,8 @@ def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
     """A value model that starts as an independent copy of `reward_model`, its bias included.
 
     At the last token of an answer, before training, the value equals the reward model's score. Dropout is switched
-    off and every parameter is trainable.
+    off and every parameter is trainable, in float32: in half precision most steps of the critic's learning rate would
+    round to none.
 
     Raises:
         ValueError: the reward model has more than one label, or carries adapters that are not merged.
@@ -81,7 +82,8 @@ def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
             "The reward model carries PEFT adapters. Merge them first (`reward_model.merge_and_unload()`) or pass "
             "value_model=."
         )
-    value_model = ValueModel(copy.deepcopy(reward_model))
+    classifier = copy.deepcopy(reward_model)
+    value_model = ValueModel(classifier if getattr(classifier, "is_quantized", False) else classifier.float())
     for module in value_model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -250,11 +250,18 @@ class PPOPtxTrainer(PPOEvaluation):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write `policy/`, `value/` and `ema/` under `output_dir`, each readable by plain transformers."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
+        """Write `policy/`, `value/` and `ema/` under `output_dir`, each readable by plain transformers.
+
+        A push has all three, and the policy at the root too, where the hub and the model card look for it.
+        """
         root = output_dir or self.args.output_dir
+        if self.args.push_to_hub and not _internal_call and root == self.args.output_dir:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # which comes back here
+            return
+        if _internal_call:
+            super().save_model(root, _internal_call=True)
+            if output_dir is not None:  # a checkpoint, which `save_state` completes; `push_to_hub` names no folder
+                return
         super().save_model(os.path.join(root, "policy"), _internal_call=True)
         self.critic.save_model(os.path.join(root, "value"))
         if self.args.should_save:
@@ -262,8 +269,6 @@ class PPOPtxTrainer(PPOEvaluation):
         if self.ema is not None:
             with self.ema.applied():
                 super().save_model(os.path.join(root, "ema"), _internal_call=True)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:  # upstream takes the highest number, also of a torn checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from instruct_trl._upstream import EpochSeededRepeatSampler, fused_head_is_compact
+from instruct_trl._upstream import EpochSeededRepeatSampler, fused_head_is_compact, unchanged_model
 from instruct_trl.maths.masking import masked_mean, masked_whiten
 from instruct_trl.maths.objectives import explained_variance
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
@@ -53,7 +53,10 @@ class PPORollout(GRPOTrainer):
     ) -> Any:
         with self.stopwatch("generate"):
             size = self.args.local_rollout_forward_batch_size
-            if self.use_vllm or self.use_transformers_continuous_batching or images or multimodal_fields:
+            if self.use_transformers_continuous_batching:
+                with unchanged_model(self.model):
+                    return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            if self.use_vllm or images or multimodal_fields:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
             completions: list[list[int]] = []
             for i in range(0, len(prompt_ids), size):

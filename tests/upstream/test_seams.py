@@ -5,6 +5,7 @@ import inspect
 import pytest
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RewardTrainer, SFTTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 SEAMS = {
     (GRPOTrainer, "_generate_single_turn"): ["prompt_ids", "images", "multimodal_fields", "num_generations"],
@@ -15,6 +16,8 @@ SEAMS = {
     (GRPOTrainer, "_compute_loss"): ["model", "inputs"],
     (GRPOTrainer, "_get_train_sampler"): ["dataset"],
     (GRPOTrainer, "training_step"): ["model", "inputs", "num_items_in_batch"],
+    (VLLMGeneration, "generate"): ["prompts", "images", "num_generations", "profiler"],
+    (VLLMGeneration, "sync_weights"): [],
     (RewardTrainer, "_prepare_dataset"): ["dataset", "processing_class", "args", "dataset_name"],
     (RewardTrainer, "compute_loss"): ["model", "inputs", "return_outputs", "num_items_in_batch"],
     (SFTTrainer, "_prepare_dataset"): ["dataset"],
