@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import traceback
+from functools import partial
 from typing import Any
 
 from _ppo_session import Case, Session, Stop, build, prompts
@@ -60,7 +61,7 @@ def _silence() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def ours(session: Session) -> None:
+def ours(session: Session, old_logps_from_sampler: bool = False) -> None:
     """PPOPtxTrainer, γ = 0, without the average of the weights, which TRL 1.12 does not have."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -75,6 +76,7 @@ def ours(session: Session) -> None:
         beta=0.02,
         ptx_coef=0.0,
         ema_decay=None,
+        old_logps_from_sampler=old_logps_from_sampler,
         generation_batch_size=case.rollout,
         per_device_train_batch_size=case.micro,
         gradient_accumulation_steps=case.accumulation,
@@ -169,4 +171,4 @@ def floor(session: Session) -> None:
     run(session, LEARNING_RATE)
 
 
-CONTENDERS = {"trl": trl, "ours": ours, "floor": floor}
+CONTENDERS = {"trl": trl, "ours": ours, "sampler": partial(ours, old_logps_from_sampler=True), "floor": floor}

@@ -1,4 +1,4 @@
-"""What the contenders of `ppo.py` share in their processes: models, prompts, drawn lengths, clocks, memory, step counts.
+"""What the contenders of `ppo.py` share in their processes: models, prompts, lengths, clocks, memory, step counts.
 
 Legend: B rows, V vocabulary.
 """
@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PAD, EOS, UNKNOWN, FIRST_WORD = 0, 1, 2, 3
+PAD, EOS, UNKNOWN, MARK, FIRST_WORD = 0, 1, 2, 3, 4  # MARK is the last token of every prompt
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: lengths are drawn evenly from a range, both ends included, in tokens.
+    """One comparison.
 
     Attributes:
+        prompt: mean and largest prompt length, in tokens. Lengths are exponential, cut at the largest; equal where both
+            are: people's prompts differ as much as their mean, or more (Ouyang et al. 2022, appendix A).
+        answer: smallest and largest answer length; drawn evenly.
         rollout, micro, accumulation, chunk: episodes an iteration, rows a backward, backwards a step, rows generated
             or scored at once.
         model: folder of a causal LM whose config is used instead of the small Llama; weights stay random.
@@ -77,7 +80,6 @@ class Session:
         self.steps: dict[int, int] = defaultdict(int)
         self.stages: dict[str, float] = {}
         self._begin: float | None = None
-        self._iteration = 0
         register_optimizer_step_post_hook(self._count)
 
     def _count(self, optimizer: Any, *args: Any) -> None:
@@ -94,9 +96,7 @@ class Session:
             raise Stop
         self.steps.clear()
         self.stages = {}
-        self._iteration += 1
-        self._draw = random.Random(self._iteration)
-        self._lengths: list[int] = []
+        self.lengths: list[int] = []
         self._generate, self._update, self._rollout_mib = 0.0, 0.0, 0.0
         _reset_high_water()
         self._begin = time.perf_counter()
@@ -120,21 +120,18 @@ class Session:
             self._rollout_mib,
             max(self._rollout_mib, _high_water()),
             max(self.steps.values()),
-            sum(self._lengths) / len(self._lengths),
-            max(self._lengths),
+            sum(self.lengths) / len(self.lengths),
+            max(self.lengths),
             self.stages,
         )
 
     def shape_lengths(self, model: Any) -> Any:
-        """Make `model.generate` end each row at a drawn length, the same ones for every contender, and time it."""
+        """Make `model.generate` end each answer where its prompt says, and time it."""
         plain = model.generate
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            rows, width = kwargs["input_ids"].shape
-            lengths = [self._draw.randint(*self.case.answer) for _ in range(rows)]
-            self._lengths += lengths
             begin = time.perf_counter()
-            output = plain(*args, **kwargs, logits_processor=[EndAt(lengths, width)])
+            output = plain(*args, **kwargs, logits_processor=[EndWherePromptSays(self.lengths)])
             self._generate += time.perf_counter() - begin
             return output
 
@@ -142,19 +139,30 @@ class Session:
         return model
 
 
-class EndAt:
-    """A logits processor: row b draws EOS as its `lengths[b]`-th token and never before."""
+class EndWherePromptSays:
+    """A logits processor: a row draws EOS as the n-th token after its prompt, n being the prompt's first token.
 
-    def __init__(self, lengths: list[int], prompt_width: int):
-        self.lengths, self.prompt_width = lengths, prompt_width
+    Args:
+        ended: the length of each answer that ends is added to it.
+    """
+
+    def __init__(self, ended: list[int]):
+        self.ended = ended
+        self.lengths: list[int] = []
+        self.prompt_width = 0
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Scores (B, V) of the next token, changed in place."""
+        if not self.lengths:
+            first = (input_ids != PAD).int().argmax(dim=1, keepdim=True)
+            self.lengths = (input_ids.gather(1, first).squeeze(1) - FIRST_WORD).tolist()
+            self.prompt_width = input_ids[0].tolist().index(MARK) + 1
         token = input_ids.size(1) - self.prompt_width + 1
-        scores[:, EOS] = float("-inf")
+        scores[:, [PAD, EOS, MARK]] = float("-inf")
         ends = [row for row, length in enumerate(self.lengths) if length == token]
         scores[ends] = float("-inf")
         scores[ends, EOS] = 0.0
+        self.ended += [token] * len(ends)
         return scores
 
 
@@ -197,7 +205,7 @@ def _tokenizer(vocabulary: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNKNOWN}
+    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNKNOWN, f"w{MARK}": MARK}
     words |= {f"w{index}": index for index in range(FIRST_WORD, vocabulary)}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -207,7 +215,12 @@ def _tokenizer(vocabulary: int) -> Any:
 
 
 def prompts(case: Case, count: int) -> list[list[int]]:
-    """Token ids of `count` prompts of random words."""
+    """Token ids of `count` prompts: the length of the answer, random words, the mark."""
     draw = random.Random(0)
-    words = range(FIRST_WORD, case.vocabulary)
-    return [draw.choices(words, k=draw.randint(*case.prompt)) for _ in range(count)]
+    mean, largest = case.prompt
+    rows = []
+    for _ in range(count):
+        length = largest if mean == largest else min(largest, max(2, round(draw.expovariate(1 / mean))))
+        words = draw.choices(range(FIRST_WORD, case.vocabulary), k=length - 2)
+        rows.append([FIRST_WORD + draw.randint(*case.answer), *words, MARK])
+    return rows

@@ -7,11 +7,12 @@
 Contenders:
     trl: PPOTrainer of TRL 1.12.0, the last release that has one, in a folder of its own;
     ours: PPOPtxTrainer with ptx_coef=0 and ema_decay=None, as TRL has neither;
+    sampler: the same with old_logps_from_sampler=True, which is where TRL has its log-probs from;
     floor: generate; log-probs of policy and reference, rewards, values; forward, backward and AdamW of policy and
         value. No trainer, no metrics, no text; completion positions only, micro-batches sorted and cut to their length.
 All have the same weights, prompts, answer lengths, rollout batch, micro-batch, rows at once without gradient, and
-optimizer steps an iteration, which are counted. Weights are random, so a logits processor draws the EOS: it ends each
-answer at a drawn length, the same ones for all three. Everything is float32 without gradient checkpointing.
+optimizer steps an iteration, which are counted. Weights are random, so a logits processor draws the EOS: each prompt
+says how long its answer is. Everything is float32 without gradient checkpointing.
 
 Each contender has a process of its own. They take turns, one whole iteration at a time, and sleep meanwhile. The first
 iteration of each warms up and is not counted. Figures are medians over the rounds; judge by the ratios.
@@ -28,7 +29,6 @@ import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from _common import OUTPUTS, machine, table
 from _ppo_contenders import CONTENDERS, work
@@ -182,7 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=CASES, help="ragged:VOCABULARY or equal:VOCABULARY")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each contender (default: 5)")
-    parser.add_argument("--prompt", type=_range, default=(8, 64), help="LOW-HIGH tokens (default: 8-64)")
+    parser.add_argument("--prompt", type=_range, default=(24, 96), help="MEAN-LARGEST tokens (default: 24-96)")
     parser.add_argument("--answer", type=_range, default=(4, 64), help="LOW-HIGH; equal: HIGH each (default: 4-64)")
     helps = {
         "rollout": "episodes an iteration",
@@ -214,7 +214,9 @@ def main() -> None:
         figures[case.name] = {name: [r._asdict() for r in c.reports] for name, c in contenders.items()}
         print(f"# {case.name} done after {time.perf_counter() - begin:.0f} s", flush=True)
     print("\n" + table(HEADER, lines) + "\n\n" + "\n".join(said) + "\n")
-    sizes = f"prompts of {args.prompt[0]} to {args.prompt[1]} tokens, {args.rollout} episodes an iteration"
+    sizes = (
+        f"Prompts of {args.prompt[0]} tokens on average, {args.prompt[1]} at most, {args.rollout} episodes an iteration"
+    )
     print(f"{sizes}, micro-batches of {args.micro}, {args.rounds} rounds; {TRL} as `trl`, `ours` on the trl below.")
     print(machine(args.threads or None))
     if args.json:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from transformers import DynamicCache
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
@@ -97,3 +98,24 @@ def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
     """Set accelerate's `optimizer.step_was_skipped`, by which the Trainer holds its schedule; it has no setter."""
     optimizer._is_overflow = skipped
+
+
+# Settings of `generate` that look at one token at a time, so that it may stop and go on in a second call.
+RESUMABLE = {
+    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "disable_compile", "use_cache", "transformers_version"),
+    "_from_model_config",
+}
+
+
+def may_resume_generation(model: Any, generation_config: Any) -> bool:
+    """True where `generate` can stop and go on from its cache with fewer rows: one ordinary sample a prompt."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    settings = {**base.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
+    kind = base._supports_default_dynamic_cache() and not base._is_stateful and not base.config.is_encoder_decoder
+    return kind and settings.keys() <= RESUMABLE and settings.get("use_cache", True) is not False
+
+
+def can_drop_rows(cache: Any) -> bool:
+    """True where every layer of a generation's cache can be cut to some rows."""
+    return isinstance(cache, DynamicCache) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
