@@ -100,7 +100,7 @@ def ours(session: Session, old_logps_from_sampler: bool = False) -> None:
             if state.global_step % args.steps_per_iteration == 0:
                 session.gate()
 
-    texts = [" ".join(f"w{index}" for index in row) + " " for row in prompts(case, 16 * case.rollout)]
+    texts = [" ".join(f"w{index}" for index in row) + " " for row in prompts(case)]
     trainer = Timed(
         session.shape_lengths(policy),
         reward,
@@ -138,29 +138,28 @@ def trl(session: Session) -> None:
         stop_token="eos",
         num_sample_generations=0,
     )
-    rows = Dataset.from_dict({"input_ids": prompts(case, 16 * case.rollout)})
+    rows = [{"input_ids": row} for row in prompts(case)]
     trainer = PPOTrainer(
         args,
         tokenizer,
         session.shape_lengths(policy),
         copy.deepcopy(policy),
         reward,
-        rows,
+        Dataset.from_list(rows),
         copy.deepcopy(reward),
-        eval_dataset=rows.select(range(8)),
+        eval_dataset=Dataset.from_list(rows[:8]),
     )
     trainer.model.register_forward_pre_hook(lambda *args: session.update_begins())
 
     class Gated:
-        def __init__(self, batches: Any):
-            self.batches = batches
+        """The rollout's prompts for ever: at the end of a real loader TRL would step at every backward."""
 
         def __iter__(self) -> Any:
-            for batch in self.batches:
+            while True:
                 session.gate()
-                yield batch
+                yield trainer.data_collator(rows)
 
-    trainer.dataloader = Gated(trainer.dataloader)
+    trainer.dataloader = Gated()
     trainer.train()
 
 

@@ -34,7 +34,7 @@ class Case:
     rollout: int = 64
     micro: int = 4
     accumulation: int = 2
-    chunk: int = 64
+    chunk: int = 32
     hidden: int = 256
     layers: int = 4
     model: str = ""
@@ -214,12 +214,12 @@ def _tokenizer(vocabulary: int) -> Any:
     )
 
 
-def prompts(case: Case, count: int) -> list[list[int]]:
-    """Token ids of `count` prompts: the length of the answer, random words, the mark."""
+def prompts(case: Case) -> list[list[int]]:
+    """Token ids of one rollout's prompts, the same ones in every iteration: length of the answer, words, the mark."""
     draw = random.Random(0)
     mean, largest = case.prompt
     rows = []
-    for _ in range(count):
+    for _ in range(case.rollout):
         length = largest if mean == largest else min(largest, max(2, round(draw.expovariate(1 / mean))))
         words = draw.choices(range(FIRST_WORD, case.vocabulary), k=length - 2)
         rows.append([FIRST_WORD + draw.randint(*case.answer), *words, MARK])

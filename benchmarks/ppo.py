@@ -9,10 +9,10 @@ Contenders:
     ours: PPOPtxTrainer with ptx_coef=0 and ema_decay=None, as TRL has neither;
     sampler: the same with old_logps_from_sampler=True, which is where TRL has its log-probs from;
     floor: generate; log-probs of policy and reference, rewards, values; forward, backward and AdamW of policy and
-        value. No trainer, no metrics, no text; completion positions only, micro-batches sorted and cut to their length.
-All have the same weights, prompts, answer lengths, rollout batch, micro-batch, rows at once without gradient, and
-optimizer steps an iteration, which are counted. Weights are random, so a logits processor draws the EOS: each prompt
-says how long its answer is. Everything is float32 without gradient checkpointing.
+        value, by the functions that ours calls. No trainer, no metrics, no text.
+All have the same weights, prompts (the same ones each iteration), answer lengths, rollout batch, micro-batch, rows at
+once without gradient, and optimizer steps an iteration, which are counted. Weights are random, so a logits processor
+draws the EOS: each prompt says how long its answer is. Everything is float32 without gradient checkpointing.
 
 Each contender has a process of its own. They take turns, one whole iteration at a time, and sleep meanwhile. The first
 iteration of each warms up and is not counted. Figures are medians over the rounds; judge by the ratios.
