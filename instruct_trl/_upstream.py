@@ -104,16 +104,17 @@ def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
 RESUMABLE = {
     *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "disable_compile", "use_cache", "transformers_version"),
-    "_from_model_config",
+    *("return_dict_in_generate", "_from_model_config"),
 }
 
 
 def may_resume_generation(model: Any, generation_config: Any) -> bool:
     """True where `generate` can stop and go on from its cache with fewer rows: one ordinary sample a prompt."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    settings = {**base.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
     kind = base._supports_default_dynamic_cache() and not base._is_stateful and not base.config.is_encoder_decoder
-    return kind and settings.keys() <= RESUMABLE and settings.get("use_cache", True) is not False
+    settings = {**base.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
+    switched_on = {name for name, value in settings.items() if value not in (None, False)}
+    return kind and switched_on <= RESUMABLE and settings.get("use_cache") is not False
 
 
 def can_drop_rows(cache: Any) -> bool:

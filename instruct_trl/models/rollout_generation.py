@@ -52,7 +52,7 @@ class RolloutGenerate:
         drop = self.drop_ended and may_resume_generation(self.model, generation_config)
         while len(rows) and done < limit:
             config = copy.copy(generation_config)
-            config.max_new_tokens = limit - done
+            config.max_new_tokens, config.return_dict_in_generate = limit - done, True
             given = kwargs | ({} if cache is None else {"past_key_values": cache})
             stop = EnoughEnded(self.eos_token_ids, len(rows)) if drop else None
             with self._recorded() as recorder:
@@ -61,7 +61,6 @@ class RolloutGenerate:
                     attention_mask=attention_mask,
                     generation_config=config,
                     stopping_criteria=[] if stop is None else [stop],
-                    return_dict_in_generate=True,
                     **given,
                 )
             new = output.sequences[:, input_ids.size(1) :]
