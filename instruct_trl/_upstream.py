@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
+from transformers import DynamicCache, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers import Trainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
@@ -268,3 +268,25 @@ def writable_shards(parameters: Sequence[Any]) -> Iterator[None]:
     finally:
         if whole:
             whole[0].all_gather(whole)
+
+
+# Settings of `generate` that look at one token at a time, so that it may stop and go on in a second call.
+RESUMABLE = {
+    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "disable_compile", "use_cache", "transformers_version"),
+    *("return_dict_in_generate", "_from_model_config"),
+}
+
+
+def may_resume_generation(model: Any, generation_config: Any) -> bool:
+    """True where `generate` can stop and go on from its cache with fewer rows: one ordinary sample a prompt."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = base._supports_default_dynamic_cache() and not base._is_stateful and not base.config.is_encoder_decoder
+    settings = {**base.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
+    switched_on = {name for name, value in settings.items() if value not in (None, False)}
+    return kind and switched_on <= RESUMABLE and settings.get("use_cache") is not False
+
+
+def can_drop_rows(cache: Any) -> bool:
+    """True where every layer of a generation's cache can be cut to some rows."""
+    return isinstance(cache, DynamicCache) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)

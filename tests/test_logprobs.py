@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import add_fused_lm_head
 
 from instruct_trl.evaluation.divergence import answer_logprobs, mean_answer_kl
@@ -39,3 +40,33 @@ def test_answers_are_scored_as_the_models_own_loss_scores_them(policy):
         loss = policy(input_ids=ids, labels=labels).loss.item()
         torch.testing.assert_close(total, -loss * len(answer), atol=1e-4, rtol=1e-4)
     assert mean_answer_kl(policy, policy, rows) == 0
+
+
+def test_padding_on_the_left_changes_nothing_where_positions_are_absolute():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 258}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight *= 20
+    ids = torch.randint(0, 256, (1, 9))
+    plain = model(ids).logits[0, 4:-1].log_softmax(dim=-1).gather(1, ids[0, 5:].unsqueeze(1)).squeeze(1)
+    padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    torch.testing.assert_close(completion_logps(model, padded, mask, 4)[0][0], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_projects_the_scored_tokens_and_no_others(policy):
+    ids = torch.randint(0, 256, (3, 9))
+    mask = torch.ones_like(ids)
+    scored = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]])
+    whole, whole_entropies = completion_logps(policy, ids, mask, 4, compute_entropy=True)
+    seen = []
+    handle = policy.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:2].numel()))
+    logps, entropies = completion_logps(policy, ids, mask, 4, compute_entropy=True, scored=scored)
+    handle.remove()
+    assert seen == [5]
+    torch.testing.assert_close(logps, whole * scored)
+    torch.testing.assert_close(entropies, whole_entropies * scored)
+    logps.sum().backward()
+    assert policy.lm_head.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(completion_logps(policy, ids, mask, 4, scored=scored)[0], logps)

@@ -263,7 +263,7 @@ def test_minibatches_are_random_and_sorted_by_length_inside_only(tmp_path, polic
     partitions = []
     for start in (0, 8):  # 2 iterations of 8 micro-batches; 2 of them are a minibatch
         minibatches = [seen[i] + seen[i + 1] for i in range(start, start + 8, 2)]
-        lengths = [[length for _, length in minibatch] for minibatch in minibatches]
+        lengths = [[len(prompt) + length for prompt, length in minibatch] for minibatch in minibatches]
         assert all(found == sorted(found) for found in lengths)
         together = sum(lengths, [])
         assert together != sorted(together)  # the rollout as a whole is not sorted

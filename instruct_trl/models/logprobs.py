@@ -1,20 +1,34 @@
 """Log-probabilities of completion tokens, projected through the head at completion positions only.
 
-Legend: B rows, P prompt tokens, T completion tokens, V vocabulary.
+Legend: B rows, P prompt tokens, T completion tokens, N scored tokens of all rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+BLOCK = 32  # rows of logits worked on at once where no gradient is kept: they stay near the processor
+
 
 def keeps_logits(model: Any) -> bool:
     """True where the model's forward can leave the prompt's logits out (`logits_to_keep`)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(type(getattr(base, "module", base)).forward).parameters
+    return "logits_to_keep" in inspect.signature(type(_unwrapped(model)).forward).parameters
+
+
+def takes_positions(model: Any) -> bool:
+    """True where the model's forward can be told each token's position (`position_ids`)."""
+    return "position_ids" in inspect.signature(type(_unwrapped(model)).forward).parameters
+
+
+def _unwrapped(model: Any) -> Any:
+    """The causal LM inside a wrapper for distributed training or adapters."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def completion_logps(
@@ -24,26 +38,67 @@ def completion_logps(
     width: int,
     temperature: float = 1.0,
     compute_entropy: bool = False,
+    scored: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log π of the last `width` tokens of each row, and the entropy of each choice.
 
     TRL's fused head is compact under Triton only: elsewhere it projects every position, prompt and padding included,
-    in tiles. On a CPU one projection of the T completion positions is faster (benchmarks/logprobs.py).
+    in tiles. On a CPU one projection of the N scored positions alone is faster (benchmarks/logprobs.py).
 
     Args:
-        input_ids, attention_mask: (B, P + T), completions last.
+        input_ids, attention_mask: (B, P + T), completions last; positions count a row's real tokens.
         width: T.
         temperature: logits are divided by it.
         compute_entropy: also return the entropies, without gradient.
+        scored: (B, T) True where a token is asked for; default: where the attention mask is 1.
 
     Returns:
-        log-probs (B, T) with gradient if it is enabled, entropies (B, T) in nats or None; float32.
+        log-probs (B, T) with gradient if it is enabled, entropies (B, T) in nats or None; float32, 0 where not scored.
     """
-    outputs = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=width + 1, use_cache=False)
-    logits = outputs.logits[:, :-1].float() / temperature
-    logps = torch.log_softmax(logits, dim=-1)
-    chosen = logps.gather(2, input_ids[:, -width:].unsqueeze(2)).squeeze(2)
+    scored = (attention_mask[:, -width:] if scored is None else scored).bool()
+    kept = torch.nn.functional.pad(scored, (0, 1))  # the token before is what a choice is made from
+    base = _unwrapped(model)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if takes_positions(base):
+        inputs["position_ids"] = positions(attention_mask)
+    with _head_sees(base.get_output_embeddings(), kept):
+        logits = model(**inputs, logits_to_keep=width + 1).logits
+    logits = logits[0] if logits.shape[:2] != kept.shape else logits[kept]  # (N, V)
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    chosen, entropy = _of_choices(logits, input_ids[:, -width:][scored], compute_entropy)
+    empty = chosen.new_zeros(scored.shape)
+    return empty.masked_scatter(scored, chosen), None if entropy is None else empty.masked_scatter(scored, entropy)
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The place of each real token in its row, (B, L), from 0; padding on the left does not count."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+@contextmanager
+def _head_sees(head: torch.nn.Module, kept: torch.Tensor) -> Iterator[None]:
+    """Inside, `head` projects the N positions of `kept` (B, T + 1) alone, as one row (1, N, H)."""
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][kept].unsqueeze(0), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _of_choices(
+    logits: torch.Tensor, targets: torch.Tensor, compute_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log-probs (N,) of `targets` (N,) under `logits` (N, V), and the entropies (N,) without gradient or None."""
+    if not torch.is_grad_enabled() and not compute_entropy:  # in blocks: a second (N, V) is never held
+        blocks = zip(logits.split(BLOCK), targets.split(BLOCK), strict=True)
+        return torch.cat([_chosen(block.log_softmax(dim=-1), chosen) for block, chosen in blocks]), None
+    logps = logits.log_softmax(dim=-1)
     if not compute_entropy:
-        return chosen, None
+        return _chosen(logps, targets), None
     with torch.no_grad():
-        return chosen, -(logps.exp() * logps).sum(dim=-1)
+        entropy = torch.cat([-(block.exp() * block).sum(dim=-1) for block in logps.split(BLOCK)])
+    return _chosen(logps, targets), entropy
+
+
+def _chosen(logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logps.gather(1, targets.unsqueeze(1)).squeeze(1)

@@ -1,10 +1,11 @@
 """Minibatches of a rollout: who is in one is random; inside one, micro-batches are sorted by length and cut to it.
 
-Legend: B rows of a micro-batch, T completion tokens.
+Legend: B rows of a (micro-)batch, P prompt tokens, T completion tokens, L columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ Batch = dict[str, Any]
 
 
 def arrange_minibatches(micro_batches: list[Batch], accumulation: int, accelerator: Accelerator) -> list[Batch]:
-    """Sort the rows of each minibatch by answer length, and add `minibatch_tokens` to its micro-batches.
+    """Sort each minibatch by the length of prompt and answer together; add `minibatch_tokens` to its micro-batches.
 
     Args:
         micro_batches: the rollout, shuffled and split; `accumulation` neighbours are one minibatch.
@@ -42,7 +43,7 @@ def _sorted_by_length(window: list[Batch]) -> list[Batch]:
         for name, value in window[0].items()
         if value is not None
     }
-    order = whole["completion_mask"].sum(dim=1).argsort(stable=True)
+    order = (whole["prompt_mask"].sum(dim=1) + whole["completion_mask"].sum(dim=1)).argsort(stable=True)
     sizes = [len(batch["completion_mask"]) for batch in window]
     return [
         {name: value[rows] if value.ndim else value for name, value in whole.items()} for rows in order.split(sizes)
@@ -50,11 +51,77 @@ def _sorted_by_length(window: list[Batch]) -> list[Batch]:
 
 
 def trim_padding(batch: Batch) -> Batch:
-    """Cut every (B, T) completion tensor to the longest answer of this micro-batch. Causal models do not notice."""
-    width = batch["completion_ids"].size(1)
-    longest = int(batch["completion_mask"].sum(dim=1).max())
+    """Move each row to the right, so that all answers end in the last column, and cut the columns that nobody uses.
+
+    A row [pad pad p p | c c pad pad] with room becomes [p p c c]: the batch is as wide as its longest prompt and answer
+    together. Where an answer is shorter than the longest, T', the T' completion columns begin with the end of its
+    prompt: there `completion_mask`, which is what attention sees, is True and every other per-token tensor is 0.
+    Causal models do not notice: rows stay in order, and positions count real tokens.
+
+    Args:
+        batch: `prompt_ids` and `prompt_mask` (B, P) padded on the left, `completion_ids` and `completion_mask` (B, T)
+            on the right, any other tensors; those of shape (B, T) follow the answers.
+
+    Returns:
+        the same names, (B, P') and (B, T').
+    """
+    width, lengths = batch["completion_ids"].size(1), batch["completion_mask"].sum(dim=1)
+    longest = int(lengths.max())
+    shift = longest - lengths
 
     def is_per_token(name: str, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.ndim == 2 and value.size(1) == width and "prompt" not in name
 
-    return {name: value[:, :longest] if is_per_token(name, value) else value for name, value in batch.items()}
+    cut = {n: _move_right(v[:, :longest], shift) if is_per_token(n, v) else v for n, v in batch.items()}
+    rows = {
+        kind: _move_right(torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"][:, :longest]], dim=1), shift)
+        for kind in ("ids", "mask")
+    }
+    used = int(rows["mask"].bool().any(dim=0).int().argmax())
+    for kind, row in rows.items():
+        cut |= {f"prompt_{kind}": row[:, used:-longest], f"completion_{kind}": row[:, -longest:]}
+    return cut
+
+
+def compute_by_length(batch: Batch, size: int, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+    """`compute` on the rows of a rollout, a few of similar length at a time, each time without their padding.
+
+    Args:
+        batch: prompts and completions, as `trim_padding` takes them.
+        size: rows at once at most.
+        compute: from trimmed rows (B', P') and (B', T') to numbers (B', T').
+
+    Returns:
+        (B, T) in the order of `batch`, 0 where the completion mask is False.
+    """
+    mask = batch["completion_mask"].bool()
+    lengths = mask.sum(dim=1)
+    result: torch.Tensor | None = None
+    for rows in similar_lengths(lengths + batch["prompt_mask"].sum(dim=1), size):
+        part = compute(trim_padding({name: value[rows] for name, value in batch.items()}))
+        result = part.new_zeros(mask.shape) if result is None else result
+        kept = torch.arange(part.size(1), device=part.device) >= part.size(1) - lengths[rows].unsqueeze(1)
+        result[rows] = result[rows].masked_scatter(mask[rows], part[kept])
+    assert result is not None
+    return result
+
+
+def similar_lengths(lengths: torch.Tensor, size: int, waste: float = 0.1) -> list[torch.Tensor]:
+    """Indices of `lengths` (B,), sorted, in batches of at most `size` with at most a share `waste` of padding."""
+    order = lengths.argsort(stable=True)
+    batches: list[list[int]] = []
+    tokens = 0
+    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        full = not batches or len(batches[-1]) == size
+        if full or tokens + length < (1 - waste) * (len(batches[-1]) + 1) * length:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += length
+    return [torch.tensor(rows, device=lengths.device) for rows in batches]
+
+
+def _move_right(values: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Each row of `values` (B, L) moved `shift` (B,) columns to the right; what comes in is 0."""
+    source = torch.arange(values.size(1), device=values.device) - shift.unsqueeze(1)
+    return values.gather(1, source.clamp(min=0)).masked_fill(source < 0, 0)

@@ -139,6 +139,11 @@ class PPOPtxTrainer(PPOEvaluation):
         args = self.args
         check_engine(self.accelerator)
         self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
+        if args.old_logps_from_sampler and self.ref_model is None:
+            raise ValueError(
+                "old_logps_from_sampler needs a reference model of its own; with PEFT it is the policy without its "
+                "adapter. Pass ref_model= or leave the option off."
+            )
         if args.disable_dropout:
             disable_dropout_in_model(value_model)
         self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
@@ -177,18 +182,24 @@ class PPOPtxTrainer(PPOEvaluation):
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width, mask = inputs["completion_ids"].size(1), inputs["loss_mask"]
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, width, compute_entropy=True
+            model, input_ids, attention_mask, width, compute_entropy=True, scored=mask
         )
-        losses, ratio = clipped_policy_loss(
-            logps, inputs["old_per_token_logps"], inputs["advantages"], self.epsilon_low, self.epsilon_high
-        )
+        old_logps = inputs["old_per_token_logps"].masked_fill(mask == 0, 0.0)  # as the log-probs that are not scored
+        losses, ratio = clipped_policy_loss(logps, old_logps, inputs["advantages"], self.epsilon_low, self.epsilon_high)
         if "importance_sampling_ratio" in inputs:
             losses = losses * inputs["importance_sampling_ratio"]
         outside = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
         metrics = {"policy_loss": losses, "ratio": ratio, "clip_fraction": outside.float(), "entropy": entropies}
+        if self.args.old_logps_from_sampler and self._in_first_minibatch():
+            self._log_means({"sampler_gap": (logps - old_logps).detach()[mask.bool()].abs()})
         scored = mask.any(dim=1)
         self._log_means({name: masked_mean(value, mask, dim=1)[scored] for name, value in metrics.items()})
         return (losses * mask).sum() / inputs["minibatch_tokens"]
+
+    def _in_first_minibatch(self) -> bool:
+        """True while the policy is still the one that sampled the rollout."""
+        rollout = self.args.steps_per_generation * self.num_iterations
+        return self._step % rollout < self.args.gradient_accumulation_steps
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch: pretraining gradient, then PPO's, then the critic's; the critic steps with the policy."""

@@ -79,6 +79,11 @@ class PPOPtxConfig(GRPOConfig):
     value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (n.p.); 0 for none.")
     ema_decay: float | None = _setting(0.992, "Decay of the average of the policy's weights, a step (paper).")
     local_rollout_forward_batch_size: int = _setting(64, "Rows generated, or scored, at once on one device.")
+    old_logps_from_sampler: bool = _setting(
+        False,
+        "Take log π_old from the sampler and save a forward. The ratio then starts at 1 up to the sampler's rounding "
+        "(logged as sampler_gap), not exactly. Needs transformers' generate, or vLLM without its correction.",
+    )
     eval_win_rate: bool = _setting(
         True,
         "With eval_dataset, log eval_win_rate: the share of its prompts where the policy's answer scores higher than "
@@ -146,6 +151,13 @@ class PPOPtxConfig(GRPOConfig):
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', got {self.kl_estimator!r}.")
+        if self.old_logps_from_sampler and self.use_transformers_continuous_batching:
+            raise ValueError("old_logps_from_sampler: continuous batching keeps no log-probs. Switch one of them off.")
+        if self.old_logps_from_sampler and self.use_vllm and self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "old_logps_from_sampler takes vLLM's log-probs as they are: set "
+                "vllm_importance_sampling_correction=False, which compares them with a forward's, or leave it off."
+            )
         DivergenceGuard.from_config(self)  # checks its settings
 
     def _check_batches(self) -> None:

@@ -5,6 +5,7 @@ Legend: B rows of a (micro-)batch, P prompt tokens, T completion tokens.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from instruct_trl._upstream import EpochSeededRepeatSampler, fused_head_is_compa
 from instruct_trl.maths.masking import masked_mean, masked_whiten
 from instruct_trl.maths.objectives import explained_variance
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
-from instruct_trl.models.logprobs import completion_logps, keeps_logits
+from instruct_trl.models.logprobs import completion_logps, keeps_logits, positions, takes_positions
+from instruct_trl.models.rollout_generation import RolloutGenerate, replaced_generate
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
-from instruct_trl.trainers.minibatches import arrange_minibatches
+from instruct_trl.trainers.minibatches import arrange_minibatches, compute_by_length
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
@@ -58,10 +60,27 @@ class PPORollout(GRPOTrainer):
                     return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
             if self.use_vllm or images or multimodal_fields:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            completions: list[list[int]] = []
-            for i in range(0, len(prompt_ids), size):
-                completions += super()._generate_single_turn(prompt_ids[i : i + size], images, {}, *args, **kwargs)[0]
-            return completions, None
+            policy = self.accelerator.unwrap_model(self.model_wrapped)
+            together = self.is_deepspeed_enabled or self.is_fsdp_enabled  # processes must call `generate` equally often
+            generate = RolloutGenerate(
+                policy,
+                self.eos_token_ids,
+                drop_ended=not together,
+                temperature=self.temperature if self.args.old_logps_from_sampler else None,
+            )
+            completions: dict[int, list[int]] = {}
+            logps: dict[int, list[float]] = {}
+            order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+            for rows in (order[start : start + size] for start in range(0, len(order), size)):
+                chunk = [prompt_ids[row] for row in rows]
+                with replaced_generate(policy, generate):
+                    answers = super()._generate_single_turn(chunk, images, {}, *args, **kwargs)[0]
+                completions |= zip(rows, answers, strict=True)
+                if self.args.old_logps_from_sampler:
+                    drawn = zip(generate.logps.tolist(), answers, strict=True)
+                    logps |= zip(rows, (row[: len(answer)] for row, answer in drawn), strict=True)
+            in_order = range(len(prompt_ids))
+            return [completions[row] for row in in_order], [logps[row] for row in in_order] if logps else None
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
         # Whether an answer ended is known here, by the policy's own EOS; another tokenizer's would not be found.
@@ -83,21 +102,54 @@ class PPORollout(GRPOTrainer):
         batch_size: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if not torch.is_grad_enabled():
-            batch_size = self.args.local_rollout_forward_batch_size
-        compute_entropy = kwargs.pop("compute_entropy", False)
-        given = [value for value in kwargs.values() if value is not None and value is not False]  # images, MoE
-        if given or fused_head_is_compact(self.accelerator.device) or not keeps_logits(self.model):
+        compute_entropy, scored = kwargs.pop("compute_entropy", False), kwargs.pop("scored", None)
+        if any(value is not None and value is not False for value in kwargs.values()):  # images, mixtures of experts
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
-        size = batch_size or len(input_ids)
-        parts = []
-        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+        if torch.is_grad_enabled() or compute_entropy:
+            return *self._logps(model, input_ids, attention_mask, logits_to_keep, compute_entropy, scored), None
+
+        if self.args.old_logps_from_sampler and model is self.model:
+            return torch.zeros(attention_mask[:, -logits_to_keep:].shape, device=input_ids.device), None, None
+        return self._rollout_logps(model, input_ids, attention_mask, logits_to_keep), None, None
+
+    def _rollout_logps(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """log π (B, T) of a rollout, rows of similar length at a time."""
+
+        def logps(rows: dict[str, Any]) -> torch.Tensor:
+            ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+            mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+            return self._logps(model, ids, mask, rows["completion_ids"].size(1), scored=rows["loss_mask"])[0]
+
+        sizes = [input_ids.size(1) - width, width]
+        batch = dict(zip(("prompt_ids", "completion_ids"), input_ids.split(sizes, dim=1), strict=True))
+        batch |= zip(("prompt_mask", "completion_mask"), attention_mask.split(sizes, dim=1), strict=True)
+        batch["loss_mask"] = batch["completion_mask"]
+        return compute_by_length(batch, self.args.local_rollout_forward_batch_size, logps)
+
+    def _logps(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        width: int,
+        compute_entropy: bool = False,
+        scored: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """log π (B, T) of one forward, and entropies (B, T) or None: by TRL's fused head where that is compact."""
+        if keeps_logits(self.model) and not fused_head_is_compact(self.accelerator.device):
             with self.accelerator.autocast():
-                parts.append(completion_logps(model, ids, mask, logits_to_keep, self.temperature, compute_entropy))
-        entropies = torch.cat([entropy for _, entropy in parts if entropy is not None]) if compute_entropy else None
-        return torch.cat([logps for logps, _ in parts]), entropies, None
+                return completion_logps(
+                    model, input_ids, attention_mask, width, self.temperature, compute_entropy, scored
+                )
+        if takes_positions(self.model):
+            model = partial(model, position_ids=positions(attention_mask))
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, width, compute_entropy=compute_entropy
+        )[:2]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # The KL from the reference is always reported, so the reference log-probs are always wanted: beta = 1 for now.
@@ -107,7 +159,9 @@ class PPORollout(GRPOTrainer):
         finally:
             self.beta = beta
         rollout["loss_mask"] = rollout["completion_mask"] * rollout.pop("tool_mask", 1)
-        if "old_per_token_logps" not in rollout:
+        if self.args.old_logps_from_sampler:
+            rollout["old_per_token_logps"] = self._sampler_logps(rollout)
+        elif "old_per_token_logps" not in rollout:
             rollout["old_per_token_logps"] = self._policy_logps(rollout)
         self._score_rollout(rollout)
         if self.model.training:
@@ -120,7 +174,22 @@ class PPORollout(GRPOTrainer):
         input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
         attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
         width = rollout["completion_ids"].size(1)
-        return self._get_per_token_logps_and_entropies(self.model, input_ids, attention_mask, width)[0]
+        return self._rollout_logps(self.model, input_ids, attention_mask, width)
+
+    def _sampler_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
+        """What the sampler drew with, (B, T); by a forward after all where it left a token without a number.
+
+        Raises:
+            ValueError: the sampler keeps no log-probs.
+        """
+        logps = rollout.get("sampling_per_token_logps")
+        if logps is None:
+            raise ValueError(
+                "old_logps_from_sampler=True, but this sampler keeps no log-probs (continuous batching, images and a "
+                "rollout_func without logprobs do not). Leave the option off."
+            )
+        mask = rollout["loss_mask"].bool()
+        return logps if logps[mask].isfinite().all() else self._policy_logps(rollout)
 
     def _score_answers(self, rollout: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """R of each answer, (B,), NaN where no reward function could score it; whether it ends with an EOS, (B,)."""
@@ -162,7 +231,9 @@ class PPORollout(GRPOTrainer):
     def _add_advantages(self, rollout: dict[str, Any]) -> None:
         """Replace `advantages` by GAE's, (B, T), whitened over the whole rollout; add `old_values` and `returns`."""
         with self.stopwatch("value"):
-            values = self.critic.rollout_values(rollout, self.args.local_rollout_forward_batch_size)
+            rows = {name: rollout[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+            size = self.args.local_rollout_forward_batch_size
+            values = compute_by_length(rows, size, lambda part: self.critic.rollout_values(part, size))
         mask = rollout["completion_mask"]
         kl = rollout["kl"] * rollout["loss_mask"]  # a tool's words are not the policy's choice
         rewards = token_rewards(rollout["scores"], kl, mask, self.beta)
