@@ -17,6 +17,20 @@ def test_after_n_steps_to_a_constant_the_average_is_the_closed_form():
     torch.testing.assert_close(ema.shadow[0], torch.full((1, 3), expected))
 
 
+def test_the_average_of_bf16_weights_is_kept_in_float32():
+    """A step of 0.8 % is less than bf16 can tell from 2."""
+    model = torch.nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(model.weight, 2.0)
+    ema = EMACallback(model, decay=0.992)
+    torch.nn.init.constant_(model.weight, 2.125)
+    for _ in range(10):
+        ema.update()
+    torch.testing.assert_close(ema.shadow[0], torch.full((1, 3), 2.125 - 0.125 * 0.992**10))
+    with ema.applied():
+        assert model.weight.dtype == torch.bfloat16
+    assert model.weight.tolist() == [[2.125] * 3]
+
+
 def test_applied_swaps_the_weights_in_and_back_out_also_after_an_error():
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)

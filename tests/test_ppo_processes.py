@@ -151,6 +151,11 @@ def test_two_processes_save_what_plain_transformers_reads(root):
     assert (root / "lora" / "policy" / "adapter_config.json").exists()
 
 
+def test_one_process_does_not_resume_what_two_wrote(root, tmp_path):
+    with pytest.raises(ValueError, match="was written by 2 processes, these are 1"):
+        train(tmp_path, "alone", True, 8, 1, False, root / "full" / "checkpoint-2")
+
+
 def test_a_checkpoint_is_complete_once_every_process_has_written(root):
     assert json.loads((root / "early.json").read_text()) is False
 

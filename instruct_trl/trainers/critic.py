@@ -125,7 +125,7 @@ class Critic:
         weights = whole_state_dict(self.accelerator, self.model)
         if self.args.should_save:
             state = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-            self.unwrapped.classifier.save_pretrained(folder, state_dict=state)
+            self.unwrapped.save_pretrained(folder, state_dict=state)
 
     def save(self, checkpoint: str) -> None:
         """Weights as a plain checkpoint under `value/`, optimizer and schedule beside them; called by every process."""
