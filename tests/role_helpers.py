@@ -7,7 +7,10 @@ from conftest import tiny_config
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
+from instruct_trl.models.value import ValueModel
+
 BIAS = 0.3
+EXACT = {"atol": 2e-6, "rtol": 1e-5}
 SIZES = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes' CPU kernel wants multiples of 32, blocks of 64
 
 
@@ -58,6 +61,11 @@ def separate_models(root, on_sft=False, **kwargs):
         base.config.reward_bias = BIAS
         classifiers.append(PeftModel.from_pretrained(base, root / "rm", is_trainable=trainable))
     return policy, reference, *classifiers
+
+
+def classifier_values(model, ids, mask):
+    """What a classifier under PEFT gives at every token, merged, plus the bias, (3, 9)."""
+    return ValueModel(model.merge_and_unload()).eval()(ids, mask)
 
 
 def batch(seed=0, side="left"):

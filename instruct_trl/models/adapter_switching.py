@@ -36,12 +36,11 @@ def switched(
         trainable: parameters of these adapters that shall get gradients.
         training: train mode within, else eval mode.
     """
-    tuner = model.base_model
-    was_active, was_on = list(tuner.active_adapters), adapters_are_on(model)
+    was_active, was_on = list(model.base_model.active_adapters), adapters_are_on(model)
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        _activate(tuner, adapters)
+        _activate(model, adapters)
         for parameter, _ in gradients:
             parameter.requires_grad_(False)
         for parameter in trainable:
@@ -49,8 +48,9 @@ def switched(
         model.train(training)
         yield
     finally:
-        tuner.set_adapter(was_active)
-        _activate(tuner, was_active if was_on else [])
+        _activate(model, was_active)
+        if not was_on:
+            _activate(model, [])
         for parameter, required in gradients:
             parameter.requires_grad_(required)
         for module, mode in modes:
@@ -58,13 +58,14 @@ def switched(
 
 
 def adapters_are_on(model: torch.nn.Module) -> bool:
-    """False where the adapters of `model` are switched off, so that the base alone runs."""
-    return not any(layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    """False where the adapters of `model` are switched off, so that the base alone runs. All layers are alike."""
+    return not next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)).disable_adapters
 
 
-def _activate(tuner: Any, adapters: Sequence[str]) -> None:
-    if adapters:
-        tuner.enable_adapter_layers()
-        tuner.set_adapter(list(adapters))
-    else:
-        tuner.disable_adapter_layers()
+def _activate(model: Any, adapters: Sequence[str]) -> None:
+    if not adapters:
+        model.base_model.disable_adapter_layers()
+        return
+    if not adapters_are_on(model):
+        model.base_model.enable_adapter_layers()
+    model.base_model.set_adapter(list(adapters))

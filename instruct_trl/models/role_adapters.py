@@ -73,6 +73,7 @@ class RoleAdapters:
 
     Attributes:
         model, policy: the shared model, a PeftModel whose active adapter at rest is the policy's.
+        policy_adapter: the parameters that the policy trains.
         reference, reward, value: the other roles; see `instruct_trl.models.roles`.
 
     Raises:
@@ -183,6 +184,7 @@ class RoleAdapters:
             )
         device = next(self.model.parameters()).device
         saved = {**reward.saved, "path": reward.path}
+        self.policy_adapter = nn.ParameterList(adapter_parameters(self.model, POLICY).values())
         self.reference = ReferenceRole(self)
         self.reward = RewardRole(self, "reward", REWARD, copy.deepcopy(head), reward.head_name, saved).to(device).eval()
         self.reward.requires_grad_(False)

@@ -137,6 +137,11 @@ class ValueRole(ScalarRole):
         """
         return self.token_scores(input_ids, attention_mask)
 
+    @property
+    def classifier(self) -> Any:
+        """The shared model."""
+        return self._roles.model
+
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Of the shared model, so for the policy, too."""
         self._roles.model.gradient_checkpointing_enable(**kwargs)

@@ -16,6 +16,7 @@ from transformers import Trainer, get_scheduler
 
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
+from instruct_trl.models.roles import ValueRole
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
@@ -35,7 +36,7 @@ class Critic:
 
     def __init__(
         self,
-        value_model: ValueModel,
+        value_model: ValueModel | ValueRole,
         args: PPOPtxConfig,
         accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager],
@@ -91,7 +92,8 @@ class Critic:
             metrics, each the mean over an answer's tokens, for the answers that count, (N,).
         """
         self.model.train()
-        with torch.enable_grad() if sync else self.accelerator.no_sync(self.model):
+        # On a shared base, forward and backward run under the critic's adapters, which checkpointing calls up again.
+        with self.unwrapped.active(), torch.enable_grad() if sync else self.accelerator.no_sync(self.model):
             values = self.completion_values(batch)
             mask = batch["loss_mask"]
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
@@ -116,7 +118,7 @@ class Critic:
         self.optimizer.zero_grad()
 
     @property
-    def unwrapped(self) -> ValueModel:
+    def unwrapped(self) -> ValueModel | ValueRole:
         return self.accelerator.unwrap_model(self.model)
 
     def save(self, checkpoint: str) -> None:
@@ -127,8 +129,7 @@ class Critic:
 
     def load(self, checkpoint: str) -> None:
         """Take up weights, optimizer and schedule from `checkpoint`."""
-        saved = ValueModel.from_pretrained(os.path.join(checkpoint, "value"))
-        self.unwrapped.load_state_dict(saved.state_dict())
+        self.unwrapped.load_pretrained(os.path.join(checkpoint, "value"))
         state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
