@@ -15,6 +15,7 @@ _PUBLIC = {
     "PPOPtxTrainer": "instruct_trl.trainers.ppo_ptx",
     "RewardScorer": "instruct_trl.models.reward",
     "value_model_from_reward_model": "instruct_trl.models.value",
+    "RoleAdapters": "instruct_trl.models.role_adapters",
     "select_checkpoint": "instruct_trl.evaluation.selection",
 }
 
@@ -23,6 +24,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from instruct_trl.evaluation.selection import select_checkpoint as select_checkpoint
     from instruct_trl.models.reward import RewardScorer as RewardScorer
+    from instruct_trl.models.role_adapters import RoleAdapters as RoleAdapters
     from instruct_trl.models.value import value_model_from_reward_model as value_model_from_reward_model
     from instruct_trl.trainers.instruct_sft import InstructSFTConfig as InstructSFTConfig
     from instruct_trl.trainers.instruct_sft import InstructSFTTrainer as InstructSFTTrainer

@@ -16,6 +16,7 @@ class PPOPtxArguments(RunArguments):
 
     reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
     pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Texts for the γ term (`text`)."})
+    one_base: bool = field(default=False, metadata={"help": "All four roles as adapters on one base (RoleAdapters)."})
     labeler: str = field(
         default="demo",
         metadata={"help": "Logged beside the reward, never trained on: 'demo', 'none', 'module:function'."},
@@ -24,10 +25,11 @@ class PPOPtxArguments(RunArguments):
 
 def main(argv: list[str] | None = None) -> str:
     """Run the missing stages, PPO-ptx and, on the demo's data, the evaluation; returns the stage's folder."""
-    from trl import ModelConfig, get_peft_config, get_quantization_config
+    from trl import ModelConfig
 
     from instruct_trl import PPOPtxConfig, PPOPtxTrainer
     from instruct_trl.pipeline import run as pipeline
+    from instruct_trl.pipeline.one_base import models_of
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", __doc__, argv)
@@ -36,12 +38,9 @@ def main(argv: list[str] | None = None) -> str:
 
     def body(checkpoint: str | None) -> dict:
         trainer = PPOPtxTrainer(
-            policy,
-            pipeline.rewards_with_labeler(run, args),
-            args,
-            pipeline.prompts_for(run, "rl"),
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            **models_of(run, args, model, policy),
+            args=args,
+            train_dataset=pipeline.prompts_for(run, "rl"),
             pretraining_dataset=pipeline.pretraining_texts(run) if args.ptx_coef else None,
         )
         pipeline.quiet_progress(trainer, ["episodes", "score", "rewards/labeler/mean", "kl", "ptx_loss"])

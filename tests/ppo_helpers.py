@@ -17,6 +17,10 @@ def make(
     value_model=None,
     pretraining_dataset=TEXTS,
     prompts=PROMPTS,
+    ref_model=None,
+    role_adapters=None,
+    peft_config=None,
+    quantization_config=None,
     eval_prompts=None,
     **kwargs,
 ):
@@ -44,5 +48,9 @@ def make(
         eval_prompts,
         processing_class=tokenizer,
         value_model=value_model,
+        ref_model=ref_model,
+        role_adapters=role_adapters,
+        peft_config=peft_config,
+        quantization_config=quantization_config,
         pretraining_dataset=pretraining_dataset if args.ptx_coef else None,
     )

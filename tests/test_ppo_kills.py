@@ -20,7 +20,15 @@ from safetensors.torch import load_file
 from instruct_trl.pipeline.stage import last_complete_checkpoint
 
 KILLS = int(os.environ.get("PPO_KILLS", "20"))
-STATES = ("optimizer.pt", "scheduler.pt", "value_training_state.pt", "ema.pt", "rollout_0.pt", "rng_state.pth")
+STATES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "value_optimizer.pt",
+    "value_scheduler.pt",
+    "ema.pt",
+    "rollout_0.pt",
+    "rng_state.pth",
+)
 WEIGHTS = ("model.safetensors", "value/model.safetensors")
 pytestmark = [
     pytest.mark.slow,

@@ -181,3 +181,28 @@ def test_ppo_ptx_then_evaluate(home):
     )  # fmt: skip
     assert "win" in (home / "run" / "report.md").read_text()
     assert (home / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_one_base_through_all_its_recipes(home):
+    """SFT as an adapter, a reward adapter on it, PPO on their base: nobody writes a whole model."""
+    lora = ("--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj")
+    launch(
+        home, "sft", *TRAIN, *lora, "--model_name_or_path", "policy", "--dataset_name", "sft.jsonl", "--output_dir",
+        "sft", "--pretraining_fraction", "0", "--eval_strategy", "no", "--learning_rate", "1e-2",
+    )  # fmt: skip
+    launch(
+        home, "reward_model", *TRAIN, *lora, "--lora_task_type", "SEQ_CLS", "--model_name_or_path", "sft",
+        "--dataset_name", "rankings.jsonl", "--demonstrations_name", "sft.jsonl", "--output_dir", "rm2",
+    )  # fmt: skip
+    launch(
+        home, "ppo_ptx", *TRAIN, *lora, "--one_base", "true", "--model_name_or_path", "sft", "--reward_model_path",
+        "rm2", "--dataset_name", "prompts.jsonl", "--pretraining_dataset_name", "texts.jsonl", "--output_dir", "ppo",
+        "--generation_batch_size", "4", "--gradient_accumulation_steps", "1", "--max_completion_length", "4",
+        "--labeler", "mine:score",
+    )  # fmt: skip
+    for role in ("policy", "value", "ema"):
+        assert (home / "ppo" / role / "adapter_config.json").exists()
+        assert not (home / "ppo" / role / "model.safetensors").exists()
+    answer = pipeline("text-generation", model=str(home / "ppo" / "policy"))("q1", max_new_tokens=2)
+    assert answer[0]["generated_text"].startswith("q1")

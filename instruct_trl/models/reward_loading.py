@@ -74,6 +74,50 @@ def check_model_path(path: str | Path) -> None:
         ) from error
 
 
+def is_adapter(path: str | Path) -> bool:
+    """True for the folder of a PEFT adapter."""
+    return os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def is_sft_adapter(path: str | Path) -> bool:
+    """True for the folder of a causal language model's adapter, on which a reward adapter may be trained."""
+    from peft import PeftConfig
+
+    return is_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type == "CAUSAL_LM"
+
+
+def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
+    """A sequence classifier with one label on the base of an SFT adapter, the adapter merged into it.
+
+    Its name is the adapter's path, so that a reward adapter trained on it says what it was trained on.
+
+    Args:
+        path: the adapter's folder.
+        kwargs: for `AutoModelForSequenceClassification.from_pretrained`; dtype is float32 unless given.
+
+    Raises:
+        ValueError: no such base, or a quantised one, into which nothing merges exactly.
+    """
+    from peft import PeftConfig, PeftModel
+
+    path = str(path)
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            f"The SFT adapter {path!r} cannot be merged into a quantised base. Merge it first, and give the merged "
+            "model, for PPO too; or train the reward adapter on the base without it."
+        )
+    config = PeftConfig.from_pretrained(path)
+    base_path = str(config.base_model_name_or_path)
+    check_model_path(base_path)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        base_path, **{"dtype": "float32", **kwargs, "num_labels": 1}
+    )
+    config.task_type = None  # a classifier takes the adapter of a causal model; its layers are the same
+    merged: Any = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
+    merged.config._name_or_path = merged.name_or_path = path
+    return merged
+
+
 def check_single_label(config: Any, name: str) -> None:
     """Raises ValueError unless `config` has one label, the reward."""
     if config.num_labels != 1:
@@ -100,7 +144,7 @@ def load_reward_model(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     check_model_path(path)
     shared = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token") if key in kwargs}
     tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+    if is_adapter(path):
         model = _load_adapter(path, tokenizer, kwargs)
     else:
         check_single_label(AutoConfig.from_pretrained(path, **shared), f"The reward model {path!r}")
@@ -119,14 +163,16 @@ def _load_adapter(path: str, tokenizer: Any, kwargs: dict[str, Any]) -> Any:
     saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     defaults = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
     with suppress_seqcls_warning():
-        base = AutoModelForSequenceClassification.from_pretrained(
-            base_path, **{"dtype": "float32", **defaults, **kwargs, "num_labels": 1}
-        )
+        options = {"dtype": "float32", **defaults, **kwargs}
+        if on_sft := is_sft_adapter(base_path):
+            base = classifier_on_sft(base_path, **options)
+        else:
+            base = AutoModelForSequenceClassification.from_pretrained(base_path, **{**options, "num_labels": 1})
     keep_4bit_trainable(base)
     fit_model_to_tokenizer(base, tokenizer)
     base.config.reward_bias = saved.get("reward_bias", getattr(base.config, "reward_bias", 0.0))
     model = PeftModel.from_pretrained(base, path)
-    trained_base = any(
+    trained_base = not on_sft and any(
         "SequenceClassification" in name for name in AutoConfig.from_pretrained(base_path).architectures or []
     )
     if not trained_base and not hasattr(score_head(model), "modules_to_save"):

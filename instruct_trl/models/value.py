@@ -6,6 +6,7 @@ Legend: B episodes, T tokens, H hidden units.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ class ValueModel(nn.Module):
         """The layers that accelerate shards one by one."""
         return self.classifier._no_split_modules
 
+    def active(self) -> AbstractContextManager[None]:
+        """To be held over forward and backward: nothing to do for a model of its own (see `ValueRole`)."""
+        return nullcontext()
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Values (B, T) in float32; `values[:, t]` is read from the hidden state of token t, so it has seen tokens ≤ t.
 
@@ -59,6 +64,10 @@ class ValueModel(nn.Module):
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """Write a plain sequence-classification checkpoint: `AutoModelForSequenceClassification` reads it."""
         self.classifier.save_pretrained(path, **kwargs)
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Take up the weights that `save_pretrained` wrote."""
+        self.load_state_dict(ValueModel.from_pretrained(path).state_dict())
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> ValueModel:

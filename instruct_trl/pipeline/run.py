@@ -149,11 +149,16 @@ def load_labeler(run: RunArguments, name: str) -> Any:
         raise ValueError(f"--labeler {name}: no such function; name one as 'module:function' ({error}).") from error
 
 
-def rewards_with_labeler(run: Any, args: Any) -> list[Any]:
-    """The reward model and, with weight 0, the labeler: its score is logged beside the reward and trains nothing."""
+def reward_path(run: Any) -> str:
+    """The reward model's folder: the user's, or the run's own."""
+    return run.reward_model_path or str(run.run / "reward_model")
+
+
+def rewards_with_labeler(run: Any, args: Any, reward_model: Any) -> list[Any]:
+    """The reward model (a path, or a role) and, with weight 0, the labeler: its score is logged and trains nothing."""
     from instruct_trl import RewardScorer
 
-    scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=64)
+    scorer = RewardScorer(reward_model, batch_size=64) if isinstance(reward_model, str) else reward_model
     if run.labeler == "none" or (run.labeler == "demo" and run.dataset_name is not None):
         return [scorer]
     args.reward_weights = [1.0, 0.0]

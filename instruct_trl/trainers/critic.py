@@ -17,6 +17,7 @@ from transformers import Trainer, get_scheduler
 from instruct_trl._upstream import decay_groups
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
+from instruct_trl.models.roles import ValueRole
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.engines import prepare_beside_policy, whole_state_dict
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -38,7 +39,7 @@ class Critic:
 
     def __init__(
         self,
-        value_model: ValueModel,
+        value_model: ValueModel | ValueRole,
         args: PPOPtxConfig,
         accelerator: Accelerator,
         autocast: Callable[[], AbstractContextManager],
@@ -93,7 +94,8 @@ class Critic:
             metrics, each the mean over an answer's tokens, for the answers that count, (N,).
         """
         self.model.train()
-        with nullcontext() if sync else self.engine.accumulating():
+        # On a shared base, forward and backward run under the critic's adapters, which checkpointing calls up again.
+        with self.unwrapped.active(), nullcontext() if sync else self.engine.accumulating():
             values = self.completion_values(batch)
             mask = batch["loss_mask"]
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
@@ -116,7 +118,7 @@ class Critic:
         self.engine.skip_step()
 
     @property
-    def unwrapped(self) -> ValueModel:
+    def unwrapped(self) -> ValueModel | ValueRole:
         return self.accelerator.unwrap_model(self.model)
 
     def save_model(self, folder: str) -> None:
@@ -136,9 +138,6 @@ class Critic:
 
     def load(self, checkpoint: str) -> None:
         """Take up weights, optimizer and schedule from `checkpoint`."""
-        self.engine.load(
-            os.path.join(checkpoint, OPTIMIZER_STEM),
-            lambda: ValueModel.from_pretrained(os.path.join(checkpoint, "value")).state_dict(),
-        )
+        self.engine.load(os.path.join(checkpoint, OPTIMIZER_STEM), os.path.join(checkpoint, "value"))
         path = os.path.join(checkpoint, SCHEDULE_FILE)
         self.scheduler.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -5,7 +5,7 @@ A model lies whole on every process under DDP and ZeRO-2, and in shards under Ze
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ from instruct_trl._upstream import (
     reshard,
     writable_shards,
 )
+from instruct_trl.models.value import ValueModel
 
 State = dict[str, Any]
 
@@ -72,9 +73,9 @@ class ModelEngine:
         if is_main:
             torch.save(self.optimizer.state_dict(), f"{stem}.pt")
 
-    def load(self, stem: str, weights: Callable[[], State]) -> None:
-        """Take up `weights()` and what `save` wrote."""
-        self.accelerator.unwrap_model(self.model).load_state_dict(weights())
+    def load(self, stem: str, folder: str) -> None:
+        """Take up the weights in `folder`, as the model's own `save_pretrained` wrote them, and what `save` wrote."""
+        self.accelerator.unwrap_model(self.model).load_pretrained(folder)
         self.optimizer.load_state_dict(_read(stem))
 
 
@@ -92,9 +93,9 @@ class FSDPModelEngine(ModelEngine):
         if is_main:
             torch.save(state, f"{stem}.pt")
 
-    def load(self, stem: str, weights: Callable[[], State]) -> None:
+    def load(self, stem: str, folder: str) -> None:
         options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, weights(), options=options)
+        set_model_state_dict(self.model, ValueModel.from_pretrained(folder).state_dict(), options=options)
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, _read(stem), options=options)
 
 
@@ -126,7 +127,7 @@ class DeepSpeedModelEngine(ModelEngine):
         """Weights and optimizer, each process its shards, to the folder `stem`."""
         self.model.save_checkpoint(stem)
 
-    def load(self, stem: str, weights: Callable[[], State]) -> None:
+    def load(self, stem: str, folder: str) -> None:
         path, _ = self.model.load_checkpoint(stem)
         if path is None:
             raise ValueError(f"DeepSpeed finds no checkpoint in {stem}. Resume from another checkpoint.")

@@ -24,6 +24,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from instruct_trl.evaluation.win_rate import wilson_interval
+from instruct_trl.models.roles import ReferenceRole
 from instruct_trl.trainers.ppo_rollout import PPORollout
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,9 @@ class PPOEvaluation(PPORollout):
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._logs, self.beta = copy.deepcopy(self._logs), 0.0
         adapters: Any = nullcontext()
-        if self.ref_model is not None:
+        if isinstance(self.ref_model, ReferenceRole):
+            adapters = self.ref_model.active()
+        elif self.ref_model is not None:
             self.model_wrapped = self.ref_model
         else:  # as GRPO does for the reference's log-probs
             policy = self.accelerator.unwrap_model(self.model)

@@ -10,19 +10,26 @@ the critic's step and the pretraining gradient (`training_step`).
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 
-from instruct_trl._upstream import disable_dropout_in_model, prepare_reference
+from instruct_trl._upstream import (
+    disable_dropout_in_model,
+    keep_4bit_trainable,
+    match_adapters_to_precision,
+    prepare_reference,
+)
 from instruct_trl.callbacks.ema import EMACallback
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss
 from instruct_trl.models.generation import require_eos
+from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.checkpoints import begin_checkpoint, last_complete_checkpoint, seal_checkpoint
 from instruct_trl.trainers.critic import Critic
@@ -32,6 +39,7 @@ from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_evaluation import PPOEvaluation, ReferenceScores, check_win_rate
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
+    check_engine_of_roles,
     check_pretraining,
     check_whole,
     load_policy,
@@ -40,6 +48,7 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     resolve_value_model,
     say_estimate,
     say_plan,
+    take_roles,
     wrap_reward_funcs,
 )
 from instruct_trl.trainers.ppo_ptx_state import load_state, save_state
@@ -59,6 +68,8 @@ class PPOPtxTrainer(PPOEvaluation):
         ref_model: the reference of the KL penalty. Default: a copy of the policy as passed in, or, with PEFT, the
             policy with its adapters off (a new adapter) or as they were (a trained one).
         pretraining_dataset: texts of the γ term, with a `text` or an `input_ids` column. Needed for `ptx_coef > 0`.
+        role_adapters: [`RoleAdapters`], policy, reference, reward model and critic on one base. `model` is then None or
+            its policy, and its reward model is the default of `reward_funcs`.
 
     Raises:
         ValueError: before any training, naming the argument and the remedy.
@@ -93,12 +104,20 @@ class PPOPtxTrainer(PPOEvaluation):
         value_model: Any = None,
         ref_model: torch.nn.Module | None = None,
         pretraining_dataset: Any = None,
+        role_adapters: RoleAdapters | None = None,
     ):
         args = args or PPOPtxConfig("PPO-ptx")
         check_pretraining(args, pretraining_dataset)
         check_whole(model=model, value_model=value_model, ref_model=ref_model)
         with_win_rate = check_win_rate(args, eval_dataset, rollout_func)
-        processing_class = processing_class or load_policy_tokenizer(model)
+        if role_adapters is not None:
+            given = {"model": model, "value_model": value_model, "ref_model": ref_model}
+            given |= {"peft_config": peft_config, "quantization_config": quantization_config}
+            model, value_model, ref_model = take_roles(role_adapters, given)
+            reward_funcs = role_adapters.reward if reward_funcs is None else reward_funcs
+        processing_class = processing_class or load_policy_tokenizer(
+            model if role_adapters is None else role_adapters.tokenizer_path
+        )
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class)
@@ -109,36 +128,45 @@ class PPOPtxTrainer(PPOEvaluation):
         eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
 
         # Upstream reloads the reference from the policy's path where beta is not 0, which is the wrong model for a
-        # policy held in memory, and keeps the adapters of a PEFT policy only where it is not 0.
-        beta, args.beta = args.beta, 1.0 if with_peft else 0.0
+        # policy held in memory, and keeps the adapters of a PEFT policy only where it is not 0. On a 4-bit base it also
+        # rounds what is trained to bf16, by which a policy would differ from the reference that it is a copy of.
+        beta, args.beta = args.beta, 1.0 if with_peft and role_adapters is None else 0.0
         try:
-            super().__init__(
-                model,
-                reward_funcs,
-                args,
-                train_dataset,
-                eval_dataset,
-                processing_class,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                tools=tools,
-                rollout_func=rollout_func,
-                environment_factory=environment_factory,
-            )
+            with nullcontext() if role_adapters is None else role_adapters.frozen():
+                super().__init__(
+                    model,
+                    reward_funcs,
+                    args,
+                    train_dataset,
+                    eval_dataset,
+                    processing_class,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                    tools=tools,
+                    rollout_func=rollout_func,
+                    environment_factory=environment_factory,
+                )
         finally:
             args.beta = beta
-        self.beta = beta
+        self.beta, self.role_adapters = beta, role_adapters
         self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
         self.reference_scores = ReferenceScores() if with_win_rate else None
         say_plan(self)
 
     def _add_ppo_parts(self, value_model: ValueModel, ref_model: Any, pretraining_dataset: Any) -> None:
         """What PPO-ptx has and GRPO has not: an own reference, the critic, the pretraining gradient, the average."""
-        args = self.args
+        args, roles = self.args, self.role_adapters
         check_engine(self.accelerator)
-        self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
+        keep_4bit_trainable(self.model)
+        match_adapters_to_precision(self.model, args.bf16)
+        if roles is not None:
+            check_engine_of_roles(self.accelerator)
+            roles.to(self.accelerator.device)
+            self.ref_model = ref_model
+        else:
+            self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
         if args.old_logps_from_sampler and self.ref_model is None:
             raise ValueError(
                 "old_logps_from_sampler needs a reference model of its own; with PEFT it is the policy without its "
@@ -146,7 +174,8 @@ class PPOPtxTrainer(PPOEvaluation):
             )
         if args.disable_dropout:
             disable_dropout_in_model(value_model)
-        self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
+        with nullcontext() if roles is None else roles.active("value"):  # its parameters then are those that train
+            self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
         self.pretraining = self._pretraining_gradient(pretraining_dataset) if args.ptx_coef > 0 else None
         self.divergence = DivergenceMonitor(args)
         self.add_callback(self.divergence)
@@ -219,9 +248,16 @@ class PPOPtxTrainer(PPOEvaluation):
             self._log_means(self.critic.backward(batch, batch["minibatch_tokens"], sync))
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(self._trained(model))
+
+    def _trained(self, model: Any) -> Any:
+        """What the policy's norm and clip are about: on a shared base the critic's gradients lie there, too."""
+        return model if self.role_adapters is None else self.role_adapters.policy_adapter
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called just before the optimizer steps: the critic steps here, or neither does (see `DivergenceMonitor`)."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = super()._get_grad_norm(self._trained(model), grad_norm)
         metrics = self._metrics["train"]
         with self.stopwatch("value_update"):
             norms = {"value_grad_norm": self.critic.clip_gradients()}
@@ -295,6 +331,13 @@ class PPOPtxTrainer(PPOEvaluation):
         """A finished run has no epoch left. Upstream would take a step more, where it ended inside an epoch."""
         position = super()._init_training_state(max_steps, steps_an_epoch, epochs, *args)
         return (epochs, 0) if self.state.global_step >= max_steps else position
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The policy's adapter alone: upstream would take `value/` for another adapter of the policy."""
+        if self.role_adapters is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.role_adapters.load_policy(resume_from_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:

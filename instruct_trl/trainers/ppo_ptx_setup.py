@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.role_adapters import RoleAdapters
+from instruct_trl.models.roles import RewardRole, ValueRole
 from instruct_trl.models.value import ValueModel, value_model_from_reward_model
+from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,34 @@ def load_policy_tokenizer(model: Any) -> Any:
     path = model if isinstance(model, str) else model.config._name_or_path
     check_model_path(path)
     return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
+
+
+def take_roles(roles: RoleAdapters, given: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Policy, critic and reference of `role_adapters`.
+
+    Raises:
+        ValueError: one of them, or how to make it, is given beside.
+    """
+    beside = [name for name, value in given.items() if value is not None and value is not roles.policy]
+    if beside:
+        raise ValueError(
+            f"{', '.join(beside)}= and role_adapters= are given: policy, reference and critic are those of "
+            "role_adapters. Leave it out (model=None), and give configs to RoleAdapters."
+        )
+    return roles.policy, roles.value, roles.reference
+
+
+def check_engine_of_roles(accelerator: Accelerator) -> None:
+    """Refuse roles where the shared base would be cut into shards.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP.
+    """
+    if is_sharding(accelerator):
+        raise ValueError(
+            "role_adapters run on one process or several under DDP: DeepSpeed and FSDP would each take the shared base "
+            "for two models. Launch with DDP, or give four models."
+        )
 
 
 def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_config: Any) -> Any:
@@ -98,9 +130,15 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
     tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
     if len(tokenizers) != len(funcs):
         raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions.")
+    kinds = (str, Path, PreTrainedModel, RewardRole)
     wrapped = [
-        RewardScorer(func, tokenizer, batch_size=args.local_rollout_forward_batch_size)
-        if isinstance(func, (str, Path, PreTrainedModel)) or hasattr(func, "peft_config")
+        RewardScorer(
+            func,
+            tokenizer,
+            batch_size=args.local_rollout_forward_batch_size,
+            prefix_sharing="off" if isinstance(func, RewardRole) else "auto",  # what it attends by is not its own
+        )
+        if isinstance(func, kinds) or hasattr(func, "peft_config")
         else func
         for func, tokenizer in zip(funcs, tokenizers, strict=True)
     ]
@@ -113,30 +151,38 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
     return wrapped
 
 
-def resolve_value_model(value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any) -> ValueModel:
+def resolve_value_model(value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any) -> ValueModel | ValueRole:
     """The critic: the one passed in, or a copy of the one reward model among `reward_funcs`.
 
     Raises:
         ValueError: no reward model to copy, more than one, or one whose tokenizer is not the policy's.
     """
+    scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
+    if isinstance(value_model, ValueRole):
+        scorers = [scorer for scorer in scorers if isinstance(scorer.model, RewardRole)]
+        for scorer in scorers:
+            _check_tokens(scorer, policy_tokenizer)
+        return value_model
     if isinstance(value_model, ValueModel):
         return value_model
     if value_model is not None:
         return ValueModel(value_model)
-    scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
     if len(scorers) != 1:
         raise ValueError(
             f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
             "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
         )
-    scorer = scorers[0]
+    _check_tokens(scorers[0], policy_tokenizer)
+    return value_model_from_reward_model(scorers[0].model)
+
+
+def _check_tokens(scorer: RewardScorer, policy_tokenizer: Any) -> None:
     if not same_tokens(scorer.processing_class, policy_tokenizer):
         raise ValueError(
             f"The reward model's tokenizer ({scorer.processing_class.name_or_path}) differs from the policy's "
             f"({policy_tokenizer.name_or_path}), so its copy cannot read the policy's tokens. Pass value_model= "
             "with the policy's tokenizer."
         )
-    return value_model_from_reward_model(scorer.model)
 
 
 def same_tokens(first: Any, second: Any) -> bool:

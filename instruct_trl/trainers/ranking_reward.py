@@ -28,6 +28,7 @@ from instruct_trl.trainers.ranking_reward_checks import (
     check_model,
     check_passes,
     check_peft,
+    load_on_sft,
     load_tokenizer,
     prepare_tokenizer,
     say,
@@ -60,7 +61,8 @@ class RankingRewardTrainer(RewardTrainer):
     ```
 
     Args:
-        model: name or path of a pretrained model, or a sequence classifier with num_labels=1, or a PeftModel of one.
+        model: name or path of a pretrained model, or a sequence classifier with num_labels=1, or a PeftModel of one;
+            with peft_config also the folder of an SFT adapter, which is merged into its base.
         args: a `RankingRewardConfig`.
         data_collator: replaces `RankingCollator`.
         train_dataset, eval_dataset: columns `prompt`, `completions`, and `ranks` (lower is better) or `scores` (higher
@@ -113,6 +115,7 @@ class RankingRewardTrainer(RewardTrainer):
         args = args or RankingRewardConfig(f"{name.rstrip('/').split('/')[-1]}-RankingReward")
         check_model(model, args)
         check_peft(model, peft_config)
+        model = load_on_sft(model, peft_config, args, quantization_config)
         processing_class = processing_class or load_tokenizer(name, args)
         pad_line = prepare_tokenizer(processing_class, args, None if isinstance(model, str) else model)
         say(args, pad_line)

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from instruct_trl.models.reward_loading import check_model_path, check_single_label, ensure_distinct_pad_token
+from instruct_trl.models.reward_loading import (
+    check_model_path,
+    check_single_label,
+    classifier_on_sft,
+    ensure_distinct_pad_token,
+    is_sft_adapter,
+)
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
 
 logger = logging.getLogger(__name__)
@@ -31,6 +37,20 @@ def check_peft(model: Any, peft_config: Any) -> None:
     trained = set(peft_config.modules_to_save or []) if hasattr(peft_config, "modules_to_save") else set()
     if peft_config.task_type != "SEQ_CLS" and not trained & {"score", "classifier"}:
         raise ValueError(f"`peft_config` freezes the score head. {HEAD_REMEDY}")
+
+
+def load_on_sft(model: Any, peft_config: Any, args: RankingRewardConfig, quantization_config: Any) -> Any:
+    """For a new adapter on the folder of an SFT adapter: its base, merged. Upstream would replace the SFT adapter.
+
+    Raises:
+        ValueError: on a quantised base.
+    """
+    if peft_config is None or not isinstance(model, str) or not is_sft_adapter(model):
+        return model
+    given: Any = args.model_init_kwargs or {}
+    args.model_init_kwargs = None
+    kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
+    return classifier_on_sft(model, **{name: value for name, value in kwargs.items() if value is not None})
 
 
 def check_model(model: Any, args: RankingRewardConfig) -> None:

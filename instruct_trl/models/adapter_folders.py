@@ -1,0 +1,279 @@
+"""LoRA adapters in and out of PEFT's folders, onto one causal language model, and what can be wrong with them.
+
+A reward adapter was trained on a sequence classifier. Its layers have the same names in the causal language model of
+the same family, since both hold the same backbone; its head has none there, and is kept apart.
+
+Legend: r rank, in and out sizes of a matrix, H hidden units, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from instruct_trl.models.adapter_switching import adapter_parameters
+from instruct_trl.models.reward_loading import ADAPTER_CONFIG
+
+PREFIX = "base_model.model."
+HEADS = ("score", "classifier")
+# What a config says of how a model is used, not of what it computes.
+_USAGE = {
+    "_name_or_path", "_commit_hash", "architectures", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id",
+    "id2label", "label2id", "num_labels", "pad_token_id", "problem_type", "quantization_config", "reward_bias",
+    "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+class AdapterFolder(NamedTuple):
+    """What lies in a folder that PEFT wrote.
+
+    Attributes:
+        path: where it was read.
+        config: its LoraConfig, the head struck from `modules_to_save`.
+        weights: name in PEFT's file → tensor, without the head.
+        head: the head's tensors (`weight` (1, H), perhaps `bias` (1,)), empty if there is none.
+        head_name: what the classifier calls the head.
+        saved: what our trainer wrote beside it (`reward_bias`, `dtype`, `quantization_config`).
+    """
+
+    path: str
+    config: LoraConfig
+    weights: dict[str, torch.Tensor]
+    head: dict[str, torch.Tensor]
+    head_name: str
+    saved: dict[str, Any]
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Read an adapter from a folder or the hub, on the CPU.
+
+    Raises:
+        ValueError: no adapter there, or not a LoRA.
+    """
+    path = str(path)
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no adapter at {path!r} (no readable adapter_config.json). Give the folder that the trainer "
+            "saved with a peft_config."
+        ) from error
+    check_lora(config, f"The adapter {path!r}")
+    weights = load_peft_weights(path, device="cpu")
+    head, head_name = {}, "score"
+    for key in list(weights):
+        parts = key.removeprefix(PREFIX).split(".")
+        if parts[0] in HEADS:
+            head_name, head[parts[-1]] = parts[0], weights.pop(key)
+    assert isinstance(config, LoraConfig)
+    config.modules_to_save = [name for name in config.modules_to_save or [] if name not in HEADS] or None
+    file = cached_file(path, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False)
+    saved = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    return AdapterFolder(path, config, weights, head, head_name, saved)
+
+
+def check_lora(config: Any, name: str) -> None:
+    """Refuse what cannot share a base.
+
+    Raises:
+        ValueError: not a LoRA, or one that changes the base's weights when it is made.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{name} is a {type(config).__name__}; roles on one base are LoRA adapters (LoraConfig).")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"{name} has init_lora_weights={config.init_lora_weights!r}, which changes weights of the base, and other "
+            "roles share it. Use True, or convert the adapter (`path_initial_model_for_weight_conversion` of PEFT)."
+        )
+    if config.bias != "none":
+        raise ValueError(f"{name} has bias={config.bias!r}, which trains the base's biases. Use bias='none'.")
+
+
+def add_adapter(model: Any, name: str, folder: AdapterFolder) -> None:
+    """Put the adapter of `folder` on the PeftModel `model`, as `name`, in float32.
+
+    Raises:
+        ValueError: its tensors do not fit the base.
+    """
+    model.add_adapter(name, copy.deepcopy(folder.config))
+    load_adapter_weights(model, name, folder)
+
+
+def load_adapter_weights(model: Any, name: str, folder: AdapterFolder) -> None:
+    """Copy the weights of `folder` into the adapter `name` of `model`.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape.
+    """
+    expected = adapter_state(model, name)
+    weights = {key: value for key, value in folder.weights.items() if not _is_embedding(model, key, value, folder.path)}
+    for key in sorted(expected.keys() | weights.keys()):
+        shapes = [tuple(part[key].shape) if key in part else None for part in (weights, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"The adapter {folder.path!r} does not fit this base: {key} is {shapes[0] or 'not in it'}, the base "
+                f"needs {shapes[1] or 'no such tensor'}. It was trained on another model "
+                f"({folder.config.base_model_name_or_path!r})."
+            )
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """The adapter `name` of the PeftModel `model`, under the names of PEFT's files."""
+    own: Any = {key: value.detach() for key, value in adapter_parameters(model, name).items()}
+    return get_peft_model_state_dict(model, state_dict=own, adapter_name=name, save_embedding_layers=False)
+
+
+def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
+    """True for the base's own embedding, which PEFT saves where a pad token was added to it; it must be unchanged."""
+    embedding = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    if key not in {f"{name}.weight" for name in names}:
+        return False
+    ours = embedding.weight.detach().cpu()
+    rows = min(len(ours), len(value))
+    if value.shape[1:] != ours.shape[1:] or not torch.allclose(value[:rows].to(ours.dtype), ours[:rows]):
+        raise ValueError(f"The adapter {path!r} carries embeddings that are not those of this base.")
+    return True
+
+
+def copy_adapter(model: Any, source: str, target: str) -> None:
+    """Make the adapter `target` compute what `source` computes; it may have a higher rank and more target modules.
+
+    A's first r rows and B's first r columns are the source's, rescaled; B's other columns are 0.
+
+    Raises:
+        ValueError: `target` has no room: a lower rank, fewer target modules, or another kind of LoRA.
+    """
+    theirs, ours = adapter_state(model, source), adapter_state(model, target)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    alike = all(layer.scaling.get(source) == layer.scaling.get(target) for layer in layers)
+    if alike and {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}:
+        set_peft_model_state_dict(model, theirs, adapter_name=target)
+        return
+    tensors = [*theirs.items(), *ours.items()]
+    if any(not key.endswith(("lora_A.weight", "lora_B.weight")) or value.dim() != 2 for key, value in tensors):
+        raise ValueError(
+            f"The {target} adapter has another shape than {source}, from which it starts. That works for LoRA on "
+            "linear layers alone, without DoRA and modules_to_save. Leave its config out to take the same shape."
+        )
+    for layer in layers:
+        if source in layer.lora_A:
+            _copy_layer(layer, source, target)
+
+
+@torch.no_grad()
+def _copy_layer(layer: Any, source: str, target: str) -> None:
+    rank = layer.r[source]
+    if target not in layer.lora_A or layer.r[target] < rank:
+        has = f"rank {layer.r[target]}" if target in layer.lora_A else "nothing"
+        raise ValueError(
+            f"The {target} adapter cannot start as a copy of {source}, which has rank {rank} on a layer of shape "
+            f"{(layer.in_features, layer.out_features)} where it has {has}. Raise its r, or add the target module."
+        )
+    layer.lora_A[target].weight[:rank] = layer.lora_A[source].weight
+    layer.lora_B[target].weight.zero_()
+    scale = layer.scaling[source] / layer.scaling[target]
+    layer.lora_B[target].weight[:, :rank] = layer.lora_B[source].weight * scale
+
+
+def make_head(folder: AdapterFolder) -> nn.Linear:
+    """The scalar head of a reward adapter, (H) → (1), in float32.
+
+    Raises:
+        ValueError: the folder holds none, or not a single matrix with one row.
+    """
+    weight = folder.head.get("weight")
+    if weight is None or weight.dim() != 2 or len(weight) != 1 or not folder.head.keys() <= {"weight", "bias"}:
+        found = {name: tuple(tensor.shape) for name, tensor in folder.head.items()}
+        raise ValueError(
+            f"The adapter {folder.path!r} does not hold a scalar score head (found: {found or 'none'}). Train it with "
+            "RankingRewardTrainer and LoraConfig(task_type='SEQ_CLS')."
+        )
+    head = nn.Linear(weight.shape[1], 1, bias="bias" in folder.head)
+    head.load_state_dict({name: tensor.float() for name, tensor in folder.head.items()})
+    return head
+
+
+def save_sequence_adapter(
+    model: Any, name: str, head: nn.Linear, head_name: str, saved: dict[str, Any], path: str | Path
+) -> None:
+    """Write an adapter and its head as PEFT writes a reward model, so that PEFT, or `load_reward_model`, reads it."""
+    os.makedirs(path, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(model, name).items()}
+    state |= {f"{PREFIX}{head_name}.{key}": value.detach().cpu() for key, value in head.state_dict().items()}
+    save_file(state, Path(path, "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = copy.deepcopy(model.peft_config[name])
+    config.task_type, config.inference_mode = "SEQ_CLS", True
+    config.modules_to_save = [*(config.modules_to_save or []), head_name]
+    config.save_pretrained(str(path))
+    Path(path, ADAPTER_CONFIG).write_text(json.dumps(saved, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+# Which base a piece belongs to -------------------------------------------------------------------------------------
+
+
+def same_place(first: str, second: str) -> bool:
+    """True where two names are one folder, or one name on the hub."""
+    return first == second or (os.path.isdir(first) and os.path.realpath(first) == os.path.realpath(second))
+
+
+def config_hash(config: Any) -> str:
+    """Twelve digits that are equal for configs of the same architecture and sizes."""
+    return hashlib.sha256(json.dumps(_architecture(config), sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key not in _USAGE}
+
+
+def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: str | None, other_name: bool) -> None:
+    """Refuse an adapter of another base: another revision, config or name.
+
+    Args:
+        folder: the adapter.
+        base: the config of our base.
+        base_name: where our base was read, "" if it was built in memory.
+        revision: of our base, if one was asked for.
+        other_name: its base may have another name, where its config is the same.
+
+    Raises:
+        ValueError: it belongs to another base, as far as can be seen.
+    """
+    theirs, name = folder.config, str(folder.config.base_model_name_or_path or "")
+    if revision and theirs.revision and theirs.revision != revision:
+        raise ValueError(
+            f"The adapter {folder.path!r} was trained on revision {theirs.revision!r} of {name!r}, but the base is "
+            f"revision {revision!r}. Load the base at the adapter's revision."
+        )
+    if not name or same_place(name, base_name):
+        return
+    try:
+        config = AutoConfig.from_pretrained(name, revision=theirs.revision)
+    except (OSError, ValueError):
+        config = None
+    if config is not None and config_hash(config) != config_hash(base):
+        one, two = _architecture(config), _architecture(base)
+        keys = [key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
+        differences = ", ".join(f"{key} {one.get(key)!r} and {two.get(key)!r}" for key in keys)
+        raise ValueError(
+            f"The adapter {folder.path!r} belongs to another base: the configs of {name!r} ({config_hash(config)}) and "
+            f"{base_name or 'the base in memory'!r} ({config_hash(base)}) differ in {differences}."
+        )
+    if base_name and not other_name:
+        raise ValueError(
+            f"The adapter {folder.path!r} was trained on {name!r}, but the base is {base_name!r}. Give that base; or, "
+            "if they are the same weights under two names, pass allow_other_base_name=True."
+        )

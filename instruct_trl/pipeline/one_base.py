@@ -1,0 +1,72 @@
+"""What `recipes/ppo_ptx.py` hands to its trainer: models of their own, or roles on one base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from instruct_trl.models.reward_loading import is_adapter
+from instruct_trl.pipeline.run import reward_path, rewards_with_labeler
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def models_of(run: Any, args: Any, model_args: Any, policy: str) -> dict[str, Any]:
+    """Keyword arguments of `PPOPtxTrainer` that say which models it runs.
+
+    Args:
+        run: the recipe's settings; `one_base` asks for roles on one base.
+        args: of the trainer.
+        model_args: TRL's ModelConfig.
+        policy: folder or name of the policy that PPO starts from; a LoRA adapter's folder with `one_base`, if SFT
+            trained one.
+
+    Raises:
+        ValueError: `one_base` without adapters.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    if not run.one_base:
+        return {
+            "model": policy,
+            "reward_funcs": rewards_with_labeler(run, args, reward_path(run)),
+            "quantization_config": get_quantization_config(model_args),
+            "peft_config": get_peft_config(model_args),
+        }
+    roles = load_roles(reward_path(run), model_args, policy)
+    return {"model": None, "reward_funcs": rewards_with_labeler(run, args, roles.reward), "role_adapters": roles}
+
+
+def load_roles(reward: str, model_args: Any, policy: str) -> Any:
+    """RoleAdapters of a policy (an SFT adapter's folder, or a whole model as base) and a reward adapter's folder.
+
+    Raises:
+        ValueError: the reward model is not an adapter, or there is neither an SFT adapter nor a LoRA setting.
+    """
+    from peft import PeftConfig
+    from trl import get_peft_config, get_quantization_config
+
+    from instruct_trl import RoleAdapters
+
+    if not is_adapter(reward):
+        raise ValueError(
+            f"--one_base needs a reward model that is a LoRA adapter; {reward} is none. Train it with recipes/"
+            "reward_model.py --use_peft --lora_task_type SEQ_CLS."
+        )
+    sft = policy if is_adapter(policy) else None
+    if sft is None and not model_args.use_peft:
+        raise ValueError(f"--one_base on the whole model {policy} needs --use_peft, and its settings (lora_r, ...).")
+    quantization = get_quantization_config(model_args)
+    base = policy if sft is None else str(PeftConfig.from_pretrained(sft).base_model_name_or_path)
+    return RoleAdapters(
+        base,
+        sft,
+        Path(reward),
+        quantization,
+        cast("LoraConfig | None", get_peft_config(model_args)),
+        revision=None if model_args.model_revision == "main" else model_args.model_revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=model_args.trust_remote_code,
+    )

@@ -1,0 +1,191 @@
+"""The adapters of RoleAdapters on disk: which belong to one base, what our trainer leaves, what is saved and merged."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoHaConfig, PeftModel, get_peft_model
+from ranking_helpers import DEMONSTRATIONS, RANKINGS, eos_as_pad, make, pairs_of
+from role_helpers import BIAS, EXACT, batch, classifier_values, randomise, reward_lora, save_pieces, sft_lora
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+)
+
+from instruct_trl import RewardScorer, RoleAdapters
+from instruct_trl.models.adapter_switching import adapter_parameters
+
+
+@pytest.fixture
+def pieces(tmp_path, tokenizer):
+    return save_pieces(tmp_path, tokenizer)
+
+
+@pytest.fixture
+def roles(pieces):
+    return RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
+
+
+# Pieces that do not belong together ---------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base_is_refused(pieces, tmp_path):
+    LlamaForCausalLM(tiny_config(hidden_size=32)).save_pretrained(tmp_path / "wide")
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path / "twin")
+    with pytest.raises(ValueError, match=r"sft' belongs to another base: .*wide'.* hidden_size 16 and 32"):
+        RoleAdapters(tmp_path / "wide", pieces / "sft", pieces / "rm")
+    with pytest.raises(ValueError, match=r"trained on '.*base', but the base is '.*twin'.*allow_other_base_name"):
+        RoleAdapters(tmp_path / "twin", pieces / "sft", pieces / "rm")
+    RoleAdapters(tmp_path / "twin", pieces / "sft", pieces / "rm", allow_other_base_name=True)
+    with pytest.raises(ValueError, match="hidden_size"):  # a base in memory has no name, but a config
+        RoleAdapters(LlamaForCausalLM(tiny_config(hidden_size=32)), pieces / "sft", pieces / "rm")
+
+
+def test_shapes_decide_where_the_adapters_base_is_gone(pieces):
+    edit_config(pieces / "sft", base_model_name_or_path="/gone")
+    edit_config(pieces / "rm", base_model_name_or_path="/gone")
+    with pytest.raises(ValueError, match=r"does not fit this base: .*q_proj.lora_A.weight is \(4, 16\), .* \(4, 32\)"):
+        RoleAdapters(LlamaForCausalLM(tiny_config(hidden_size=32)), pieces / "sft", pieces / "rm")
+    with pytest.raises(ValueError, match=r"does not fit this base: .*layers.2.* is not in it"):
+        RoleAdapters(LlamaForCausalLM(tiny_config(num_hidden_layers=3)), pieces / "sft", pieces / "rm")
+
+
+def edit_config(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_another_revision_is_refused(pieces):
+    edit_config(pieces / "rm", revision="v1")
+    with pytest.raises(ValueError, match=r"rm' was trained on revision 'v1'.*revision 'main'"):
+        RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", revision="main")
+
+
+def test_a_reward_adapter_on_the_merged_sft_model_must_say_so(tmp_path, tokenizer):
+    root = save_pieces(tmp_path, tokenizer, on_sft=True)
+    with pytest.raises(ValueError, match=r"rm' was trained on '.*merged', but the base is '.*base'"):
+        RoleAdapters(root / "base", root / "sft", root / "rm")
+    edit_config(root / "rm", base_model_name_or_path=str(root / "sft"))
+    roles = RoleAdapters(root / "base", root / "sft", root / "rm")  # by its base's name
+    expected = RoleAdapters(root / "merged", None, root / "rm", policy_config=sft_lora(), allow_other_base_name=True)
+    torch.testing.assert_close(roles.reward(*batch()), expected.reward(*batch()), **EXACT)
+
+
+def test_what_cannot_be_a_role_is_refused(pieces, tmp_path):
+    with pytest.raises(ValueError, match="There is no adapter at"):
+        RoleAdapters(pieces / "base", pieces / "base", pieces / "rm")
+    with pytest.raises(ValueError, match="does not hold a scalar score head"):
+        RoleAdapters(pieces / "base", pieces / "sft", pieces / "sft")
+    with pytest.raises(ValueError, match="reward_adapter is not given"):
+        RoleAdapters(pieces / "base", pieces / "sft")
+    with pytest.raises(ValueError, match="pass policy_config="):
+        RoleAdapters(pieces / "base", None, pieces / "rm")
+    with pytest.raises(ValueError, match="carries adapters already"):
+        RoleAdapters(AutoPeftModelForCausalLM.from_pretrained(pieces / "sft"), pieces / "sft", pieces / "rm")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes weights of the base"):
+        RoleAdapters(pieces / "base", None, pieces / "rm", policy_config=sft_lora(init_lora_weights="pissa"))
+    other = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pieces / "base"), LoHaConfig(target_modules=["q_proj"], r=2)
+    )
+    other.save_pretrained(tmp_path / "loha")
+    with pytest.raises(ValueError, match="is a LoHaConfig"):
+        RoleAdapters(pieces / "base", tmp_path / "loha", pieces / "rm")
+
+
+# Reward adapters of our own trainer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["base", "sft"])
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_a_reward_adapter_of_our_trainer_is_the_reward_role(tmp_path, tokenizer, below, pad_is_eos):
+    """Trained on the base or on the SFT adapter; with a pad token of its own, added beyond the base's vocabulary."""
+    tokenizer = eos_as_pad() if pad_is_eos else tokenizer
+    root = save_pieces(tmp_path, tokenizer, **({"vocab_size": 257} if pad_is_eos else {}))
+    (root / "rm" / "reward_config.json").unlink()
+    trainer = make(
+        str(root / below), None, tmp_path / "run", peft_config=reward_lora(), max_steps=3, learning_rate=1e-2
+    )
+    trainer.train()
+    trainer.normalize(Dataset.from_list(DEMONSTRATIONS))
+    trainer.save_model(str(root / "trained"))
+    expected = RewardScorer(trainer.model, trainer.processing_class)(*pairs_of(RANKINGS))
+    assert RewardScorer(root / "trained")(*pairs_of(RANKINGS)) == pytest.approx(expected, abs=1e-5)
+    roles = RoleAdapters(root / "base", root / "sft", root / "trained")
+    found = RewardScorer(roles.reward, prefix_sharing="off")(*pairs_of(RANKINGS))
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert roles._stacks["reward"] == (["reward"] if below == "base" else ["sft", "reward"])
+
+
+def test_a_reward_adapter_on_an_sft_adapter_is_not_trained_in_4_bits(pieces, tmp_path):
+    with pytest.raises(ValueError, match="cannot be merged into a quantised base"):
+        make(
+            str(pieces / "sft"), None, tmp_path / "run", peft_config=reward_lora(),
+            model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
+        )  # fmt: skip
+
+
+# Saved --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_adapter_is_saved_in_its_own_folder_and_read_by_plain_peft(pieces, roles, tmp_path):
+    for adapter, seed in (("default", 3), ("critic", 4)):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapter_parameters(roles.model, adapter).values():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    roles.save_pretrained(tmp_path / "out")
+    ids, mask = batch()
+    roles.model.eval()
+    base = AutoModelForCausalLM.from_pretrained(pieces / "base")
+    policy = PeftModel.from_pretrained(base, tmp_path / "out" / "policy").eval()
+    found = roles.policy(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(policy(input_ids=ids, attention_mask=mask).logits, found, **EXACT)
+    classifier = AutoModelForSequenceClassification.from_pretrained(pieces / "base", num_labels=1)
+    classifier.config.reward_bias = BIAS
+    value = PeftModel.from_pretrained(classifier, tmp_path / "out" / "value")
+    torch.testing.assert_close(
+        roles.value.eval()(ids, mask)[mask == 1], classifier_values(value, ids, mask)[mask == 1], **EXACT
+    )
+    files = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    one = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    expected = {f"policy/{name}" for name in one} | {f"value/{name}" for name in {*one, "reward_config.json"}}
+    assert files == expected
+    for role in ("policy", "value"):
+        assert f"base_model: {pieces / 'base'}" in (tmp_path / "out" / role / "README.md").read_text()
+        assert all("base_layer" not in key for key in load_file(tmp_path / "out" / role / "adapter_model.safetensors"))
+
+
+def test_what_was_saved_can_be_taken_up_again(pieces, roles, tmp_path):
+    randomise(roles.model, 5)
+    with torch.no_grad():
+        roles.value.score.weight.add_(1.0)
+    roles.save_pretrained(tmp_path / "out")
+    again = RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
+    again.load_policy(tmp_path / "out" / "policy")
+    again.value.load_pretrained(tmp_path / "out" / "value")
+    for role in ("policy", "value"):
+        for one, two in zip(getattr(roles, role).parameters(), getattr(again, role).parameters(), strict=True):
+            assert torch.equal(one, two)
+    # a finished run's folders make the next run's pieces
+    third = RoleAdapters(pieces / "base", tmp_path / "out" / "policy", tmp_path / "out" / "value")
+    torch.testing.assert_close(third.reward(*batch()), roles.value.eval()(*batch())[:, -1])
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_merge_writes_a_standalone_policy_and_leaves_the_base_alone(pieces, tmp_path, in_memory):
+    base = AutoModelForCausalLM.from_pretrained(pieces / "base") if in_memory else pieces / "base"
+    roles = RoleAdapters(base, pieces / "sft", pieces / "rm")
+    randomise(roles.model, 5)
+    before = {name: p.clone() for name, p in roles.model.named_parameters()}
+    roles.merge(tmp_path / "whole")
+    assert all(torch.equal(p, before[name]) for name, p in roles.model.named_parameters())
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    roles.model.eval()
+    ids, mask = batch()
+    expected = roles.policy(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(whole(input_ids=ids, attention_mask=mask).logits, expected, **EXACT)
