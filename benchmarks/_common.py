@@ -184,10 +184,14 @@ def comparisons(rows: list[dict]) -> list[dict]:
 def reward_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the backbone and of the optimizer step that both quality benchmarks share."""
     group = parser.add_argument_group("model and steps")
-    group.add_argument("--model", help="folder or hub name (default: the tiny LM, trained first if it is not there)")
+    group.add_argument(
+        "--model",
+        help="folder, hub name, or 'demo' for the demo's SmolLM2-135M-Instruct (default: the tiny LM, trained first if "
+        "it is not there)",
+    )
+    group.add_argument("--layers", type=int, help="keep that many of the model's first layers (default: all)")
     group.add_argument("--lm_steps", type=int, default=500, help="training steps of the tiny LM (default: 500)")
     group.add_argument("--lm_folder", type=Path, default=OUTPUTS / "tiny_lm", help="where it is kept")
-    group.add_argument("--prompts_per_step", type=int, default=8, help="prompts an optimizer step (default: 8)")
     group.add_argument("--accumulation", type=int, default=1, help="forwards an optimizer step (default: 1)")
     group.add_argument("--bf16", action="store_true", help="bf16 autocast in all training; default: float32")
     group.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
@@ -207,11 +211,36 @@ def quiet() -> None:
 
 def backbone(args: argparse.Namespace) -> str:
     """The name or folder of the model that every run starts from."""
-    if args.model:
-        return str(args.model)
-    from _tiny_lm import tiny_lm
+    if args.model == "demo":
+        from instruct_trl.pipeline.assets import base_model
 
-    return str(tiny_lm(args.lm_folder, args.lm_steps, args.max_words, args.bf16))
+        name = str(base_model())
+    elif args.model:
+        name = args.model
+    else:
+        from _tiny_lm import tiny_lm
+
+        name = str(tiny_lm(args.lm_folder, args.lm_steps, args.max_words, args.bf16))
+    return _first_layers(name, args.layers) if args.layers else name
+
+
+def _first_layers(name: str, count: int) -> str:
+    """The folder of a copy of the model with its first `count` layers; the final norm stays."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    config = AutoConfig.from_pretrained(name)
+    if not 0 < count <= config.num_hidden_layers:
+        raise SystemExit(f"--layers {count}: {name} has 1 to {config.num_hidden_layers} layers.")
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+    folder = OUTPUTS / f"{Path(name).name}_{count}_layers"
+    logging.set_verbosity_error()  # it would list the weights of the layers left out
+    AutoModelForCausalLM.from_pretrained(name, config=config).save_pretrained(folder)
+    logging.set_verbosity_warning()
+    AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+    return str(folder)
 
 
 def settings(args: argparse.Namespace, rows_a_step: int, seed: int, learning_rate: float) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Quality and time on real ranked text: K-way reward model against trl.RewardTrainer on the exploded pairs.
 
     python benchmarks/reward_accuracy.py
+    python benchmarks/reward_accuracy.py --model demo --layers 8
     python benchmarks/reward_accuracy.py --rankings my_rankings.jsonl --model Qwen/Qwen2.5-0.5B
 
-Both start from the same model and see the same prompts once (one epoch) in the same number of optimizer steps: a step
-of ours has `--prompts_per_step` prompts with all their completions, a step of TRL's as many pairs as that many prompts
-have on average, drawn from all pairs in random order, as a user of TRL would. Optimizer and schedule are the same.
-Each method gets the best of `--learning_rates` for itself, chosen with seed 0 on validation prompts; then it runs
-with every seed, and the test prompts judge. One code judges both: share of the untied pairs of a prompt that are
-ordered as ranked. Wall time is that of trainer.train(), set-up and judging excluded; the methods alternate.
+Both start from the same model and see the same prompts for the same `--epochs` in the same number of optimizer steps: a
+step of ours has `--prompts_per_step` prompts with all their completions, a step of TRL's as many pairs as that many
+prompts have on average, drawn from all pairs in random order, as a user of TRL would. Optimizer and schedule are the
+same. Each method gets the best of `--learning_rates` x `--prompts_per_step` for itself, chosen with seed 0 on
+validation prompts; then it runs with every seed, and the test prompts judge. One code judges both: share of the untied
+pairs of a prompt that are ordered as ranked. Wall time is that of trainer.train(), set-up and judging excluded; the
+methods alternate.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 from _common import (
@@ -49,8 +52,16 @@ class Run:
     steps: int
 
 
-def train(method: str, learning_rate: float, seed: int, data: RankedText, args: argparse.Namespace) -> Run:
-    """One epoch of one method, judged on the validation and test prompts."""
+@dataclass(frozen=True)
+class Setting:
+    """What each method may choose for itself."""
+
+    learning_rate: float
+    prompts_per_step: int
+
+
+def train(method: str, setting: Setting, seed: int, data: RankedText, args: argparse.Namespace) -> Run:
+    """One run of one method, judged on the validation and test prompts."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from transformers.trainer_callback import PrinterCallback
@@ -62,11 +73,11 @@ def train(method: str, learning_rate: float, seed: int, data: RankedText, args: 
     trainer_class: Any = RankingRewardTrainer
     config_class: Any = RankingRewardConfig
     extra: dict[str, Any] = {}
-    rows_a_step = args.prompts_per_step
+    rows_a_step = setting.prompts_per_step
     if method == "pairs":
         rows = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in comparisons(data.train)]
         trainer_class, config_class = RewardTrainer, RewardConfig
-        rows_a_step = round(args.prompts_per_step * len(rows) / len(data.train))
+        rows_a_step = round(setting.prompts_per_step * len(rows) / len(data.train))
         # The schedule that our config has by default.
         extra = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     elif "prefix_sharing" in {field.name for field in fields(RankingRewardConfig)}:
@@ -75,7 +86,12 @@ def train(method: str, learning_rate: float, seed: int, data: RankedText, args: 
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = trainer_class(
             args.backbone,
-            config_class(folder, num_train_epochs=1, **settings(args, rows_a_step, seed, learning_rate), **extra),
+            config_class(
+                folder,
+                num_train_epochs=args.epochs,
+                **settings(args, rows_a_step, seed, setting.learning_rate),
+                **extra,
+            ),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         )
@@ -87,20 +103,21 @@ def train(method: str, learning_rate: float, seed: int, data: RankedText, args: 
     test, test_loss = judge(trainer.model, tokenizer, data.test)
     run = Run(validation, test, test_loss, seconds, trainer.state.global_step)
     print(
-        f"# {METHODS[method]}, LR {learning_rate:g}, seed {seed}: validation {run.validation:.4f}, "
-        f"test {run.test:.4f}, {run.steps} steps in {run.seconds:.0f} s",
+        f"# {METHODS[method]}, LR {setting.learning_rate:g}, {setting.prompts_per_step} prompts a step, seed {seed}: "
+        f"validation {run.validation:.4f}, test {run.test:.4f}, {run.steps} steps in {run.seconds:.0f} s",
         flush=True,
     )
     return run
 
 
-def sweep(data: RankedText, args: argparse.Namespace) -> dict[str, tuple[float, list[Run]]]:
-    """By method: its best learning rate on the validation prompts, and its runs with that rate, seed by seed."""
-    first: dict[str, dict[float, Run]] = {method: {} for method in METHODS}
-    for learning_rate in args.learning_rates:
+def sweep(data: RankedText, args: argparse.Namespace) -> dict[str, tuple[Setting, list[Run]]]:
+    """By method: its best setting on the validation prompts, and its runs with that setting, seed by seed."""
+    choices = [Setting(*choice) for choice in product(args.learning_rates, args.prompts_per_step)]
+    first: dict[str, dict[Setting, Run]] = {method: {} for method in METHODS}
+    for setting in choices:
         for method in METHODS:
-            first[method][learning_rate] = train(method, learning_rate, 0, data, args)
-    best = {method: max(runs, key=lambda rate: runs[rate].validation) for method, runs in first.items()}
+            first[method][setting] = train(method, setting, 0, data, args)
+    best = {method: max(choices, key=lambda setting: runs[setting].validation) for method, runs in first.items()}
     results = {method: (best[method], [first[method][best[method]]]) for method in METHODS}
     for seed in range(1, args.seeds):
         for method in METHODS:
@@ -108,14 +125,15 @@ def sweep(data: RankedText, args: argparse.Namespace) -> dict[str, tuple[float, 
     return results
 
 
-def report(results: dict[str, tuple[float, list[Run]]], data: RankedText) -> None:
+def report(results: dict[str, tuple[Setting, list[Run]]], data: RankedText) -> None:
     rows = []
-    for method, (learning_rate, runs) in results.items():
+    for method, (setting, runs) in results.items():
         tests = [run.test for run in runs]
         rows.append(
             [
                 METHODS[method],
-                f"{learning_rate:g}",
+                f"{setting.learning_rate:g}",
+                setting.prompts_per_step,
                 mean_sd(tests),
                 ", ".join(f"{test:.3f}" for test in tests),
                 mean_sd([run.test_loss for run in runs]),
@@ -123,7 +141,16 @@ def report(results: dict[str, tuple[float, list[Run]]], data: RankedText) -> Non
                 f"{statistics.median(run.seconds for run in runs):.1f}",
             ]
         )
-    header = ["method", "best LR", "held-out pair accuracy", "by seed", "held-out loss", "steps", "training, s"]
+    header = [
+        "method",
+        "best LR",
+        "prompts a step",
+        "held-out pair accuracy",
+        "by seed",
+        "held-out loss",
+        "steps",
+        "training, s",
+    ]
     print("\n" + data.source)
     pairs = len(comparisons(data.test))
     print(f"{len(data.train)} prompts to train on, {len(data.test)} held out ({pairs:,} untied pairs).\n")
@@ -142,6 +169,10 @@ def main() -> None:
     parser.add_argument(
         "--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3], help="peaks to try (default: 3e-4 1e-3)"
     )
+    parser.add_argument(
+        "--prompts_per_step", type=int, nargs="+", default=[8], help="prompts an optimizer step, to try (default: 8)"
+    )
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the rankings or pairs (default: 1)")
     reward_model_arguments(parser)
     ranked_text_arguments(parser, train=320, validation=80, test=200)
     args = parser.parse_args()

@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--eval_steps", type=int, default=5, help="steps between two judgings (default: 5)")
     parser.add_argument("--train_judged", type=int, default=40, help="training prompts that are judged (default: 40)")
     parser.add_argument("--picture", type=Path, default=OUTPUTS / "reward_groups.png")
+    parser.add_argument("--prompts_per_step", type=int, default=8, help="prompts an optimizer step (default: 8)")
     reward_model_arguments(parser)
     ranked_text_arguments(parser, train=200, validation=0, test=120)
     args = parser.parse_args()
