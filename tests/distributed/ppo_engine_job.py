@@ -146,7 +146,7 @@ def main(root, which):
         result = result_of(trainer)
         if trainer.args.process_index == 0:
             torch.save(result, root / f"{name}.pt")
-    if which == "fresh":
+    if which == "resumed":
         run_recipe(root)
 
 

@@ -120,12 +120,31 @@ def test_policy_and_value_model_are_sharded(run):
         assert (found["policy_class"], found["value_class"]) == ("DTensor", "DTensor")
 
 
-def test_a_checkpoint_continues(run):
-    """`sampled` draws its answers and is resumed inside an iteration; both with Adam's moments and a schedule."""
+@pytest.fixture(scope="module")
+def resumed(run):
+    """The same, after the second launch: runs resumed, and the recipe."""
     launch(*run, "resumed")
+    return run
+
+
+def test_a_checkpoint_continues(resumed):
+    """`sampled` draws its answers and is resumed inside an iteration; both with Adam's moments and a schedule."""
+    run = resumed
     for name in ("clipped", "sampled"):
         whole, again = load(run, name), load(run, f"{name}_resumed")
         assert_same_metrics(again["metrics"], whole["metrics"], rel=1e-4)
         expected, found = saved_weights(run[1] / name), saved_weights(run[1] / f"{name}_resumed")
         for role in expected:
             torch.testing.assert_close(found[role], expected[role], atol=1e-6, rtol=1e-5)
+
+
+def test_an_evaluation_has_a_win_rate(run):
+    """Sampling from policy and reference between two steps: the steps after it are those that a resumed run repeats."""
+    rates = load(run, "sampled")["win_rates"]
+    assert len(rates) == 3
+    assert all(0 <= rate <= 1 for rate in rates)
+
+
+def test_the_recipe_runs(resumed):
+    """recipes/ppo_ptx.py, with the value model a copy of the reward model: as many tensors as in the policy."""
+    assert saved_weights(resumed[1] / "recipe").keys() == {"policy", "value", "ema"}
