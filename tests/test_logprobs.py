@@ -2,7 +2,10 @@
 
 import copy
 
+import pytest
 import torch
+from datasets import Dataset
+from ppo_helpers import make
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -70,3 +73,23 @@ def test_the_head_projects_the_scored_tokens_and_no_others(policy):
     assert policy.lm_head.weight.grad.abs().sum() > 0
     with torch.no_grad():
         torch.testing.assert_close(completion_logps(policy, ids, mask, 4, scored=scored)[0], logps)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["completions only", "TRL's fused head"])
+def test_the_ratio_starts_at_1_where_positions_are_absolute(
+    tmp_path, reward_model, scorer, tokenizer, monkeypatch, fused
+):
+    """Rollout and update pad a row differently; only counted positions make them agree."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 258}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=256, pad_token_id=257))
+    with torch.no_grad():
+        model.transformer.wpe.weight *= 20
+    monkeypatch.setattr("instruct_trl.trainers.ppo_rollout.fused_head_is_compact", lambda device: fused)
+    prompts = Dataset.from_dict({"prompt": ["a" * (1 + i) for i in range(16)]})
+    trainer = make(tmp_path, model, scorer, tokenizer, prompts=prompts, ptx_coef=0.0, old_logps_from_sampler=True)
+    trainer.train()
+    ratios = [row["ratio"] for row in trainer.state.log_history if "ratio" in row]
+    gaps = [row["sampler_gap"] for row in trainer.state.log_history if "sampler_gap" in row]
+    assert ratios[0] == pytest.approx(1, abs=1e-5)
+    assert max(gaps) < 1e-5  # and the sampler read the same positions

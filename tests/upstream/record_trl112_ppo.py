@@ -53,12 +53,13 @@ def models():
 
 
 def tokenizer():
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": PAD, "<eos>": EOS, **{f"w{index}": index for index in range(2, VOCABULARY)}}
     raw = Tokenizer(kinds.WordLevel(words, unk_token="w2"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
