@@ -35,6 +35,10 @@ class ReferenceRole(nn.Module):
     def config(self) -> Any:
         return self._roles.model.config
 
+    def get_base_model(self) -> Any:
+        """The causal language model without adapters, as PEFT's models name it."""
+        return self._roles.model.get_base_model()
+
     def active(self) -> AbstractContextManager[None]:
         """Within, the shared model is the reference."""
         return self._roles.active("reference")
