@@ -71,3 +71,11 @@ def test_batches_of_similar_length_hold_everyone_and_a_tenth_of_padding_at_most(
         computed = int(lengths[rows].max()) * len(rows)
         assert len(rows) <= 16
         assert lengths[rows].sum() >= 0.9 * computed
+
+
+def test_batches_by_count_do_not_hang_on_lengths():
+    """Processes under ZeRO-3 must call a model equally often, whatever their answers are like."""
+    for lengths in ([1, 100, 1, 100, 1], [7, 7, 7, 7, 7]):
+        batches = similar_lengths(torch.tensor(lengths), 2, by_count=True)
+        assert [len(rows) for rows in batches] == [2, 2, 1]
+        assert sorted(index for rows in batches for index in rows.tolist()) == list(range(5))

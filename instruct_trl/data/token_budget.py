@@ -12,6 +12,7 @@ import torch
 
 from instruct_trl.data.prefix_layout import GroupedRows
 
+MOST_PADDING = 0.1  # share of a batch of rows that are only scored
 _BY_PROMPT = ("ranks", "mask", "pairs", "margins", "weights", "prefix_lengths")
 _BY_ROW = ("input_ids", "attention_mask")
 
@@ -29,6 +30,12 @@ def fill(items: Iterable[int], cost: Callable[[list[int]], int], budget: int) ->
         else:
             groups.append([item])
     return groups
+
+
+def rows_cost(lengths: list[int], budget: int) -> int:
+    """What a batch of rows costs `fill`: their number, or more than `budget` where over a tenth would be padding."""
+    padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
+    return len(lengths) if padding <= MOST_PADDING else budget + 1
 
 
 def owners(batch: Mapping[str, Any]) -> torch.Tensor:

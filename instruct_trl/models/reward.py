@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from instruct_trl.data.pairs import Text, pad_rows, template_kwargs, tokenize_pair
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
-from instruct_trl.data.token_budget import fill
+from instruct_trl.data.token_budget import fill, rows_cost
 from instruct_trl.models.reward_loading import check_single_label, load_reward_model
 from instruct_trl.models.scoring_route import ScoringRoute
 
@@ -151,6 +151,10 @@ class RewardScorer:
 
     def _batches(self, rows: list[list[int]], prompts: Sequence[str]) -> list[list[list[int]]]:
         """Batches of at most `batch_size` rows of similar length; each batch is a list of groups with equal prompt."""
+
+        def cost(chosen: list[int]) -> int:
+            return rows_cost([len(rows[index]) for place in chosen for index in groups[place]], self.batch_size)
+
         by_prompt: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):
             by_prompt.setdefault(prompt, []).append(index)
@@ -160,8 +164,7 @@ class RewardScorer:
             for start in range(0, len(group), self.batch_size)
         ]
         groups.sort(key=lambda group: max(len(rows[index]) for index in group))
-        places = fill(range(len(groups)), lambda chosen: sum(len(groups[i]) for i in chosen), self.batch_size)
-        return [[groups[place] for place in chosen] for chosen in places]
+        return [[groups[place] for place in chosen] for chosen in fill(range(len(groups)), cost, self.batch_size)]
 
     def _place(self) -> None:
         """Move a model that we loaded to this process's accelerator, at the first call: by then a launcher chose it."""

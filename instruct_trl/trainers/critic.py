@@ -74,13 +74,10 @@ class Critic:
         return values[:, -batch["completion_ids"].size(1) - 1 : -1]
 
     @torch.no_grad()
-    def rollout_values(self, rollout: Batch, batch_size: int) -> torch.Tensor:
-        """V (B, T) of a whole rollout, `batch_size` rows at a time, without gradient."""
+    def rollout_values(self, rows: Batch) -> torch.Tensor:
+        """V (B, T) of rows of a rollout, without gradient."""
         self.model.eval()
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        rows = len(rollout["prompt_ids"])
-        chunks = [{k: rollout[k][i : i + batch_size] for k in names} for i in range(0, rows, batch_size)]
-        return torch.cat([self.completion_values(chunk) for chunk in chunks])
+        return self.completion_values(rows)
 
     def backward(self, batch: Batch, token_count: torch.Tensor, sync: bool) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of this micro-batch's share of the clipped value loss.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from instruct_trl.data.token_budget import fill, rows_cost
+
 Batch = dict[str, Any]
 
 
@@ -83,13 +85,16 @@ def trim_padding(batch: Batch) -> Batch:
     return cut
 
 
-def compute_by_length(batch: Batch, size: int, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+def compute_by_length(
+    batch: Batch, size: int, compute: Callable[[Batch], torch.Tensor], *, by_count: bool = False
+) -> torch.Tensor:
     """`compute` on the rows of a rollout, a few of similar length at a time, each time without their padding.
 
     Args:
         batch: prompts and completions, as `trim_padding` takes them.
         size: rows at once at most.
         compute: from trimmed rows (B', P') and (B', T') to numbers (B', T').
+        by_count: call `compute` ⌈B / size⌉ times, however long the rows, as processes that must step together need it.
 
     Returns:
         (B, T) in the order of `batch`, 0 where the completion mask is False.
@@ -97,7 +102,7 @@ def compute_by_length(batch: Batch, size: int, compute: Callable[[Batch], torch.
     mask = batch["completion_mask"].bool()
     lengths = mask.sum(dim=1)
     result: torch.Tensor | None = None
-    for rows in similar_lengths(lengths + batch["prompt_mask"].sum(dim=1), size):
+    for rows in similar_lengths(lengths + batch["prompt_mask"].sum(dim=1), size, by_count):
         part = compute(trim_padding({name: value[rows] for name, value in batch.items()}))
         result = part.new_zeros(mask.shape) if result is None else result
         kept = torch.arange(part.size(1), device=part.device) >= part.size(1) - lengths[rows].unsqueeze(1)
@@ -106,18 +111,12 @@ def compute_by_length(batch: Batch, size: int, compute: Callable[[Batch], torch.
     return result
 
 
-def similar_lengths(lengths: torch.Tensor, size: int, waste: float = 0.1) -> list[torch.Tensor]:
-    """Indices of `lengths` (B,), sorted, in batches of at most `size` with at most a share `waste` of padding."""
-    order = lengths.argsort(stable=True)
-    batches: list[list[int]] = []
-    tokens = 0
-    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        full = not batches or len(batches[-1]) == size
-        if full or tokens + length < (1 - waste) * (len(batches[-1]) + 1) * length:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(index)
-        tokens += length
+def similar_lengths(lengths: torch.Tensor, size: int, by_count: bool = False) -> list[torch.Tensor]:
+    """Indices of `lengths` (B,), sorted, in batches of at most `size` with little padding; `by_count`: of `size`."""
+    order, known = lengths.argsort(stable=True), lengths.tolist()
+    if by_count:
+        return list(order.split(size))
+    batches = fill(order.tolist(), lambda chosen: rows_cost([known[i] for i in chosen], size), size)
     return [torch.tensor(rows, device=lengths.device) for rows in batches]
 
 

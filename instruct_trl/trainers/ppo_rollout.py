@@ -19,6 +19,7 @@ from instruct_trl.models.logprobs import completion_logps, keeps_logits, positio
 from instruct_trl.models.rollout_generation import RolloutGenerate, replaced_generate
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
+from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.minibatches import arrange_minibatches, compute_by_length
 from instruct_trl.trainers.stopwatch import Stopwatch
 
@@ -61,11 +62,10 @@ class PPORollout(GRPOTrainer):
             if self.use_vllm or images or multimodal_fields:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
             policy = self.accelerator.unwrap_model(self.model_wrapped)
-            together = self.is_deepspeed_enabled or self.is_fsdp_enabled  # processes must call `generate` equally often
             generate = RolloutGenerate(
                 policy,
                 self.eos_token_ids,
-                drop_ended=not together,
+                drop_ended=not is_sharding(self.accelerator),  # processes must call `generate` equally often
                 temperature=self.temperature if self.args.old_logps_from_sampler else None,
             )
             completions: dict[int, list[int]] = {}
@@ -128,7 +128,8 @@ class PPORollout(GRPOTrainer):
         batch = dict(zip(("prompt_ids", "completion_ids"), input_ids.split(sizes, dim=1), strict=True))
         batch |= zip(("prompt_mask", "completion_mask"), attention_mask.split(sizes, dim=1), strict=True)
         batch["loss_mask"] = batch["completion_mask"]
-        return compute_by_length(batch, self.args.local_rollout_forward_batch_size, logps)
+        size = self.args.local_rollout_forward_batch_size
+        return compute_by_length(batch, size, logps, by_count=is_sharding(self.accelerator))
 
     def _logps(
         self,
@@ -233,7 +234,7 @@ class PPORollout(GRPOTrainer):
         with self.stopwatch("value"):
             rows = {name: rollout[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
             size = self.args.local_rollout_forward_batch_size
-            values = compute_by_length(rows, size, lambda part: self.critic.rollout_values(part, size))
+            values = compute_by_length(rows, size, self.critic.rollout_values, by_count=is_sharding(self.accelerator))
         mask = rollout["completion_mask"]
         kl = rollout["kl"] * rollout["loss_mask"]  # a tool's words are not the policy's choice
         rewards = token_rewards(rollout["scores"], kl, mask, self.beta)
