@@ -80,10 +80,10 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def is_sft_adapter(path: str | Path) -> bool:
-    """True for the folder of a causal language model's adapter, on which a reward adapter may be trained."""
+    """True for the folder of an adapter that is not a classifier's, on which a reward adapter may be trained."""
     from peft import PeftConfig
 
-    return is_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type == "CAUSAL_LM"
+    return is_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type != "SEQ_CLS"
 
 
 def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:

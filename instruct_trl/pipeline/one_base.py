@@ -34,11 +34,11 @@ def models_of(run: Any, args: Any, model_args: Any, policy: str) -> dict[str, An
             "quantization_config": get_quantization_config(model_args),
             "peft_config": get_peft_config(model_args),
         }
-    roles = load_roles(reward_path(run), model_args, policy)
+    roles = load_roles(reward_path(run), policy, model_args, args.trust_remote_code)
     return {"model": None, "reward_funcs": rewards_with_labeler(run, args, roles.reward), "role_adapters": roles}
 
 
-def load_roles(reward: str, model_args: Any, policy: str) -> Any:
+def load_roles(reward: str, policy: str, model_args: Any, trust_remote_code: bool) -> Any:
     """RoleAdapters of a policy (an SFT adapter's folder, or a whole model as base) and a reward adapter's folder.
 
     Raises:
@@ -68,5 +68,5 @@ def load_roles(reward: str, model_args: Any, policy: str) -> Any:
         revision=None if model_args.model_revision == "main" else model_args.model_revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
-        trust_remote_code=model_args.trust_remote_code,
+        trust_remote_code=trust_remote_code,
     )
