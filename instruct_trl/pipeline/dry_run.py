@@ -84,12 +84,7 @@ def demo_config() -> Any:
 
 def config_of(name: str | None, default: Path | None = None) -> Any:
     """The config of a model given by name, else of a stage's output, else of the demo's model, which it starts from."""
-    if (
-        name is None
-        and default is not None
-        and any((default / f).exists() for f in ("config.json", "adapter_config.json"))
-    ):
-        name = str(default)
+    name = name or (None if default is None else _existing(default))
     return demo_config() if name is None else read_config(name)
 
 
@@ -100,11 +95,15 @@ def lora_of(model: Any) -> Any:
     return get_peft_config(model)
 
 
+def as_dtype(given: Any) -> torch.dtype:
+    """A dtype from its name; 'auto' is what models are published in, bf16."""
+    if isinstance(given, torch.dtype):
+        return given
+    return getattr(torch, str(given or "float32").removeprefix("torch."), torch.bfloat16)
+
+
 def _dtype(args: Any) -> torch.dtype:
-    given = (args.model_init_kwargs or {}).get("dtype", "float32")
-    return (
-        given if isinstance(given, torch.dtype) else getattr(torch, str(given).removeprefix("torch."), torch.bfloat16)
-    )
+    return as_dtype((args.model_init_kwargs or {}).get("dtype"))
 
 
 def _nf4(model: Any) -> bool | None:
@@ -113,30 +112,13 @@ def _nf4(model: Any) -> bool | None:
 
 def plan_ppo_ptx(device: Device, run: Any, args: Any, model: Any) -> Stage:
     """recipes/ppo_ptx.py."""
-    policy = config_of(model.model_name_or_path, run.run / "selected_sft" / "model")
-    reward = read_config(run.reward_model_path) if run.reward_model_path else config_of(None, run.run / "reward_model")
-    if run.reward_model_path is None and model.model_name_or_path is not None:
-        reward = policy
-    lora, nf4 = lora_of(model), _nf4(model)
-    adapters = torch.bfloat16 if nf4 is not None else torch.float32  # TRL casts the adapters of a quantised base
-    models = PPOModels(
-        policy,
-        reward,
-        "four_full" if lora is None else "policy_lora",
-        dtype=_dtype(args),
-        adapters=adapters,
-        nf4=nf4,
-        peft_config=lora,
-        autocast=bool(args.bf16),
-        ema=args.ema_decay is not None,
-    )
+    models, assumed = _ppo_models(run, args, model)
     prompt = args.max_prompt_length or PROMPT_TOKENS
-    assumed = [f"every prompt has {prompt} tokens and every answer {args.max_completion_length}."]
+    assumed.append(f"every prompt has {prompt} tokens and every answer {args.max_completion_length}.")
     if args.use_vllm:
         assumed.append("vLLM's own memory is not counted.")
     sizes = PPOSizes(
         rollout=args.generation_batch_size // args.world_size,
-        accumulation=args.gradient_accumulation_steps,
         prompt=prompt,
         completion=args.max_completion_length,
         ptx_length=args.ptx_max_length,
@@ -146,16 +128,61 @@ def plan_ppo_ptx(device: Device, run: Any, args: Any, model: Any) -> Stage:
         assumptions=tuple(assumed),
     )
     minibatch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    settings = _settings(
-        args, "local_rollout_forward_batch_size", "per_device_train_batch_size", "gradient_checkpointing"
-    )
+    names = ("local_rollout_forward_batch_size", "per_device_train_batch_size", "gradient_checkpointing")
 
     def make(given: Settings) -> MemoryPlan:
         rows, chunk = int(given["per_device_train_batch_size"]), int(given["local_rollout_forward_batch_size"])
         now = {"micro_batch": rows, "accumulation": minibatch // rows, "chunk": chunk, "reward_chunk": chunk}
         return ppo_plan(models, replace(sizes, **now, checkpointing=bool(given["gradient_checkpointing"])))
 
-    return Stage("recipes/ppo_ptx.py", make, settings, PPO_RELIEF)
+    return Stage("recipes/ppo_ptx.py", make, _settings(args, *names), PPO_RELIEF)
+
+
+def _ppo_models(run: Any, args: Any, model: Any) -> tuple[PPOModels, list[str]]:
+    """The models of a PPO run, and what was taken to be so."""
+    name, default = model.model_name_or_path, run.run / "selected_sft" / "model"
+    policy = config_of(name, default)
+    reward_path = run.reward_model_path or _existing(run.run / "reward_model")
+    reward = read_config(reward_path) if reward_path else policy
+    assumed = [] if reward_path else ["the reward model has the policy's size."]
+    lora, nf4 = lora_of(model), _nf4(model)
+    one_base = getattr(run, "one_base", False)
+    sft = adapter_of(name or _existing(default)) if one_base else None
+    if one_base and lora is None and sft is None:
+        raise ValueError("--one_base needs --use_peft and its settings (lora_r, ...), or the folder of an SFT adapter.")
+    if one_base:
+        assumed += [] if reward_path else ["the reward model's adapter has the policy's rank and modules."]
+    # TRL casts the policy's adapter on a quantised base to bf16; on one base it stays in float32, as the critic's.
+    adapters = torch.bfloat16 if nf4 is not None and not one_base else torch.float32
+    models = PPOModels(
+        policy,
+        reward,
+        "one_base" if one_base else "four_full" if lora is None else "policy_lora",
+        dtype=as_dtype(model.dtype) if one_base else _dtype(args),
+        adapters=adapters,
+        nf4=nf4,
+        peft_config=lora or sft,
+        reward_peft_config=adapter_of(reward_path) if one_base else None,
+        sft_adapter=sft is not None,
+        autocast=bool(args.bf16),
+        ema=args.ema_decay is not None,
+    )
+    return models, assumed
+
+
+def _existing(folder: Path) -> str | None:
+    """`folder` if it holds a model or an adapter."""
+    files = ("config.json", "adapter_config.json")
+    return str(folder) if any((folder / file).exists() for file in files) else None
+
+
+def adapter_of(name: str | None) -> Any:
+    """The LoraConfig of an adapter's local folder, or None."""
+    from peft import PeftConfig
+
+    if name is None or not Path(name, "adapter_config.json").is_file():
+        return None
+    return PeftConfig.from_pretrained(name)
 
 
 def plan_sft(device: Device, run: Any, args: Any, model: Any) -> Stage:
