@@ -67,6 +67,7 @@ def test_every_recipe_prints_its_plan_and_makes_nothing(recipe, home, capsys):
     out = run(capsys, recipe, *OWN[recipe], "--dataset_name", "not_there.jsonl", "--run_dir", "run")
     assert out.startswith(f"Dry run of recipes/{recipe}.py")
     assert re.search(r"^fits: ", out.splitlines()[-1])
+    assert not re.search(r" -\d", out)  # no negative size
     assert sorted(home.rglob("*")) == before
 
 
@@ -151,8 +152,8 @@ def test_a_7b_in_4_bit_fits_16_gb():
     cache = 2 * 32 * 8 * 768 * 4096 * 2
     assert total(plan.phases[0].items, kinds=["KV cache"]) == cache
     assert plan.resident_size + cache < plan.peak < 16e9
-    four = ppo_plan(PPOModels(config, config), sizes)
-    assert four.resident_size > 100e9  # four full float32 models with AdamW
+    four = [role.resident() for role in ppo_roles(PPOModels(config, config)).values()]
+    assert sum(total(items) for items in four) > 100e9  # four full float32 models with AdamW
 
 
 @pytest.mark.parametrize("name", ["ppo_ptx_qlora_16gb", "ppo_ptx_qlora_24gb", "ppo_ptx_lora_small"])

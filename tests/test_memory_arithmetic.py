@@ -169,7 +169,7 @@ def real_pass(config, rows, tokens, *, autocast=False, peft_config=None, checkpo
             live.restart()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 hidden = transformer(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            kept = live.now - before
+                kept = live.now - before
             live.restart()
             hidden.float().sum().backward()
             del hidden
@@ -199,10 +199,12 @@ def test_checkpointing_keeps_one_hidden_state_a_layer():
     assert kept[1] - kept[0] == 5 * 4 * 24 * 16 * 4
 
 
-def test_autocast_keeps_a_bf16_copy_of_each_trained_matrix():
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_keeps_a_bf16_copy_of_each_trained_matrix(train):
     config = tiny_config()
-    copies = trace_pass(config, 2, 8, train=True, precision=Precision(autocast=True)).copies
-    assert copies == arithmetic.autocast_copy_bytes(sum(ModelShape(config).matrices))
+    run = trace_pass(config, 2, 8, train=train, precision=Precision(autocast=True))
+    assert run.copies == arithmetic.autocast_copy_bytes(sum(ModelShape(config).matrices))
+    assert run.copies < run.kept <= run.forward
 
 
 def test_other_architectures_are_counted_as_well():

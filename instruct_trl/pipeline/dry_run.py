@@ -154,6 +154,7 @@ def _ppo_models(run: Any, args: Any, model: Any) -> tuple[PPOModels, list[str]]:
         assumed += [] if reward_path else ["the reward model's adapter has the policy's rank and modules."]
     # TRL casts the policy's adapter on a quantised base to bf16; on one base it stays in float32, as the critic's.
     adapters = torch.bfloat16 if nf4 is not None and not one_base else torch.float32
+    assumed += ["8-bit weights are counted as if they were not quantised."] if model.load_in_8bit else []
     models = PPOModels(
         policy,
         reward,

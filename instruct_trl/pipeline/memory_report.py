@@ -112,10 +112,10 @@ def report(
     title: str, plan: MemoryPlan, make: Planner, settings: Settings, relief: Mapping[str, Sequence[str]], device: Device
 ) -> str:
     """The page. Its last line begins with 'fits' or 'does not fit'."""
-    lines = [f"Dry run of {title}: nothing was loaded, downloaded or written.", ""]
+    lines = [f"Dry run of {title}: configs were read, no weights were downloaded or loaded, nothing was written.", ""]
     lines += [*table_of(plan), "", f"Always there: {gigabytes(plan.resident_size)}. Each phase adds:", *phases_of(plan)]
     lines += ["", *(f"Taken to be so: {sentence}" for sentence in plan.assumptions)]
-    reserve = f"{gigabytes(CONTEXT)} and {KEPT_FREE:.0%} left to the driver and to fragmentation"
+    reserve = f"{gigabytes(CONTEXT)} and {KEPT_FREE:.0%} left to driver, libraries and fragmentation"
     lines.append(
         f"Peak {gigabytes(plan.peak)}, during {plan.peak_phase.name}. Device: {device.name}, "
         f"{gigabytes(device.memory)}; usable {gigabytes(device.usable)} ({reserve})."

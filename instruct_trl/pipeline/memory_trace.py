@@ -188,8 +188,8 @@ def _one_pass(model: Any, inputs: dict[str, Any], live: LiveBytes, train: bool, 
     with torch.set_grad_enabled(train):
         with context:
             hidden = transformer(**inputs).last_hidden_state
-            copies = live.copies
-        forward, kept = live.peak, live.now
+            # Inside the context: the head, which comes next, runs in it, and autocast's copies live until it ends.
+            copies, forward, kept = live.copies, live.peak, live.now
         if not train:
             return Pass(copies, forward, kept)
         live.restart()
