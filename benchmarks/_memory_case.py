@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import sys
@@ -196,6 +197,9 @@ class Peak:
         except OSError:
             print("VmHWM cannot be reset here: the peak includes loading.", file=sys.stderr)
 
+    def now(self) -> int:
+        return torch.cuda.memory_allocated() if self.gpu else self._status("VmRSS") - self.base
+
     def read(self) -> int:
         return torch.cuda.max_memory_allocated() if self.gpu else self._status("VmHWM") - self.base
 
@@ -210,11 +214,14 @@ def measure(args: Any) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     peak = Peak()
     trainer, models = make_trainer(args, base, tokenizer, config)
+    gc.collect()
+    loaded = peak.now()
     peak.start()
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
-    return {"peak": peak.read(), "weights": unique_bytes(*models), "episodes_per_second": args.rollout / seconds}
+    pace = args.rollout / seconds
+    return {"peak": peak.read(), "loaded": loaded, "weights": unique_bytes(*models), "episodes_per_second": pace}
 
 
 def plan_of(args: Any, case: str, pieces: Path) -> MemoryPlan:

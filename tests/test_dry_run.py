@@ -71,7 +71,7 @@ def test_every_recipe_prints_its_plan_and_makes_nothing(recipe, home, capsys):
     assert sorted(home.rglob("*")) == before
 
 
-@pytest.mark.parametrize("recipe", OWN)
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=pytest.mark.slow) if r == "ppo_ptx" else r for r in OWN])
 def test_the_demo_is_planned_without_its_model(recipe, home, capsys, monkeypatch):
     """Its model is not there and would be downloaded: the plan knows its shape."""
     monkeypatch.setenv("INSTRUCT_TRL_CACHE", str(home / "empty"))
@@ -93,7 +93,7 @@ def test_a_missing_model_is_an_error(home, capsys):
 
 
 def test_ppo_of_a_tiny_model_in_numbers(home, capsys):
-    """Table cells against counts of real models: 12 kB of weights, so megabytes with one digit hide them; use bytes."""
+    """Against counts of a real model."""
     config = tiny_config()
     real = LlamaForCausalLM(config)
     policy = sum(p.numel() for p in real.parameters())
@@ -133,6 +133,7 @@ def test_adapters_are_refused_where_they_are_missing():
         ppo_roles(PPOModels(config, config, "two_bases"))
 
 
+@pytest.mark.slow
 def test_a_7b_in_4_bit_fits_16_gb():
     """Prompts 512 + answers 256, rollout micro-batch 8; the base alone is about half a byte a parameter."""
     config = seven()
@@ -156,6 +157,7 @@ def test_a_7b_in_4_bit_fits_16_gb():
     assert sum(total(items) for items in four) > 100e9  # four full float32 models with AdamW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo_ptx_qlora_16gb", "ppo_ptx_qlora_24gb", "ppo_ptx_lora_small"])
 def test_the_yamls_of_one_base_fit_their_cards(name, home, capsys):
     model = "tiny" if "small" in name else "7b"
@@ -167,6 +169,7 @@ def test_the_yamls_of_one_base_fit_their_cards(name, home, capsys):
     assert re.search(r"^base ", out, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_to_do(home, capsys):
     """The advice is taken, and then it fits."""
     settings = [
@@ -193,6 +196,7 @@ def test_what_does_not_fit_is_told_what_to_do(home, capsys):
     assert out.splitlines()[-1].startswith("fits: ")
 
 
+@pytest.mark.slow
 def test_models_that_are_too_large_by_themselves_are_sent_to_one_base(home, capsys):
     out = run(capsys, "ppo_ptx", "--model_name_or_path", "7b", "--dataset_name", "x", "--device_memory_gb", 24)
     assert "the models alone are too large. Do this: hold the four roles on one frozen base" in out.splitlines()[-1]
