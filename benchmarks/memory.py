@@ -7,8 +7,9 @@ case is a process of its own that runs one iteration (rollout, scores, two optim
 
 Measured on a CPU: the process's peak resident memory (VmHWM) during that iteration, less what the process holds when
 all is imported and no model is loaded yet. glibc is told to give large freed blocks back at once
-(MALLOC_MMAP_THRESHOLD_): otherwise the peak depends on what the allocator keeps. On a GPU: the peak of torch's
-allocator. The prediction is the dry run's for the same settings.
+(MALLOC_MMAP_THRESHOLD_): otherwise the peak depends on what the allocator keeps. Weights are copied out of the mapped
+checkpoint first: else a page counts once it is read, and a whole file as long as one tensor of it lives. On a GPU: the
+peak of torch's allocator. The prediction is the dry run's for the same settings.
 """
 
 from __future__ import annotations

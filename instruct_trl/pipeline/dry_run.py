@@ -246,7 +246,7 @@ def _training_stage(
 def plan_sample(device: Device, run: Any) -> Stage:
     """recipes/sample.py: one model that answers."""
     sampler = _sampler("sampler", config_of(run.model_name_or_path, run.run / "sft"), run)
-    return _sampling_stage("recipes/sample.py", run, [sampler], None)
+    return _sampling_stage("recipes/sample.py", device, run, [sampler], None)
 
 
 def plan_select_sft(device: Device, run: Any) -> Stage:
@@ -257,7 +257,7 @@ def plan_select_sft(device: Device, run: Any) -> Stage:
     )
     config = read_config(checkpoints[0].parent) if checkpoints else config_of(run.sft_path, folder)
     reward = config_of(run.reward_model_path, run.run / "reward_model")
-    return _sampling_stage("recipes/select_sft.py", run, [_sampler("checkpoint", config, run)], reward)
+    return _sampling_stage("recipes/select_sft.py", device, run, [_sampler("checkpoint", config, run)], reward)
 
 
 def plan_evaluate(device: Device, run: Any) -> Stage:
@@ -266,7 +266,7 @@ def plan_evaluate(device: Device, run: Any) -> Stage:
     policy = config_of(run.ppo_model, run.run / "ppo_ptx" / "policy") if run.ppo_model else reference
     roles = [_sampler("model", policy, run), _sampler("reference", reference, run)]
     return _sampling_stage(
-        "recipes/evaluate.py", run, roles, config_of(run.reward_model_path, run.run / "reward_model")
+        "recipes/evaluate.py", device, run, roles, config_of(run.reward_model_path, run.run / "reward_model")
     )
 
 
@@ -274,7 +274,7 @@ def _sampler(name: str, config: Any, run: Any) -> RoleModel:
     return RoleModel(name, ModelShape(config), Precision(autocast=run.bf16))
 
 
-def _sampling_stage(title: str, run: Any, samplers: list[RoleModel], reward: Any) -> Stage:
+def _sampling_stage(title: str, device: Device, run: Any, samplers: list[RoleModel], reward: Any) -> Stage:
     """Models that answer and are scored, none trained."""
     scorer = (
         None if reward is None else RoleModel("reward", ModelShape(reward, score=True), Precision(autocast=run.bf16))
@@ -287,7 +287,9 @@ def _sampling_stage(title: str, run: Any, samplers: list[RoleModel], reward: Any
 
     def make(given: Settings) -> MemoryPlan:
         rows, tokens = int(given["batch_size"]), prompt + run.max_completion_length
-        phases: list[Phase] = [generation_phase(samplers[0], rows, prompt, run.max_completion_length)]
+        phases: list[Phase] = [
+            generation_phase(samplers[0], rows, prompt, run.max_completion_length, gpu=device.is_gpu)
+        ]
         if len(samplers) > 1:
             # Logits of every token in the head's dtype and in float32, and their log-softmax.
             logits = arithmetic.weight_bytes(KL_ROWS * tokens * samplers[0].shape.vocabulary, 10 if run.bf16 else 8)

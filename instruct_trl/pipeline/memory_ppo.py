@@ -130,7 +130,11 @@ def ppo_plan(models: PPOModels, sizes: PPOSizes) -> MemoryPlan:
     resident = [item for role in roles.values() for item in role.resident()]
     policy, value = roles["policy"], roles["value"]
     tokens, rows = sizes.prompt + sizes.completion, min(sizes.chunk, sizes.rollout)
-    phases = [] if sizes.own_generator else [generation_phase(policy, rows, sizes.prompt, sizes.completion)]
+    phases = (
+        []
+        if sizes.own_generator
+        else [generation_phase(policy, rows, sizes.prompt, sizes.completion, gpu=sizes.fused_head)]
+    )
     phases += [
         scoring_phase("log-probs", policy, rows, tokens, _logps(policy, rows, sizes, grad=False)),
         scoring_phase("reward", roles["reward"], min(sizes.reward_chunk, sizes.rollout), tokens, 0),
@@ -189,7 +193,10 @@ def _logps(policy: RoleModel, rows: int, sizes: PPOSizes, *, grad: bool) -> int:
         trained = grad and policy.peft_config is None
         return arithmetic.fused_head_bytes(rows * sizes.completion, shape.hidden, shape.vocabulary, trained)
     width = 4 if policy.precision.autocast else policy.precision.weights.itemsize
-    return arithmetic.logps_bytes(rows, sizes.completion, shape.vocabulary, width, entropy=grad)
+    # The head's own moment, before the log-softmax: the logits as it gives them, and what it copies.
+    logits = arithmetic.weight_bytes(rows * (sizes.completion + 1) * shape.vocabulary, policy.head_width)
+    full = arithmetic.logps_bytes(rows, sizes.completion, shape.vocabulary, width, entropy=grad)
+    return max(full, logits + policy.expanded_head(rows, gpu=False))
 
 
 def _text_loss(policy: RoleModel, rows: int, sizes: PPOSizes) -> int:
