@@ -33,6 +33,16 @@ class RunArguments:
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads torch may use on a CPU. Default: all cores, shared among processes."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print the memory this run will need, by role and kind, against the device's, and stop. Reads the "
+            "models' config.json alone: nothing is downloaded, loaded or written."
+        },
+    )
+    device_memory_gb: float | None = field(
+        default=None, metadata={"help": "With --dry_run: plan for a GPU with this memory. Default: the device here."}
+    )
 
     @property
     def run(self) -> Path:
@@ -64,6 +74,7 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
 
     Raises:
         ValueError: the config file does not exist, or holds a key that nothing knows.
+        SystemExit: with `--dry_run`, after its report, as with `--help`.
     """
     import yaml
     from trl import TrlParser
@@ -90,6 +101,11 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
             raise ValueError(f"{config}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
     parsed = parser.parse_args_and_config(argv)
     parsed[0]._config_folder = config.parent
+    if getattr(parsed[0], "dry_run", False):
+        from instruct_trl.pipeline.dry_run import dry_run
+
+        dry_run(recipe, parsed)
+        raise SystemExit(0)
     return parsed
 
 
@@ -125,6 +141,8 @@ def settings_of(*parts: Any) -> dict[str, Any]:
         "logging_dir",
         "run_dir",
         "cpu_threads",
+        "dry_run",
+        "device_memory_gb",
         "resume_from_checkpoint",
         "report_to",
         "run_name",

@@ -158,7 +158,8 @@ def rewards_with_labeler(run: Any, args: Any, reward_model: Any) -> list[Any]:
     """The reward model (a path, or a role) and, with weight 0, the labeler: its score is logged and trains nothing."""
     from instruct_trl import RewardScorer
 
-    scorer = RewardScorer(reward_model, batch_size=64) if isinstance(reward_model, str) else reward_model
+    rows = args.local_rollout_forward_batch_size
+    scorer = RewardScorer(reward_model, batch_size=rows) if isinstance(reward_model, str) else reward_model
     if run.labeler == "none" or (run.labeler == "demo" and run.dataset_name is not None):
         return [scorer]
     args.reward_weights = [1.0, 0.0]

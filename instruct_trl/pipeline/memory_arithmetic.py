@@ -1,0 +1,138 @@
+"""The arithmetic of memory: one function a kind, bytes in and bytes out.
+
+Legend: N parameters, L layers, B rows, T tokens, H hidden units, V vocabulary, b bytes of a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+GiB = 2**30
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256  # bitsandbytes' block sizes
+FUSED_TOKENS, FUSED_VOCABULARY = 4096, 32768  # the tile of TRL's fused head
+
+
+def weight_bytes(parameters: int, width: int = 4) -> int:
+    """N · b: `parameters` numbers of `width` bytes."""
+    return parameters * width
+
+
+def nf4_bytes(sizes: Sequence[int], double_quant: bool = True) -> int:
+    """Bytes of 4-bit matrices: N/2 of codes, and a scale (absmax) for each block of 64 numbers.
+
+    A scale takes 4 bytes, or, quantised itself (double quantisation, Dettmers et al. 2023, section 3), 1 byte and
+    another 4 for each block of 256 scales. Each matrix has a table of 16 levels (64 bytes); a nested one has a table of
+    256 (1024 bytes) and an offset (4 bytes) more. So 0.5 + 4/64 = 0.5625 bytes a parameter, or
+    0.5 + 1/64 + 4/(64 · 256) ≈ 0.5159.
+
+    Args:
+        sizes: the number of parameters of each matrix.
+    """
+    total = 0
+    for size in sizes:
+        blocks = math.ceil(size / NF4_BLOCK)
+        scales = blocks + 4 * math.ceil(blocks / NF4_NESTED_BLOCK) + 1024 + 4 if double_quant else 4 * blocks
+        total += math.ceil(size / 2) + scales + 64
+    return total
+
+
+def lora_parameters(matrices: Sequence[tuple[int, int]], rank: int) -> int:
+    """Σ r · (in + out) over the adapted matrices: A is (r, in) and B is (out, r) (Hu et al. 2022, section 4.1)."""
+    return sum(rank * (inputs + outputs) for inputs, outputs in matrices)
+
+
+def gradient_bytes(trainable: int, width: int = 4) -> int:
+    """N · b: one gradient a trained parameter, in the parameter's dtype."""
+    return trainable * width
+
+
+def adam_bytes(trainable: int, width: int = 4) -> int:
+    """2 · N · b: AdamW's two moments, in the parameter's dtype: 8 bytes a float32 parameter."""
+    return 2 * trainable * width
+
+
+def average_bytes(trainable: int, width: int = 4) -> int:
+    """N · b: the moving average of the trained weights (`ema_decay`)."""
+    return trainable * width
+
+
+def autocast_copy_bytes(parameters: int) -> int:
+    """2 · N: bf16 copies of float32 matrices that are trained under autocast, kept from forward to backward."""
+    return 2 * parameters
+
+
+def kv_cache_bytes(
+    rows: int,
+    tokens: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    width: int = 2,
+    windows: Sequence[int | None] | None = None,
+) -> int:
+    """2 · B · Σ_layer T · heads · dim · b: keys and values of every token, or of the last `window` of a sliding layer.
+
+    Args:
+        kv_heads: heads that have keys and values of their own (fewer than query heads in grouped-query attention).
+        windows: for each layer its sliding window in tokens, or None; None: no layer slides.
+    """
+    kept = [tokens] * layers if windows is None else [tokens if w is None else min(tokens, w - 1) for w in windows]
+    return 2 * rows * sum(kept) * kv_heads * head_dim * width
+
+
+def sampling_bytes(rows: int, vocabulary: int) -> int:
+    """16 · B · V: the next token's logits, divided by the temperature, their softmax and its copy, in float32."""
+    return 16 * rows * vocabulary
+
+
+def logps_bytes(rows: int, completion: int, vocabulary: int, width: int = 4, entropy: bool = False) -> int:
+    """(b + 8 + 8 · entropy) · B · (T + 1) · V: log-probs of T completion tokens from full logits.
+
+    The logits in the head's dtype (b), divided by the temperature (4), their log-softmax (4); for the entropy the
+    probabilities and their product with the log-probs (8). From bf16 logits a float32 copy is made on the way, which is
+    gone before the entropy needs the room: `max` below. The backward needs less: log-softmax and three of its size.
+    """
+    before, after = (4 if width < 4 else 0) + width + 4, width + 8 + 8 * entropy
+    return max(before, after) * rows * (completion + 1) * vocabulary
+
+
+def expanded_head_bytes(rows: int, hidden: int, vocabulary: int) -> int:
+    """2 · B · V · H: copies of a bf16 head, one a row, that torch makes on a CPU for the last positions of B rows.
+
+    A slice (B, k, H) of the hidden states is not contiguous, so that `matmul` takes a batched product with the weight
+    expanded to B; in bf16 oneDNN wants it contiguous. In float32, and on a GPU, nothing is copied.
+    """
+    return 2 * rows * vocabulary * hidden
+
+
+def cross_entropy_bytes(rows: int, tokens: int, vocabulary: int, width: int = 4) -> int:
+    """max(b + 8, 12) · B · T · V: cross-entropy of all tokens from full logits.
+
+    Forward: the logits (b), in float32 (4 where b is less), their log-softmax (4). Backward: the log-softmax (4), the
+    gradient that reaches it (4) and the one that leaves it (4).
+    """
+    forward = width + (4 if width < 4 else 0) + 4
+    return max(forward, 12) * rows * tokens * vocabulary
+
+
+def fused_head_bytes(scored: int, hidden: int, vocabulary: int, trained_head: bool = False) -> int:
+    """4 · min(S, 4096) · min(V, 32768) + 8 · S · H + 4 · V · H · trained: TRL's fused head on S scored tokens.
+
+    A tile of logits; the hidden states of the scored tokens and their gradient; in float32 the gradient of the head's
+    weight where it is trained.
+    """
+    tile = 4 * min(scored, FUSED_TOKENS) * min(vocabulary, FUSED_VOCABULARY)
+    return tile + 8 * scored * hidden + 4 * vocabulary * hidden * trained_head
+
+
+def activation_bytes(forward: int, kept: int, at_the_end: int, copies: int = 0) -> int:
+    """max(forward, kept + end) − copies: the most that a forward holds for its backward, and the head on top of it.
+
+    Args:
+        forward: peak within the transformer.
+        kept: alive at its end: with gradient checkpointing B · T · H · b a layer, without it all that autograd saves.
+        at_the_end: logits and the like, which come on top of `kept`.
+        copies: bf16 copies of weights in both, counted under their own kind.
+    """
+    return max(forward, kept + at_the_end) - copies
