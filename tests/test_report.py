@@ -57,7 +57,7 @@ def test_page_needs_nothing_else(written):
     assert "@import" not in page.style
     shown = {base64.b64decode(link.removeprefix(prefix)) for link in page.links}
     assert shown == {path.read_bytes() for path in (folder / "pictures").rglob("*.png")}
-    assert len(shown) == 2 * 5  # five pictures, each for light and for dark mode
+    assert len(shown) == 2 * 9  # nine pictures, each for light and for dark mode
 
 
 def test_html_shows_answers_as_they_are(written):
@@ -158,7 +158,7 @@ def test_moved_folder_is_redrawn(tmp_path, capsys):
 def test_missing_parts_are_named_and_left_out(tmp_path):
     data = ReportData("bare", [ModelResult("base"), ModelResult("SFT"), ModelResult("PPO-ptx")])
     text = write_report(data, tmp_path).with_name("report.md").read_text(encoding="utf-8")
-    assert text.count("Not in this report:") == 8
+    assert text.count("Not in this report:") == 11
     assert "Not measured" in text
     assert list((tmp_path / "pictures").rglob("*.png")) == []
 

@@ -8,7 +8,8 @@ Legend: N prompts, M models beside the baseline.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from instruct_trl.evaluation.judges.base import NOT_APPLICABLE, Answer, Judge, Pair, Prompt, Question, Reply
 from instruct_trl.evaluation.win_rate import (
@@ -199,3 +200,17 @@ def _interval(values: list[float], question: Question) -> tuple[float | None, fl
         return mean, None, None
     interval = bootstrap_mean_ci(values)
     return mean, interval.low, interval.high
+
+
+def judged_row(result: JudgedWinRate) -> dict[str, Any]:
+    """What a report keeps of a win rate: judge, model, rate and interval (None without a valid pair), counts."""
+    win = result.win
+    counts = {"invalid": result.invalid, "flipped": result.flipped}
+    names = ("rate", "low", "high", "wins", "ties", "losses", "n")
+    kept: dict[str, Any] = {name: getattr(win, name, None) for name in names}
+    return {"judge": result.judge, "model": result.model, "baseline": result.baseline, **kept, **counts}
+
+
+def rating_row(rating: Rating) -> dict[str, Any]:
+    """What a report keeps of a rating: all but the single values."""
+    return {item.name: getattr(rating, item.name) for item in fields(rating) if item.name != "values"}
