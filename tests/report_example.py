@@ -75,7 +75,7 @@ def example_report(win=None, **changes):
         "judged": [
             {"judge": "judge-1", "model": "PPO-ptx", "baseline": "SFT", "rate": 0.4, "low": 0.34, "high": 0.46}
             | {"wins": 90, "ties": 20, "losses": 140, "n": 250, "invalid": 6, "flipped": 17},
-            {"judge": "people", "model": "PPO-ptx", "baseline": "SFT", "rate": None, "low": None, "high": None}
+            {"judge": "3 people", "model": "PPO-ptx", "baseline": "SFT", "rate": None, "low": None, "high": None}
             | {"wins": None, "ties": None, "losses": None, "n": None, "invalid": 3, "flipped": 0},
         ],
         "ratings": [

@@ -52,6 +52,11 @@ def test_hacks_are_named_with_their_numbers():
     assert "None of the usual signs" in report_parts.hacks_caption(example_report(models=same))
 
 
+def test_a_report_says_whether_people_judged():
+    assert report_parts.who_judged(example_report(judged=[])).startswith("No person judged these answers.")
+    assert report_parts.who_judged(example_report()).endswith("What people said is below.")
+
+
 def test_judges_that_disagree_are_named():
     text = plain(report_parts.judges_caption(example_report()))
     assert "judge-1 40 % (34 to 46)" in text
@@ -84,7 +89,7 @@ def test_the_report_shows_every_part(tmp_path, monkeypatch):
     text = plain(write_report(example_report(), tmp_path).with_name("report.md").read_text(encoding="utf-8"))
     for expected in (
         "| judge-1: PPO-ptx | 40 % (34 to 46) | 90 / 20 / 140 | 17 | 6 |",
-        "| people: PPO-ptx | – | – | 0 | 3 |",
+        "| 3 people: PPO-ptx | – | – | 0 | 3 |",
         "| quality | 4.00<br>(2.00 to 4.40)<br>of 250, 6 left out |",
         "| boolq<br>(acc, 1,000 items) | 60.0 (57 to 63) | 58.0 (55 to 61)<br>−2.0 (−4.0 to +0.0) |",
         "validation prompts, step 80 is best (0.90); the last, step 120, has 0.40, clearly less.",

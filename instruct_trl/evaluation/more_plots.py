@@ -129,7 +129,7 @@ def draw_runs(data: ReportData, theme: Theme) -> Any:
         axes.margins(x=0.06, y=0.15)
         axes.set_ylabel("score")
     _legend(grid[0], theme)
-    grid[0].set_title("")
+    grid[0].set_title("", loc="left")
     grid[0].set_ylabel("labeler score" if keys[0][0] == "labeler_score" else "RM score")
     grid[-1].set_xlabel(f"KL from {data.kl_reference} ({data.kl_unit})")
     return figure

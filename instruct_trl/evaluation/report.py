@@ -99,11 +99,7 @@ def _document(data: ReportData, pictures: Pictures, selection: Path | None) -> D
     subject = data.headline_model.name
     opening: list[Block] = [
         Headline(verdict, sentence, _key_figures(data)),
-        Text(
-            f"No person judged these answers. A program stands in for the paper's labelers: {data.labeler}. "
-            "A win means that this program scores the answer higher, and no more than that.",
-            tone="note",
-        ),
+        Text(report_parts.who_judged(data), tone="note"),
     ]
     sections = [
         Section(f"Does {subject} beat {data.baseline}?", _win_blocks(data, pictures)),
@@ -173,7 +169,9 @@ def _frontier_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
         reading = "Means of consecutive logged steps of each run. Higher at the same KL is better."
         blocks.append(_picture(pictures, "runs", "Several runs against the distance that each has moved.", reading))
     if "checkpoints" in pictures:
-        reading = f"Each checkpoint answers the same validation prompts, which nothing else here uses. {_INTERVAL}"
+        reading = (
+            f"All checkpoints answer the same validation prompts, which are not those of the comparison. {_INTERVAL}"
+        )
         blocks.append(_picture(pictures, "checkpoints", report_parts.checkpoints_caption(data), reading))
     return blocks
 

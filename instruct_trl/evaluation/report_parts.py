@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from instruct_trl.evaluation.captions import number, percent, percent_range
+from instruct_trl.evaluation.captions import NBSP, number, percent, percent_range
 from instruct_trl.evaluation.gold import best_checkpoint, turning_point
 from instruct_trl.evaluation.judges.base import QUESTIONS
 from instruct_trl.evaluation.report_data import ModelResult, ReportData
 from instruct_trl.evaluation.report_render import Block, Table, Text
+
+
+def who_judged(data: ReportData) -> str:
+    """Who stands behind the headline's verdict: a program, and whether people judged as well."""
+    text = f"A program stands in for the paper's labelers: {data.labeler}. "
+    text += "A win means that this program scores the answer higher, and no more than that."
+    if any(row["judge"].endswith(("person", "people")) for row in data.judged):
+        return f"{text} What people said is below."
+    return f"No person judged these answers. {text}"
 
 
 def judges_caption(data: ReportData) -> str:
@@ -127,7 +136,7 @@ def _task_cell(row: dict[str, Any] | None) -> str:
     if row.get("change") is not None:
         low, high = 100 * row["change_low"], 100 * row["change_high"]
         text += f"\n{100 * row['change']:+.1f} ({low:+.1f} to {high:+.1f})"
-    return text.replace("-", "−")
+    return text.replace("-", "−").replace(" to ", f"{NBSP}to{NBSP}")  # on a phone, a line breaks before the bracket
 
 
 HACK_ROWS: list[tuple[str, Callable[[ModelResult], str]]] = [
