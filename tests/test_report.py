@@ -138,10 +138,9 @@ def test_json_with_an_unknown_field_is_refused(tmp_path):
         load_report_data(path)
 
 
-def test_moved_folder_is_redrawn(tmp_path, capsys):
+def test_moved_folder_is_redrawn(tmp_path, capsys, written):
     selection = tmp_path / "elsewhere.png"
-    plots.draw_pictures(example_report(), tmp_path / "p")
-    selection.write_bytes((tmp_path / "p" / "win_rate.png").read_bytes())
+    selection.write_bytes((written[1] / "pictures" / "win_rate.png").read_bytes())
     first = write_report(
         example_report(selection_picture=selection, selection_note="Epoch 2 is best."), tmp_path / "run"
     )
