@@ -69,7 +69,7 @@ def example_report(win=None, **changes):
                 opening_share=0.4,
                 length_correlation=-0.2,
                 like_length=win_of(52, 48),
-                tasks={"boolq": task(0.55, -0.05), "hellaswag": task(0.36, 0.04), "squad": task(0.2, 0.001)},
+                tasks={"boolq": task(0.55, -0.05), "hellaswag": task(0.36, 0.04), "squad": task(0.2, -0.001)},
             ),
         ],
         "judged": [

@@ -140,14 +140,11 @@ def test_a_second_run_costs_nothing_and_a_broken_one_goes_on(server, tmp_path):
 
 def test_other_settings_are_other_replies(server, tmp_path):
     server.reply = prefers("bright")
-    for judge in (
-        EndpointJudge(server.url, "j", cache=tmp_path / "c"),
-        EndpointJudge(server.url, "k", cache=tmp_path / "c"),
-        EndpointJudge(server.url, "j", cache=tmp_path / "c", temperature=1.0),
-        EndpointJudge(server.url, "j", cache=tmp_path / "c", criterion="Be brief."),
-    ):
+    cache = tmp_path / "replies.jsonl"
+    for model, changes in (("j", {}), ("k", {}), ("j", {"temperature": 1.0}), ("j", {"criterion": "Be brief."})):
+        judge = EndpointJudge(server.url, model, cache=cache, **changes)
         compare_models(judge, PROMPTS, ANSWERS, "SFT")
-        assert judge.usage.requests == 4
+        assert (judge.usage.requests, judge.usage.cached) == (4, 0)
 
 
 def test_transient_failures_are_tried_again_after_the_wait_that_is_asked_for(server):

@@ -141,9 +141,9 @@ def test_json_with_an_unknown_field_is_refused(tmp_path):
 def test_moved_folder_is_redrawn(tmp_path, capsys, written):
     selection = tmp_path / "elsewhere.png"
     selection.write_bytes((written[1] / "pictures" / "win_rate.png").read_bytes())
-    first = write_report(
-        example_report(selection_picture=selection, selection_note="Epoch 2 is best."), tmp_path / "run"
-    )
+    few = {"training": [], "judged": [], "runs": {}, "checkpoints": [], "reward_model": {}}  # pictures take time
+    data = example_report(selection_picture=selection, selection_note="Epoch 2 is best.", **few)
+    first = write_report(data, tmp_path / "run")
     before = first.read_text(encoding="utf-8")
     selection.unlink()
     moved = (tmp_path / "run").rename(tmp_path / "moved")

@@ -78,7 +78,7 @@ def test_pictures_of_tasks_and_judges_show_the_numbers():
     values = sorted(
         float(line.get_xdata()) if np.ndim(line.get_xdata()) == 0 else float(line.get_xdata()[0]) for line in marks
     )
-    assert values == pytest.approx([-5.0, -2.0, 0.1, 4.0])
+    assert values == pytest.approx([-5.0, -2.0, -0.1, 4.0])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["boolq", "hellaswag", "squad"]
     axes = more_plots.draw_judges(example_report(), LIGHT).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["labeler", "judge-1"]
