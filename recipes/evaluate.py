@@ -1,12 +1,17 @@
 """Evaluate base, SFT and PPO-ptx against SFT on held-out prompts, and write report.md and report.html with pictures.
 
-accelerate launch recipes/evaluate.py                             # the demo
+accelerate launch recipes/evaluate.py                                    # the demo
+accelerate launch recipes/evaluate.py --tasks hellaswag boolq squad      # and what alignment costs elsewhere
+accelerate launch recipes/evaluate.py --judges http://localhost:8000/v1 people --judge_model NAME --questions likert
 accelerate launch recipes/evaluate.py --run_dir outputs/mine --dataset_name prompts.jsonl --labeler my.module:score
+Answers are sampled once; judges and tasks can be added in later runs. docs/evaluation.md is the guide.
 """
 
 from dataclasses import dataclass, field
 
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
+from instruct_trl.pipeline.benchmarking import TaskArguments
+from instruct_trl.pipeline.judging import JudgeArguments
 
 
 @dataclass
@@ -18,8 +23,15 @@ class EvaluateArguments(RunArguments):
         default=None, metadata={"help": "The baseline. Default: <run_dir>/selected_sft/model."}
     )
     ppo_model: str | None = field(default=None, metadata={"help": "Default: <run_dir>/ppo_ptx/policy."})
+    other_models: list[str] = field(
+        default_factory=list, metadata={"help": "More to compare: NAME=PATH, such as PPO=..."}
+    )
+    other_runs: list[str] = field(default_factory=list, metadata={"help": "Folders of PPO runs to draw: NAME=PATH."})
     reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
     labeler: str = field(default="demo", metadata={"help": "The judge: 'demo', or 'module:function' of your own."})
+    checkpoint_prompts: str | None = field(
+        default=None, metadata={"help": "Score every PPO checkpoint on these prompts: 'demo', or a dataset."}
+    )
     max_completion_length: int = field(default=1024, metadata={"help": "Longest answer in tokens."})
     max_text_length: int = field(default=256, metadata={"help": "Tokens of a held-out pretraining text."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
@@ -31,13 +43,15 @@ class EvaluateArguments(RunArguments):
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage and write the report into the run's folder; returns the report's path."""
+    from instruct_trl.pipeline.benchmarking import measure_tasks
     from instruct_trl.pipeline.evaluating import evaluate_models, make_report
+    from instruct_trl.pipeline.judging import judge_answers
     from instruct_trl.pipeline.stage import run_stage
 
-    (run,) = parse_recipe((EvaluateArguments,), "evaluate", __doc__, argv)
+    run, judges, tasks = parse_recipe((EvaluateArguments, JudgeArguments, TaskArguments), "evaluate", __doc__, argv)
     folder = run.folder("evaluation")
     run_stage(folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder), resume=False)
-    report = make_report(run, folder)
+    report = make_report(run, folder, measure_tasks(run, tasks), judge_answers(run, judges, folder))
     print(f"Report: {report} and {report.with_suffix('.md')}")
     return str(report)
 

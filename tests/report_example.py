@@ -11,6 +11,14 @@ def win_of(wins, losses, ties=0):
     return win_rate([1.0] * wins + [0.0] * (losses + ties), [0.0] * wins + [1.0] * losses + [0.0] * ties)
 
 
+def task(mean, change=None):
+    """A row of `benchmarks.task_table` whose interval is 0.03 to each side, that of the change 0.02."""
+    row = {"metric": "acc", "mean": mean, "low": mean - 0.03, "high": mean + 0.03, "n": 1000}
+    if change is not None:
+        row |= {"change": change, "change_low": change - 0.02, "change_high": change + 0.02}
+    return row
+
+
 def example_report(win=None, **changes):
     """base, SFT and PPO-ptx with every part of the report; `win` replaces PPO-ptx's, `changes` any field."""
     training = [
@@ -29,9 +37,58 @@ def example_report(win=None, **changes):
     fields = {
         "run_name": "demo",
         "models": [
-            ModelResult("base", win_of(60, 190, 6), labeler_mean=-0.5, labeler_ci=(-0.6, -0.4), pretraining_loss=3.412),
-            ModelResult("SFT", None, labeler_mean=0.0, kl=0.0, pretraining_loss=3.458),
-            ModelResult("PPO-ptx", win or win_of(160, 90, 6), rm_mean=1.25, kl=7.5, pretraining_loss=3.47),
+            ModelResult(
+                "base",
+                win_of(60, 190, 6),
+                labeler_mean=-0.5,
+                labeler_ci=(-0.6, -0.4),
+                pretraining_loss=3.412,
+                tasks={"boolq": task(0.6), "hellaswag": task(0.32), "squad": task(0.2)},
+            ),
+            ModelResult(
+                "SFT",
+                None,
+                labeler_mean=0.0,
+                kl=0.0,
+                pretraining_loss=3.458,
+                mean_length=24.0,
+                distinct_2=0.86,
+                opening="it is a",
+                opening_share=0.05,
+                tasks={"boolq": task(0.58, -0.02)},
+            ),
+            ModelResult(
+                "PPO-ptx",
+                win or win_of(160, 90, 6),
+                rm_mean=1.25,
+                kl=7.5,
+                pretraining_loss=3.47,
+                mean_length=48.0,
+                distinct_2=0.3,
+                opening="a very fun",
+                opening_share=0.4,
+                length_correlation=-0.2,
+                like_length=win_of(52, 48),
+                tasks={"boolq": task(0.55, -0.05), "hellaswag": task(0.36, 0.04), "squad": task(0.2, -0.001)},
+            ),
+        ],
+        "judged": [
+            {"judge": "judge-1", "model": "PPO-ptx", "baseline": "SFT", "rate": 0.4, "low": 0.34, "high": 0.46}
+            | {"wins": 90, "ties": 20, "losses": 140, "n": 250, "invalid": 6, "flipped": 17},
+            {"judge": "3 people", "model": "PPO-ptx", "baseline": "SFT", "rate": None, "low": None, "high": None}
+            | {"wins": None, "ties": None, "losses": None, "n": None, "invalid": 3, "flipped": 0},
+        ],
+        "ratings": [
+            {"judge": "judge-1", "model": name, "question": question, "mean": mean, "low": mean / 2, "high": mean * 1.1}
+            | {"n": 250, "not_applicable": 4, "invalid": 2}
+            for name in ("SFT", "PPO-ptx")
+            for question, mean in (("hallucination", 0.31), ("quality", 4.0))
+        ],
+        "judge_notes": ["judge-1: 1,024 requests now."],
+        "runs": {"PPO": [{**row, "kl": 2 * row["kl"]} for row in training]},
+        "checkpoints": [
+            {"step": 40 * i, "checkpoint": f"checkpoint-{40 * i}", "labeler_score": s, "labeler_se": 0.05, "score": i}
+            for i, s in enumerate([0.2, 0.9, 0.4], 1)
         ],
         "labeler": "a word list",
         "training": [*training, {"train_runtime": 3.0, "step": 120}],

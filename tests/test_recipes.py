@@ -168,19 +168,32 @@ def test_ppo_ptx_then_evaluate(home):
         *TRAIN, "--model_name_or_path", "policy", "--reward_model_path", "rm", "--dataset_name", "prompts.jsonl",
         "--pretraining_dataset_name", "texts.jsonl", "--output_dir", "ppo", "--generation_batch_size", "4",
         "--gradient_accumulation_steps", "1", "--max_completion_length", "4", "--labeler", "mine:score",
+        "--save_strategy", "steps", "--save_steps", "1",
     )  # fmt: skip
     out = launch(home, "ppo_ptx", *ppo)
     assert "rollout batch 4, minibatch 2, 2 optimizer steps an iteration" in out
     assert "finished earlier" in launch(home, "ppo_ptx", *ppo)
     answer = pipeline("text-generation", model=str(home / "ppo" / "policy"))("q1", max_new_tokens=2)
     assert answer[0]["generated_text"].startswith("q1")
-    launch(
-        home, "evaluate", *TINY, "--base_model", "policy", "--sft_model", "policy", "--ppo_model", "ppo/policy",
-        "--reward_model_path", "rm", "--dataset_name", "prompts.jsonl", "--labeler", "mine:score", "--run_dir", "run",
-        "--max_completion_length", "4",
+    (home / "run").mkdir()
+    (home / "ppo").rename(home / "run" / "ppo_ptx")
+    evaluate = (
+        *TINY, "--base_model", "policy", "--sft_model", "policy", "--other_models", "PPO=policy", "--reward_model_path",
+        "rm", "--dataset_name", "prompts.jsonl", "--labeler", "mine:score", "--run_dir", "run",
+        "--max_completion_length", "4", "--checkpoint_prompts", "prompts.jsonl",
     )  # fmt: skip
-    assert "win" in (home / "run" / "report.md").read_text()
+    launch(home, "evaluate", *evaluate)
+    report = (home / "run" / "report.md").read_text()
+    assert "no judge but the labeler was asked" in report
+    assert "By the labeler's score on validation prompts, step" in report
     assert (home / "run" / "report.html").exists()
+    # Judges are added without sampling again.
+    out = launch(home, "evaluate", *evaluate, "--judges", "reward_model", "people", "--questions", "likert")
+    assert "Evaluation: finished earlier" in out
+    report = (home / "run" / "report.md").read_text()
+    assert "| reward model: PPO |" in report
+    assert "rate.csv" in report  # the answers are all equal here, so that no pair waits
+    assert (home / "run" / "evaluation" / "people" / "rate.csv").exists()
 
 
 @pytest.mark.slow

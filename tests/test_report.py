@@ -57,7 +57,7 @@ def test_page_needs_nothing_else(written):
     assert "@import" not in page.style
     shown = {base64.b64decode(link.removeprefix(prefix)) for link in page.links}
     assert shown == {path.read_bytes() for path in (folder / "pictures").rglob("*.png")}
-    assert len(shown) == 2 * 5  # five pictures, each for light and for dark mode
+    assert len(shown) == 2 * 9  # nine pictures, each for light and for dark mode
 
 
 def test_html_shows_answers_as_they_are(written):
@@ -96,7 +96,7 @@ def test_markdown_line_starts_stay_text(tmp_path):
 def test_report_says_that_a_program_judges(written):
     for name in ("report.md", "report.html"):
         text = (written[1] / name).read_text(encoding="utf-8")
-        assert "No person judged these answers." in text
+        assert "A program stands in for the paper" in text
         assert "a word list" in text
 
 
@@ -138,13 +138,12 @@ def test_json_with_an_unknown_field_is_refused(tmp_path):
         load_report_data(path)
 
 
-def test_moved_folder_is_redrawn(tmp_path, capsys):
+def test_moved_folder_is_redrawn(tmp_path, capsys, written):
     selection = tmp_path / "elsewhere.png"
-    plots.draw_pictures(example_report(), tmp_path / "p")
-    selection.write_bytes((tmp_path / "p" / "win_rate.png").read_bytes())
-    first = write_report(
-        example_report(selection_picture=selection, selection_note="Epoch 2 is best."), tmp_path / "run"
-    )
+    selection.write_bytes((written[1] / "pictures" / "win_rate.png").read_bytes())
+    few = {"training": [], "judged": [], "runs": {}, "checkpoints": [], "reward_model": {}}  # pictures take time
+    data = example_report(selection_picture=selection, selection_note="Epoch 2 is best.", **few)
+    first = write_report(data, tmp_path / "run")
     before = first.read_text(encoding="utf-8")
     selection.unlink()
     moved = (tmp_path / "run").rename(tmp_path / "moved")
@@ -158,7 +157,7 @@ def test_moved_folder_is_redrawn(tmp_path, capsys):
 def test_missing_parts_are_named_and_left_out(tmp_path):
     data = ReportData("bare", [ModelResult("base"), ModelResult("SFT"), ModelResult("PPO-ptx")])
     text = write_report(data, tmp_path).with_name("report.md").read_text(encoding="utf-8")
-    assert text.count("Not in this report:") == 8
+    assert text.count("Not in this report:") == 11
     assert "Not measured" in text
     assert list((tmp_path / "pictures").rglob("*.png")) == []
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from instruct_trl.evaluation import more_plots
 from instruct_trl.evaluation.captions import NBSP, compared, number, path_means, percent, percent_range, rank_distances
 from instruct_trl.evaluation.plot_style import (
     DARK,
@@ -241,4 +242,8 @@ PICTURES: dict[str, tuple[Callable[[ReportData], bool], Callable[[ReportData, Th
         lambda data: any(data.series(key)[1] for key in ("score", "kl", "ptx_loss", "value_loss")),
         draw_training,
     ),
+    "judges": (more_plots.has_judges, more_plots.draw_judges),
+    "tasks": (more_plots.has_tasks, more_plots.draw_tasks),
+    "runs": (more_plots.has_runs, more_plots.draw_runs),
+    "checkpoints": (lambda data: bool(data.checkpoints), more_plots.draw_checkpoints),
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.evaluation import captions
+from instruct_trl.evaluation import captions, report_parts
 from instruct_trl.evaluation.captions import duration, number, percent
 from instruct_trl.evaluation.plot_style import require_matplotlib
 from instruct_trl.evaluation.plots import draw_pictures
@@ -99,19 +99,18 @@ def _document(data: ReportData, pictures: Pictures, selection: Path | None) -> D
     subject = data.headline_model.name
     opening: list[Block] = [
         Headline(verdict, sentence, _key_figures(data)),
-        Text(
-            f"No person judged these answers. A program stands in for the paper's labelers: {data.labeler}. "
-            "A win means that this program scores the answer higher, and no more than that.",
-            tone="note",
-        ),
+        Text(report_parts.who_judged(data), tone="note"),
     ]
     sections = [
         Section(f"Does {subject} beat {data.baseline}?", _win_blocks(data, pictures)),
+        Section("Do other judges agree?", _judge_blocks(data, pictures)),
         Section("Score against distance", _frontier_blocks(data, pictures)),
         Section("Can the reward model be trusted?", _reward_model_blocks(data, pictures)),
         Section("Which SFT checkpoint?", _selection_blocks(data, selection)),
         Section("What became of the language model?", _pretraining_blocks(data, pictures)),
+        Section("What became of other tasks?", _task_blocks(data, pictures)),
         Section("The PPO run", _training_blocks(data, pictures)),
+        Section("The usual hacks", report_parts.hack_blocks(data) or _missing("the answers were not measured")),
         Section("Answers side by side", _sample_blocks(data)),
         Section("All numbers", _numbers_blocks(data)),
         *_settings_sections(data),
@@ -164,7 +163,38 @@ def _frontier_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
     blocks: list[Block] = [_picture(pictures, "frontier", captions.frontier_caption(data), reading)]
     if not data.series("labeler_score", against="kl")[1]:
         blocks += _missing("the labeler's score over training was not logged")
+    if turned := report_parts.turning_text(data):
+        blocks.append(Text(turned))
+    if "runs" in pictures:
+        reading = "Means of consecutive logged steps of each run. Higher at the same KL is better."
+        blocks.append(_picture(pictures, "runs", "Several runs against the distance that each has moved.", reading))
+    if "checkpoints" in pictures:
+        reading = (
+            f"All checkpoints answer the same validation prompts, which are not those of the comparison. {_INTERVAL}"
+        )
+        blocks.append(_picture(pictures, "checkpoints", report_parts.checkpoints_caption(data), reading))
     return blocks
+
+
+def _judge_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
+    blocks: list[Block] = []
+    if "judges" in pictures:
+        reading = f"Each judge compares the same answers. {_INTERVAL}"
+        blocks.append(_picture(pictures, "judges", report_parts.judges_caption(data), reading))
+    return blocks + report_parts.judge_blocks(data) or _missing("no judge but the labeler was asked")
+
+
+def _task_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
+    if not report_parts.tasks_of(data):
+        return _missing("no benchmark tasks were run")
+    reading = (
+        f"In per cent, with {_95} intervals over items; the second line is the change from {data.models[0].name} on "
+        "the same items. What alignment costs there is the paper's alignment tax."
+    )
+    blocks: list[Block] = []
+    if "tasks" in pictures:
+        blocks.append(_picture(pictures, "tasks", report_parts.tasks_caption(data), reading))
+    return [*blocks, *report_parts.task_blocks(data)]
 
 
 def _reward_model_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
@@ -242,10 +272,6 @@ def _numbers_blocks(data: ReportData) -> list[Block]:
         (f"reward model score ({_95})", _with_interval("rm_mean", "rm_ci")),
         (f"KL from {data.kl_reference} ({data.kl_unit})", _plain("kl", number)),
         ("pretraining loss (nats a token)", _with_interval("pretraining_loss", "pretraining_loss_ci")),
-        ("answer length (tokens)", _plain("mean_length", number)),
-        ("answers that end by themselves", _plain("eos_rate", percent)),
-        ("distinct word pairs", _plain("distinct_2", percent)),
-        ("word triples said before", _plain("repetition", percent)),
     ]
     lines = [[name, *(cell(model) or "–" for model in data.models)] for name, cell in rows]
     kept = [line for line in lines if any(cell != "–" for cell in line[1:])]

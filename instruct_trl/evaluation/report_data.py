@@ -18,7 +18,10 @@ class ModelResult:
     """One model on the held-out prompts. What was not measured stays None and is left out of the report.
 
     Units: scores in the judge's own unit; `kl` in `ReportData.kl_unit`; `pretraining_loss` in nats a token;
-    `mean_length` in tokens; `eos_rate`, `distinct_2`, `repetition` from 0 to 1. Each `_ci` is (low, high), 95 %.
+    `mean_length` in tokens; `eos_rate`, `distinct_1`, `distinct_2`, `repetition`, `duplicates` and `opening_share` from
+    0 to 1. Each `_ci` is (low, high), 95 %. `like_length` is the win rate over prompts whose two answers are about
+    equally long, `length_correlation` Spearman's of labeler score and length, `opening` the most common first words.
+    `tasks` is task → the row of `benchmarks.task_table`.
     """
 
     name: str
@@ -36,6 +39,13 @@ class ModelResult:
     eos_rate: float | None = None
     distinct_2: float | None = None
     repetition: float | None = None
+    distinct_1: float | None = None
+    duplicates: float | None = None
+    opening: str = ""
+    opening_share: float | None = None
+    length_correlation: float | None = None
+    like_length: WinRate | None = None
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +69,11 @@ class ReportData:
         labeler: what judged, for a reader: "a sentiment classifier trained on ...". A program, not people.
         training: the PPO trainer's log history; rows with `step`, `episodes`, `score`, `kl`, and where known
             `labeler_score`, `ptx_loss`, `value_loss`, `explained_variance`. Other rows and keys are passed over.
+        runs: other runs' logs by name, drawn beside `training`; the same kind of rows.
+        checkpoints: `gold.score_checkpoints` on validation prompts.
+        judged: what further judges said: rows of `judges.tally.judged_row`.
+        ratings: replies to questions about single answers: rows of `judges.tally.rating_row`.
+        judge_notes: what a reader must know of these judges (cost, agreement, who is still waited for).
         reward_model: `pair_accuracy`, `low`, `high`, `n_pairs`, `n_prompts`, `kendall_tau` and `by_rank_distance`, a
             dict from the distance to an accuracy or to {"accuracy", "low", "high", "n_pairs"}. Rates from 0 to 1.
         selection_picture: PNG of `select_checkpoint`.
@@ -82,6 +97,11 @@ class ReportData:
     subject: str | None = None
     labeler: str = "a scoring program"
     training: list[dict[str, Any]] = field(default_factory=list)
+    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    judged: list[dict[str, Any]] = field(default_factory=list)
+    ratings: list[dict[str, Any]] = field(default_factory=list)
+    judge_notes: list[str] = field(default_factory=list)
     reward_model: dict[str, Any] = field(default_factory=dict)
     selection_picture: str | Path | None = None
     selection_note: str = ""
@@ -118,8 +138,12 @@ class ReportData:
 
         x is `against`, or the progress axis (`progress_key`).
         """
-        x_key = against or self.progress_key
-        rows = [row for row in self.training if _is_finite(row.get(x_key)) and _is_finite(row.get(key))]
+        return self.series_of(self.training, key, against or self.progress_key)
+
+    @staticmethod
+    def series_of(log: list[dict[str, Any]], key: str, x_key: str) -> tuple[list[float], list[float]]:
+        """The same of any log."""
+        rows = [row for row in log if _is_finite(row.get(x_key)) and _is_finite(row.get(key))]
         kept = [(float(row[x_key]), float(row[key])) for row in rows]
         return [x for x, _ in kept], [y for _, y in kept]
 
@@ -166,8 +190,9 @@ def _load_model(entry: dict[str, Any], path: Path) -> ModelResult:
     values: dict[str, Any] = {
         key: tuple(value) if key.endswith("_ci") and value else value for key, value in entry.items()
     }
-    if values.get("win"):
-        values["win"] = WinRate(**_check_keys(WinRate, values["win"], path))
+    for name in ("win", "like_length"):
+        if values.get(name):
+            values[name] = WinRate(**_check_keys(WinRate, values[name], path))
     return ModelResult(**values)
 
 

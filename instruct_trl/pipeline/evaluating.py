@@ -45,6 +45,8 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"prompts": prompts, "models": answers}
     if not own:
         result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
+    if run.checkpoint_prompts is not None:
+        result["checkpoints"] = checkpoints_by_labeler(run, labeler, scorer)
     (folder / "answers.json").write_text(json.dumps(result), encoding="utf-8")
     wins = {n: _win(answers, n) for n in answers if n != SFT}
     return {f"{name} wins against SFT": w.rate for name, w in wins.items()}
@@ -55,10 +57,49 @@ def model_paths(run: Any) -> dict[str, str]:
     from instruct_trl.pipeline.assets import base_model
 
     base = run.base_model or (str(base_model()) if run.dataset_name is None else None)
-    return ({BASE: base} if base else {}) | {
-        SFT: run.sft_model or str(run.run / "selected_sft" / "model"),
-        PPO: run.ppo_model or str(run.run / "ppo_ptx" / "policy"),
-    }
+    sft = run.sft_model or str(run.run / "selected_sft" / "model")
+    named = ({BASE: base} if base else {}) | {SFT: sft}
+    others = name_and_path(run.other_models, "other_models")
+    ppo = {PPO: run.ppo_model or str(run.run / "ppo_ptx" / "policy")}
+    if taken := others.keys() & {BASE, SFT, PPO}:
+        raise ValueError(
+            f"other_models: the name {min(taken)!r} is taken; give --{_OPTIONS[min(taken)]}, or another name."
+        )
+    return named | others | ppo
+
+
+_OPTIONS = {BASE: "base_model", SFT: "sft_model", PPO: "ppo_model"}
+
+
+def name_and_path(entries: list[str], option: str) -> dict[str, str]:
+    """["NAME=PATH", ...] as a dict, in order.
+
+    Raises:
+        ValueError: an entry of another form, or a name twice.
+    """
+    pairs = [entry.partition("=")[::2] for entry in entries]
+    for entry, (name, path) in zip(entries, pairs, strict=True):
+        if not name or not path or sum(name == other for other, _ in pairs) > 1:
+            raise ValueError(f"{option}: {entry!r} is not NAME=PATH with a name of its own, such as PPO=outputs/plain.")
+    return dict(pairs)
+
+
+def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str, Any]]:
+    """Labeler and RM score of each checkpoint of the PPO run, on validation prompts."""
+    from instruct_trl.evaluation.gold import score_checkpoints
+
+    own = None if run.checkpoint_prompts == "demo" else run.checkpoint_prompts
+    prompts = prompts_for(run, "selection") if own is None else load_split(own)
+    return score_checkpoints(
+        run.run / "ppo_ptx",
+        labeler,
+        scorer,
+        prompts.select_columns("prompt"),
+        max_new_tokens=run.max_completion_length,
+        temperature=run.temperature,
+        batch_size=run.batch_size,
+        seed=run.seed,
+    )
 
 
 def _measure(run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any) -> dict[str, Any]:
@@ -134,8 +175,17 @@ def _win(models: dict[str, Any], name: str) -> Any:
     return win_rate(models[name]["labeler"], models[SFT]["labeler"])
 
 
-def make_report(run: Any, folder: Path) -> Path:
-    """Draw report.md and report.html of the run from what its stages left behind."""
+def make_report(
+    run: Any, folder: Path, tasks: dict[str, Any] | None = None, judged: dict[str, Any] | None = None
+) -> Path:
+    """Draw report.md and report.html of the run from what its stages left behind.
+
+    Args:
+        run: the recipe's arguments.
+        folder: of the evaluation's answers.
+        tasks: of `benchmarking.measure_tasks`.
+        judged: of `judging.judge_answers`.
+    """
     from instruct_trl.evaluation.report import write_report
 
     data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
@@ -143,9 +193,12 @@ def make_report(run: Any, folder: Path) -> Path:
     deviations = run.config_folder / "deviations.yaml"
     report = ReportData(
         run_name=run.run.name,
-        models=[_result(data["models"], name) for name in data["models"]],
+        models=[_result(data["models"], name, (tasks or {}).get(name, {})) for name in data["models"]],
         labeler=DEMO_LABELER if run.labeler == "demo" else run.labeler,
         training=training_log(run.run / "ppo_ptx"),
+        runs={name: training_log(Path(path)) for name, path in name_and_path(run.other_runs, "other_runs").items()},
+        checkpoints=data.get("checkpoints", []),
+        **(judged or {}),
         reward_model=data.get("reward_model", {}),
         selection_picture=selection if selection.exists() else None,
         samples=_samples(data),
@@ -159,11 +212,13 @@ def make_report(run: Any, folder: Path) -> Path:
     return write_report(report, run.run)
 
 
-def _result(models: dict[str, Any], name: str) -> ModelResult:
+def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
     from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
+    from instruct_trl.evaluation.hacks import common_opening, duplicate_rate, like_length_win_rate, rank_correlation
     from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
 
     row, base = models[name], models[SFT]
+    opening, opening_share = common_opening(row["completions"])
     label, reward = bootstrap_mean_ci(row["labeler"]), bootstrap_mean_ci(row["reward"])
     result = ModelResult(
         name,
@@ -177,10 +232,18 @@ def _result(models: dict[str, Any], name: str) -> ModelResult:
         eos_rate=sum(row["ended"]) / len(row["ended"]),
         distinct_2=distinct_n(row["completions"], 2),
         repetition=repetition_rate(row["completions"]),
+        distinct_1=distinct_n(row["completions"], 1),
+        duplicates=duplicate_rate(row["completions"]),
+        opening=opening,
+        opening_share=opening_share,
+        length_correlation=rank_correlation(row["labeler"], row["lengths"]),
+        tasks=tasks,
     )
     if name != SFT:
         difference = bootstrap_mean_difference(row["labeler"], base["labeler"])
         result.win = _win(models, name)
+        scores = (row["labeler"], base["labeler"], row["lengths"], base["lengths"])
+        result.like_length = like_length_win_rate(*scores)
         result.labeler_difference = difference.mean
         result.labeler_difference_ci = (difference.low, difference.high)
     return result

@@ -1,0 +1,197 @@
+"""Public NLP tasks before and after alignment, run by lm-eval: the paper's alignment tax (section 4.2, Table 14).
+
+lm-eval (the `eval` extra) brings prompts, metrics and the model's side; here are only its call, the intervals over
+items, and the change from one model to another on the same items.
+
+Legend: D items of a task.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
+
+METRICS = ("acc_norm", "f1", "acc", "exact_match", "em")  # the first of these that a task has
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One model on one task.
+
+    Attributes:
+        task, metric: lm-eval's names.
+        values: (D,) the metric of each item, in lm-eval's order of items.
+        mean, low, high: their mean with its 95 % bootstrap interval over items.
+    """
+
+    task: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    values: list[float] = field(repr=False)
+
+
+def require_lm_eval() -> None:
+    """Fail early, before hours of training, when the tasks could not be run.
+
+    Raises:
+        ImportError: lm-eval is missing; names the extra that brings it.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Benchmark tasks need lm-eval: pip install instruct-trl[eval]. Or leave `tasks` empty."
+        ) from error
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str | dict[str, Any]],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> dict[str, TaskScore]:
+    """Scores of a causal LM on lm-eval tasks, by the task's name.
+
+    Args:
+        model: a transformers causal LM, on its device, in eval mode.
+        tokenizer: its tokenizer.
+        tasks: names that lm-eval knows, or task configs as dicts: a dict whose `task` is a known name changes that
+            task's config, such as where its data are.
+        limit: the first so many items of each task; None takes all.
+        num_fewshot: worked examples before each item; None takes the task's own number.
+        batch_size: rows a forward pass.
+        max_length: tokens of the context; None takes the model's.
+
+    Raises:
+        ImportError: lm-eval is missing.
+        ValueError: lm-eval knows no such task, or a task has none of `METRICS`.
+    """
+    require_lm_eval()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet("lm_eval"):
+        manager = _task_manager()
+        unknown = [task for task in tasks if isinstance(task, str) and task not in manager.all_tasks]
+        if unknown:
+            raise ValueError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
+        judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        output = simple_evaluate(
+            judged,
+            tasks=_specs(tasks, manager.all_tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=0,
+        )
+    names = [task if isinstance(task, str) else task["task"] for task in tasks]
+    samples = output["samples"]  # a group's name gives its tasks'
+    found = [name for name in names if name in samples] + [name for name in samples if name not in names]
+    return {name: _score(name, samples[name]) for name in found}
+
+
+@cache
+def _task_manager() -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _specs(tasks: Sequence[str | dict[str, Any]], known: Sequence[str]) -> list[str | dict[str, Any]]:
+    """As lm-eval takes them: it merges a dict with the known task of its name inside a group only."""
+    changed = [task for task in tasks if isinstance(task, dict) and task["task"] in known]
+    others = [task for task in tasks if not any(task is other for other in changed)]
+    return [*others, *([{"group": "changed_tasks", "task": changed}] if changed else [])]
+
+
+def _score(task: str, rows: Sequence[Mapping[str, Any]]) -> TaskScore:
+    """Collect one task's items; several filters give an item several rows, and the first is taken."""
+    items: dict[Any, Mapping[str, Any]] = {}
+    for row in rows:
+        items.setdefault(row["doc_id"], row)
+    first = next(iter(items.values()))
+    metric = next((name for name in METRICS if name in first), None)
+    if metric is None:
+        raise ValueError(f"The task {task!r} has none of the metrics {', '.join(METRICS)}; choose another task.")
+    values = [float(items[key][metric]) for key in sorted(items)]
+    interval = bootstrap_mean_ci(values)
+    return TaskScore(task, metric, interval.mean, interval.low, interval.high, values)
+
+
+def task_table(scores: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model → task → what a report shows: `metric`, `mean`, `low`, `high`, `n`, and the change from the first model.
+
+    `change`, `change_low` and `change_high` are the mean difference on the same items and its paired bootstrap
+    interval, for every model but the first.
+
+    Raises:
+        ValueError: a task whose items differ in number between models.
+    """
+    first = next(iter(scores.values()), {})
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, tasks in scores.items():
+        table[model] = {}
+        for name, score in tasks.items():
+            row = {"metric": score.metric, "mean": score.mean, "low": score.low, "high": score.high}
+            row["n"] = len(score.values)
+            if tasks is not first and name in first:
+                change = bootstrap_mean_difference(score.values, first[name].values)
+                row |= {"change": change.mean, "change_low": change.low, "change_high": change.high}
+            table[model][name] = row
+    return table
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """lm-eval tells its whole configuration; only what goes wrong is to be seen."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def squad_f1(answer: str, references: Sequence[str]) -> tuple[float, float]:
+    """(F1, exact match) of an answer against the best of its references (Rajpurkar et al. 2016), 0 to 1.
+
+    F1 is that of the bags of words, after lower-casing and dropping punctuation and the articles a, an, the. Against a
+    reference without words an answer scores 1 where it has none either.
+    """
+    pairs = [(_words(answer), _words(reference)) for reference in references]
+    return max(_overlap(*pair) for pair in pairs), float(any(given == wanted for given, wanted in pairs))
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _overlap(given: list[str], wanted: list[str]) -> float:
+    if not given or not wanted:
+        return float(given == wanted)
+    shared = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * shared / (len(given) + len(wanted))
+
+
+def squad_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval's `process_results` of the SQuAD-like task in `pipeline.benchmark_data`."""
+    f1, exact = squad_f1(results[0].strip(), doc["doc"]["answers_text"])
+    return {"f1": f1, "exact_match": exact}

@@ -1,0 +1,104 @@
+"""Over-optimisation: where the labeler's score turns down while the reward model's goes on (Gao et al. 2022).
+
+The labeler's score is called gold: it is what was wanted; the reward model's is what was trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instruct_trl.evaluation.captions import direction, path_means
+
+
+@dataclass(frozen=True)
+class TurningPoint:
+    """Where the gold score was highest, if it fell clearly afterwards.
+
+    Attributes:
+        index: the logged row at the peak.
+        gold, last: mean gold score around the peak and over the last rows.
+        proxy_rose: the reward model's score did not fall after the peak.
+    """
+
+    index: int
+    gold: float
+    last: float
+    proxy_rose: bool
+
+
+def turning_point(gold: Sequence[float], proxy: Sequence[float]) -> TurningPoint | None:
+    """Where gold turned down for good, given both scores of every logged row in order of training; None if it did not.
+
+    The peak is that of means over consecutive rows. It is looked for on every other row and the fall is judged on the
+    rows between, by `direction`: the peak of noise always has a fall behind it, and must not be its own witness.
+
+    Raises:
+        ValueError: unequal lengths.
+    """
+    if len(gold) != len(proxy):
+        raise ValueError(f"Both scores need every logged row, got {len(gold)} and {len(proxy)}.")
+    searched, judged = list(gold[::2]), list(gold[1::2])
+    if len(searched) < 16:
+        return None
+    path = path_means(searched)
+    edges = [len(searched) * i // len(path) for i in range(len(path) + 1)]
+    peak = int(np.argmax(path))
+    start = (edges[peak] + edges[peak + 1]) // 2
+    if direction(judged[start:]) != "fell":
+        return None
+    last = path_means(judged)[-1]
+    return TurningPoint(2 * start, path[peak], last, direction(list(proxy[2 * start :])) != "fell")
+
+
+def best_checkpoint(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row with the highest `labeler_score`, the earlier of two equals.
+
+    Raises:
+        ValueError: no row with a finite score.
+    """
+    scored = [row for row in rows if row.get("labeler_score") is not None and math.isfinite(row["labeler_score"])]
+    if not scored:
+        raise ValueError("No checkpoint has a labeler's score; evaluate them on validation prompts first.")
+    return max(scored, key=lambda row: row["labeler_score"])
+
+
+def score_checkpoints(
+    folder: str | Path, labeler: Callable[..., list[float]], reward_model: Any, prompts: Any, **kwargs: Any
+) -> list[dict[str, Any]]:
+    """Gold and RM score of every checkpoint of a run on the same validation prompts.
+
+    Args:
+        folder: the run's, with its checkpoint-* folders.
+        labeler: a TRL reward function, the gold score.
+        reward_model: a `RewardScorer` or another reward function.
+        prompts: of a validation set: neither trained on nor used in the final comparison.
+        kwargs: of `select_checkpoint` (`max_new_tokens`, `temperature`, `batch_size`, `seed`, ...).
+
+    Returns:
+        One row a checkpoint, by step: `step`, `checkpoint`, `labeler_score`, `labeler_se` (standard error) and `score`.
+    """
+    from instruct_trl.evaluation.selection import select_checkpoint
+
+    proxies: list[float] = []
+
+    def both(**columns: Any) -> list[float]:
+        proxies.append(float(np.mean(reward_model(**columns))))
+        return labeler(**columns)
+
+    result = select_checkpoint(folder, both, prompts, **kwargs)
+    return [
+        {
+            "step": row.step,
+            "checkpoint": Path(row.checkpoint).name,
+            "labeler_score": row.rm_score,
+            "labeler_se": row.rm_score_se,
+            "score": proxy,
+        }
+        for row, proxy in zip(result.rows, proxies, strict=True)
+    ]

@@ -1,0 +1,163 @@
+"""Further judges of an evaluation's answers, asked after sampling: they may be changed, added or waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from instruct_trl.evaluation.judges import (
+    EndpointJudge,
+    Judge,
+    PeopleJudge,
+    ScoreJudge,
+    WaitingForPeople,
+    compare_models,
+    find_questions,
+    rate_models,
+)
+from instruct_trl.evaluation.judges.tally import judged_row, rating_row
+from instruct_trl.pipeline.stage import write_json
+
+RESULT = "judged.json"
+
+
+@dataclass
+class JudgeArguments:
+    """Who else judges the answers, beside the labeler."""
+
+    judges: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "'reward_model', 'people', 'module:function', or the URL of an OpenAI-compatible server, up to /v1."
+        },
+    )
+    questions: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Put to endpoints and people about every answer: 'likert', 'flags', or single flags."},
+    )
+    judge_prompts: int | None = field(
+        default=None, metadata={"help": "Judge the first so many prompts only. Default: all."}
+    )
+    judge_model: str = field(default="", metadata={"help": "Endpoint: the model's name there."})
+    judge_key: str = field(
+        default="",
+        metadata={"help": "Endpoint: the environment variable that holds the API key; none is sent without."},
+    )
+    judge_both_orders: bool = field(
+        default=True, metadata={"help": "Endpoint: ask about each pair twice, its answers exchanged."}
+    )
+    judge_max_tokens: int = field(default=512, metadata={"help": "Endpoint: longest reply."})
+    judge_workers: int = field(default=4, metadata={"help": "Endpoint: requests under way at a time."})
+    judge_price_in: float = field(default=0.0, metadata={"help": "Endpoint: price of a million prompt tokens."})
+    judge_price_out: float = field(default=0.0, metadata={"help": "Endpoint: price of a million completion tokens."})
+    judge_criterion: str = field(
+        default="", metadata={"help": "Endpoint, people: what makes an answer better. Default: a general sentence."}
+    )
+    people_file_type: str = field(default="csv", metadata={"help": "People: 'csv' or 'jsonl'."})
+
+
+def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str, Any]:
+    """Ask every judge about the answers in `folder`; writes and returns `judged`, `ratings` and `judge_notes`.
+
+    Replies of an endpoint are kept in `folder/judges`, people's files are in `folder/people`. Where people have not
+    filled in theirs yet, a note says so and the rest goes on.
+
+    Raises:
+        ValueError: a judge or question that is none, an endpoint without a model's name or key, a file that cannot be
+            read.
+        RuntimeError: an endpoint that failed for good.
+    """
+    from instruct_trl.pipeline.evaluating import SFT
+
+    result: dict[str, Any] = {"judged": [], "ratings": [], "judge_notes": []}
+    questions = find_questions(settings.questions)
+    if not settings.judges:
+        if questions:
+            raise ValueError("questions need someone to answer them: name an endpoint or people in judges.")
+        return result
+    data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    prompts = data["prompts"][: settings.judge_prompts]
+    models = data["models"].items()
+    answers = {name: row["completions"][: settings.judge_prompts] for name, row in models}
+    cut = {name: [not ended for ended in row["ended"][: settings.judge_prompts]] for name, row in models}
+    for name in settings.judges:
+        judge = make_judge(name, run, settings, folder)
+        wins = _unless_waiting(partial(compare_models, judge, prompts, answers, SFT, cut), result["judge_notes"])
+        result["judged"] += [judged_row(win) for win in (wins or {}).values()]
+        if questions and not isinstance(judge, ScoreJudge):
+            rated = _unless_waiting(
+                partial(rate_models, judge, prompts, answers, questions, cut), result["judge_notes"]
+            )
+            result["ratings"] += [rating_row(rating) for rating in rated or []]
+        result["judge_notes"] += _notes(judge)
+    write_json(folder / RESULT, result)
+    return result
+
+
+def _unless_waiting(ask: Callable[[], Any], notes: list[str]) -> Any:
+    """What `ask` returns, or None and a note where people have not filled in their file yet."""
+    try:
+        return ask()
+    except WaitingForPeople as waiting:
+        print(f"== Judges: {waiting}")
+        notes.append(str(waiting))
+        return None
+
+
+def make_judge(name: str, run: Any, settings: JudgeArguments, folder: Path) -> Judge:
+    """The judge of that name; see `JudgeArguments.judges`."""
+    from instruct_trl.evaluation.judges.wording import CRITERION
+
+    criterion = settings.judge_criterion or CRITERION
+    if name == "people":
+        return PeopleJudge(folder / "people", file_type=settings.people_file_type, seed=run.seed, criterion=criterion)
+    if name == "reward_model":
+        from instruct_trl import RewardScorer
+
+        path = run.reward_model_path or str(run.run / "reward_model")
+        return ScoreJudge(RewardScorer(path, batch_size=run.batch_size), "reward model")
+    if name.startswith(("http://", "https://")):
+        return _endpoint(name, criterion, settings, folder)
+    if ":" in name:
+        from instruct_trl.pipeline.run import load_labeler
+
+        return ScoreJudge(load_labeler(run, name), name.partition(":")[2])
+    raise ValueError(
+        f"There is no judge {name!r}. Give 'reward_model', 'people', 'module:function', or a URL such as "
+        "http://localhost:8000/v1."
+    )
+
+
+def _endpoint(url: str, criterion: str, settings: JudgeArguments, folder: Path) -> EndpointJudge:
+    if not settings.judge_model:
+        raise ValueError(f"The judge at {url} needs a model's name: --judge_model.")
+    if settings.judge_key and settings.judge_key not in os.environ:
+        raise ValueError(f"The environment has no variable {settings.judge_key!r} with the API key; set it first.")
+    return EndpointJudge(
+        url,
+        settings.judge_model,
+        criterion=criterion,
+        api_key=os.environ[settings.judge_key] if settings.judge_key else None,
+        both_orders=settings.judge_both_orders,
+        max_tokens=settings.judge_max_tokens,
+        workers=settings.judge_workers,
+        price_in=settings.judge_price_in,
+        price_out=settings.judge_price_out,
+        cache=folder / "judges" / (re.sub(r"[^\w.-]+", "_", settings.judge_model) + ".jsonl"),
+    )
+
+
+def _notes(judge: Judge) -> list[str]:
+    if isinstance(judge, EndpointJudge):
+        print(f"== {judge.name}: {judge.usage.line()}")
+        return [f"{judge.name}: {judge.usage.line()}."]
+    if isinstance(judge, PeopleJudge) and judge.agreement:
+        share, count = judge.agreement
+        return [f"{judge.name}: two of them gave the same verdict {100 * share:.0f} % of the time ({count:,} pairs)."]
+    return []

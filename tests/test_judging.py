@@ -1,0 +1,95 @@
+"""The evaluation's judges: asked about the answers on disk, waited for, and refused with the option to set."""
+
+import csv
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from instruct_trl.evaluation.report_data import ModelResult, ReportData, load_report_data, save_report_data
+from instruct_trl.pipeline.evaluating import model_paths, name_and_path
+from instruct_trl.pipeline.judging import JudgeArguments, judge_answers, make_judge
+
+
+@pytest.fixture
+def run(tmp_path):
+    models = {
+        name: {"completions": [f"{word} {i}" for i in range(3)], "ended": [True] * 3}
+        for name, word in (("base", "no"), ("SFT", "fine"), ("PPO-ptx", "so good"))
+    }
+    (tmp_path / "answers.json").write_text(json.dumps({"prompts": ["p", "q", "r"], "models": models}))
+    return SimpleNamespace(seed=0, run=tmp_path, reward_model_path=None, batch_size=2, dataset_name="mine")
+
+
+def test_without_judges_nothing_is_asked(run):
+    assert judge_answers(run, JudgeArguments(), run.run) == {"judged": [], "ratings": [], "judge_notes": []}
+    with pytest.raises(ValueError, match="name an endpoint or people in judges"):
+        judge_answers(run, JudgeArguments(questions=["likert"]), run.run)
+
+
+def test_a_function_judges_and_the_report_takes_it(run, monkeypatch):
+    (run.run / "judge_of_mine.py").write_text(
+        "def score(prompts, completions, **_):\n    return list(map(len, completions))\n"
+    )
+    monkeypatch.chdir(run.run)
+    result = judge_answers(run, JudgeArguments(judges=["judge_of_mine:score"], judge_prompts=2), run.run)
+    assert [(row["judge"], row["model"], row["rate"], row["n"]) for row in result["judged"]] == [
+        ("score", "base", 0.0, 2),
+        ("score", "PPO-ptx", 1.0, 2),
+    ]
+    data = ReportData("r", [ModelResult("SFT"), ModelResult("PPO-ptx")], **result)
+    assert load_report_data(save_report_data(data, run.run / "report.json")) == data
+    assert json.loads((run.run / "judged.json").read_text()) == result
+
+
+def test_people_are_waited_for_and_then_counted(run):
+    settings = JudgeArguments(judges=["people"], questions=["likert"])
+    waiting = judge_answers(run, settings, run.run)
+    assert waiting["judged"] == []
+    assert [note.split(" rows wait")[0] for note in waiting["judge_notes"]] == ["6", "9"]
+    for name, fill in (("compare", {"better": "tie"}), ("rate", {"quality": "4"})):
+        path = run.run / "people" / f"{name}.csv"
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row | fill for row in csv.DictReader(file)]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    result = judge_answers(run, settings, run.run)
+    assert [(row["model"], row["rate"], row["ties"]) for row in result["judged"]] == [
+        ("base", 0.5, 3),
+        ("PPO-ptx", 0.5, 3),
+    ]
+    assert [(row["model"], row["mean"]) for row in result["ratings"]] == [("base", 4.0), ("SFT", 4.0), ("PPO-ptx", 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("judge", "changes", "message"),
+    [
+        ("somebody", {}, "There is no judge 'somebody'. Give 'reward_model', 'people'"),
+        ("http://localhost:9/v1", {}, "needs a model's name: --judge_model"),
+        ("http://localhost:9/v1", {"judge_model": "m", "judge_key": "NO_SUCH_KEY"}, "no variable 'NO_SUCH_KEY'"),
+    ],
+)
+def test_a_judge_that_cannot_be_made_says_what_to_set(run, judge, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_judge(judge, run, replace(JudgeArguments(), **changes), run.run)
+
+
+def test_other_models_stand_between_sft_and_ppo_ptx(run):
+    run.base_model, run.sft_model, run.ppo_model = "b", "s", "p"
+    run.other_models = ["PPO=plain/policy", "prompted=x=y"]
+    assert list(model_paths(run).items()) == [
+        ("base", "b"),
+        ("SFT", "s"),
+        ("PPO", "plain/policy"),
+        ("prompted", "x=y"),
+        ("PPO-ptx", "p"),
+    ]
+    run.other_models = ["SFT=x"]
+    with pytest.raises(ValueError, match="'SFT' is taken; give --sft_model"):
+        model_paths(run)
+    for entries in (["no path"], ["=x"], ["a="], ["a=1", "a=2"]):
+        with pytest.raises(ValueError, match="other_runs: .* is not NAME=PATH"):
+            name_and_path(entries, "other_runs")
