@@ -1,7 +1,7 @@
 """Records what PPOTrainer of TRL 1.12.0, the last release that has one, computes in one iteration of a tiny model.
 
-    pip install --no-deps --target /tmp/trl112 trl==1.12.0
-    python tests/upstream/record_trl112_ppo.py /tmp/trl112
+    pip install --no-deps --target trl112 trl==1.12.0
+    python tests/upstream/record_trl112_ppo.py trl112
 
 Writes trl_1_12_ppo.json beside this file: models, rollout, and every number between them, with the versions. Two
 iterations are recorded, both float32 on the CPU, two optimizer steps each:
