@@ -88,6 +88,16 @@ def test_a_value_does_not_see_the_token_it_judges(reward_model):
     assert (a[3:] - b[3:]).abs().min() > 1e-6
 
 
+def test_values_to_keep_projects_the_last_tokens_only(reward_model):
+    value_model = value_model_from_reward_model(reward_model)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 8, 10]])
+    projected = []
+    value_model.classifier.score.register_forward_hook(lambda module, args, output: projected.append(args[0].shape))
+    every, last = value_model(ids, torch.ones_like(ids)), value_model(ids, torch.ones_like(ids), values_to_keep=2)
+    torch.testing.assert_close(last, every[:, -2:])
+    assert projected == [(2, 5, 16), (2, 2, 16)]
+
+
 def test_values_do_not_depend_on_the_side_of_the_padding(reward_model):
     value_model = value_model_from_reward_model(reward_model).eval()
     ids = torch.tensor([[5, 6, 7]])

@@ -85,15 +85,18 @@ class ScalarRole(nn.Module):
         """Within, the shared model has this role's adapters; a backward pass belongs inside."""
         return self._roles.active(self._role)
 
-    def token_scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The head's output for every token, (B, T) in float32, the bias added; padding on either side."""
+    def token_scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int = 0) -> torch.Tensor:
+        """The head's output for every token, (B, T) in float32, the bias added; padding on either side.
+
+        With `keep`, for the last tokens alone.
+        """
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         # The pad token of another tokenizer may lie beyond the vocabulary. Nobody sees what stands there.
         ids = input_ids.masked_fill(attention_mask == 0, 0)
         with self.active():
             transformer = backbone(self._roles.model.get_base_model())
             output = transformer(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
-            scores = self.score(output.last_hidden_state.to(self.score.weight.dtype)).squeeze(-1)
+            scores = self.score(output.last_hidden_state[:, -keep:].to(self.score.weight.dtype)).squeeze(-1)
         return scores.float() + self.config.reward_bias
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
@@ -134,12 +137,12 @@ class RewardRole(ScalarRole):
 class ValueRole(ScalarRole):
     """The critic, in the form of [`ValueModel`]: `values[:, t]` is read from the hidden state of token t."""
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, values_to_keep: int = 0) -> torch.Tensor:
         """Values (B, T) in float32; gradients, if wanted, reach this role's adapter and head alone.
 
         Hold `active()` over forward and backward.
         """
-        return self.token_scores(input_ids, attention_mask)
+        return self.token_scores(input_ids, attention_mask, values_to_keep)
 
     @property
     def classifier(self) -> Any:

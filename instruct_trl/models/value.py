@@ -47,15 +47,16 @@ class ValueModel(nn.Module):
         """To be held over forward and backward: nothing to do for a model of its own (see `ValueRole`)."""
         return nullcontext()
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, values_to_keep: int = 0) -> torch.Tensor:
         """Values (B, T) in float32; `values[:, t]` is read from the hidden state of token t, so it has seen tokens ≤ t.
 
-        `input_ids` and `attention_mask` are (B, T), padded on either side.
+        `input_ids` and `attention_mask` are (B, T), padded on either side. With `values_to_keep` only the last are
+        projected and returned, like logits by `logits_to_keep`.
         """
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         kwargs = {} if self.config.is_encoder_decoder else {"position_ids": positions, "use_cache": False}
         hidden = backbone(self.classifier)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        values = score_head(self.classifier)(hidden.last_hidden_state).squeeze(-1)
+        values = score_head(self.classifier)(hidden.last_hidden_state[:, -values_to_keep:]).squeeze(-1)
         return values.float() + getattr(self.config, "reward_bias", 0.0)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:

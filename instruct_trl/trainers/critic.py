@@ -70,8 +70,8 @@ class Critic:
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         with self.autocast():
-            values = self.model(input_ids, attention_mask)
-        return values[:, -batch["completion_ids"].size(1) - 1 : -1]
+            values = self.model(input_ids, attention_mask, values_to_keep=batch["completion_ids"].size(1) + 1)
+        return values[:, :-1]
 
     @torch.no_grad()
     def rollout_values(self, rows: Batch) -> torch.Tensor:
