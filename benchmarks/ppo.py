@@ -1,6 +1,6 @@
 """Speed and memory of PPO: ours (γ = 0) against TRL 1.12.0's PPOTrainer and against the bare calls.
 
-    python benchmarks/ppo.py                     # four cases, about 10 minutes on 2 cores
+    python benchmarks/ppo.py                     # four cases, about 15 minutes on 2 cores
     python benchmarks/ppo.py --cases ragged:1000 --rounds 2
     python benchmarks/ppo.py --model FOLDER --rollout 32
 
