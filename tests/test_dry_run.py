@@ -236,7 +236,7 @@ def test_the_head_decides_between_full_logits_and_tiles():
         plan = ppo_plan(PPOModels(config, config), PPOSizes(**sizes, fused_head=fused))
         (scores,) = [phase for phase in plan.phases if phase.name == "log-probs"]
         logits = total(scores.items, kinds=["logits"])
-        expected = arithmetic.fused_head_bytes(32, 16, 8000) if fused else arithmetic.logps_bytes(4, 8, 8000)
+        expected = arithmetic.fused_head_bytes(32, 16, 8000) if fused else arithmetic.logps_bytes(32, 8000)
         assert logits == expected
 
 

@@ -260,8 +260,8 @@ def plan_select_sft(device: Device, run: Any) -> Stage:
     return _sampling_stage("recipes/select_sft.py", device, run, [_sampler("checkpoint", config, run)], reward)
 
 
-def plan_evaluate(device: Device, run: Any) -> Stage:
-    """recipes/evaluate.py: a model that answers, the SFT model beside it, the reward model."""
+def plan_evaluate(device: Device, run: Any, *beside: Any) -> Stage:
+    """recipes/evaluate.py: a model that answers, the SFT model beside it, the reward model. Not judges, not tasks."""
     reference = config_of(run.sft_model, run.run / "selected_sft" / "model")
     policy = config_of(run.ppo_model, run.run / "ppo_ptx" / "policy") if run.ppo_model else reference
     roles = [_sampler("model", policy, run), _sampler("reference", reference, run)]

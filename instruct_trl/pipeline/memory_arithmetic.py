@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from instruct_trl.models.logprobs import BLOCK as LOGPS_BLOCK
+
 GiB = 2**30
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256  # bitsandbytes' block sizes
 FUSED_TOKENS, FUSED_VOCABULARY = 4096, 32768  # the tile of TRL's fused head
@@ -86,22 +88,27 @@ def sampling_bytes(rows: int, vocabulary: int) -> int:
     return 16 * rows * vocabulary
 
 
-def logps_bytes(rows: int, completion: int, vocabulary: int, width: int = 4, entropy: bool = False) -> int:
-    """(b + 8 + 8 · entropy) · B · (T + 1) · V: log-probs of T completion tokens from full logits.
+def logps_bytes(scored: int, vocabulary: int, width: int = 4, update: bool = False) -> int:
+    """Log-probs of S scored tokens from full logits, `LOGPS_BLOCK` tokens at a time where that can be.
 
-    The logits in the head's dtype (b), divided by the temperature (4), their log-softmax (4); for the entropy the
-    probabilities and their product with the log-probs (8). From bf16 logits a float32 copy is made on the way, which is
-    gone before the entropy needs the room: `max` below. The backward needs less: log-softmax and three of its size.
+    Scoring: max(b + 4 · (b < 4), 4 + 4 · block / S) · S · V: the logits in the head's dtype (b), in float32 (4 where b
+    is less), and the log-softmax of a block (4). Update: max(8 + 8 · block / S, 12) · S · V: logits (4) and log-softmax
+    (4) with a block's probabilities and their product for the entropy (8); or, in the backward, the log-softmax, the
+    gradient that reaches it and the one that leaves it (4 each).
     """
-    before, after = (4 if width < 4 else 0) + width + 4, width + 8 + 8 * entropy
-    return max(before, after) * rows * (completion + 1) * vocabulary
+    block = min(scored, LOGPS_BLOCK)
+    converted = (width + 4 if width < 4 else 4) * scored
+    if update:
+        return max(converted, 8 * scored + 8 * block, 12 * scored) * vocabulary
+    return max(converted, 4 * scored + 4 * block) * vocabulary
 
 
 def expanded_head_bytes(rows: int, hidden: int, vocabulary: int) -> int:
-    """2 · B · V · H: copies of a bf16 head, one a row, that torch makes on a CPU for the last positions of B rows.
+    """2 · B · V · H: copies of a frozen bf16 head, one a row, that torch makes on a CPU for the last token of B rows.
 
-    A slice (B, k, H) of the hidden states is not contiguous, so that `matmul` takes a batched product with the weight
-    expanded to B; in bf16 oneDNN wants it contiguous. In float32, and on a GPU, nothing is copied.
+    A slice (B, 1, H) of the hidden states is not contiguous, so that `matmul` takes a batched product with the weight
+    expanded to B, unless the weight is trained; in bf16 oneDNN wants it contiguous. In float32, and on a GPU, nothing
+    is copied.
     """
     return 2 * rows * vocabulary * hidden
 

@@ -169,8 +169,8 @@ class RoleModel:
         return _TRACED[key]
 
     def expanded_head(self, rows: int, gpu: bool) -> int:
-        """What a CPU adds to project the last positions of `rows` rows in bf16."""
-        if gpu or self.head_width == 4:
+        """What a CPU adds to project the last position of `rows` prompts in bf16."""
+        if gpu or self.head_width == 4 or (self.trained and self.peft_config is None):
             return 0
         return arithmetic.expanded_head_bytes(rows, self.shape.hidden, self.shape.vocabulary)
 

@@ -192,11 +192,7 @@ def _logps(policy: RoleModel, rows: int, sizes: PPOSizes, *, grad: bool) -> int:
     if sizes.fused_head:
         trained = grad and policy.peft_config is None
         return arithmetic.fused_head_bytes(rows * sizes.completion, shape.hidden, shape.vocabulary, trained)
-    width = 4 if policy.precision.autocast else policy.precision.weights.itemsize
-    # The head's own moment, before the log-softmax: the logits as it gives them, and what it copies.
-    logits = arithmetic.weight_bytes(rows * (sizes.completion + 1) * shape.vocabulary, policy.head_width)
-    full = arithmetic.logps_bytes(rows, sizes.completion, shape.vocabulary, width, entropy=grad)
-    return max(full, logits + policy.expanded_head(rows, gpu=False))
+    return arithmetic.logps_bytes(rows * sizes.completion, shape.vocabulary, policy.head_width, update=grad)
 
 
 def _text_loss(policy: RoleModel, rows: int, sizes: PPOSizes) -> int:
