@@ -1,7 +1,7 @@
 """An OpenAI-compatible chat endpoint: retries with back-off, answers kept on disk, tokens and money counted.
 
 Plain urllib. `huggingface_hub.InferenceClient` speaks this protocol too, but sends the stored Hugging Face token to
-whatever URL it is given when no key is, and refuses a server on this very machine under HF_HUB_OFFLINE=1.
+whatever URL it is given when no key is.
 """
 
 from __future__ import annotations
