@@ -4,6 +4,7 @@ Started as a script it writes `ready`, then answers each line of its stdin, a JS
 with a line of JSON: what `run` returns. It ends with its stdin.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -15,10 +16,13 @@ import traceback
 import conftest
 import torch
 from ppo_helpers import PROMPTS, make
+from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 from instruct_trl import RewardScorer
 
 STEPS = 6  # 3 iterations of 2
+HANGS = 300  # seconds after which a run, which takes two, is ended with its stack in its log
 TIMES = {"step_time", "episodes_per_second"}  # and time/...: what differs between two equal runs
 
 
@@ -92,6 +96,7 @@ def _be_the_run(folder, resume, prompts):
         log = os.open(f"{folder}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         trainer = build(folder, prompts)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -104,9 +109,16 @@ def _be_the_run(folder, resume, prompts):
         os._exit(code)
 
 
+def share_no_lock():
+    """tqdm's lock lies in memory that all forks share: a run killed while it held it would stop all later ones."""
+    TqdmDefaultWriteLock.mp_lock = None
+    tqdm.monitor_interval = 0  # no thread that could hold the other lock when a run is forked
+
+
 def serve():
     """Load what a run loads lazily, by training once, then answer requests."""
     torch.set_num_threads(1)  # before any run: no pool of threads that a fork would lose
+    share_no_lock()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the warm-up prints is no answer
     with tempfile.TemporaryDirectory() as folder:
