@@ -59,3 +59,18 @@ def scorer(reward_model, tokenizer):
     from instruct_trl import RewardScorer
 
     return RewardScorer(reward_model, tokenizer)
+
+
+@pytest.fixture
+def pieces(tmp_path, tokenizer):
+    """A base and adapters on disk, as `role_helpers.save_pieces` leaves them."""
+    from role_helpers import save_pieces
+
+    return save_pieces(tmp_path, tokenizer)
+
+
+@pytest.fixture
+def roles(pieces):
+    from instruct_trl import RoleAdapters
+
+    return RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")

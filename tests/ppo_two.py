@@ -54,3 +54,28 @@ def assert_same(found, expected, skip=()):
 
 def metrics_of(trainer):
     return step_metrics(trainer.state.log_history)
+
+
+def result_of(trainer, parameters):
+    """Metrics of each step, weights, and by how much the weights of the processes differ at most.
+
+    Args:
+        parameters: by role, the parameters that train.
+    """
+    weights = {role: torch.cat([p.detach().flatten() for p in part]) for role, part in parameters.items()}
+    everyone = {role: trainer.accelerator.gather(w.unsqueeze(0)) for role, w in weights.items()}
+    return {
+        "metrics": metrics_of(trainer),
+        "weights": weights,
+        "spread": max((w - w[:1]).abs().max().item() for w in everyone.values()),
+        "processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+    }
+
+
+def save_result(trainer, parameters, path):
+    """`result_of` in one file, by every process together."""
+    result = result_of(trainer, parameters)
+    if trainer.args.process_index == 0:
+        torch.save(result, path)
+    trainer.accelerator.wait_for_everyone()

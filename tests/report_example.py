@@ -19,9 +19,9 @@ def task(mean, change=None):
     return row
 
 
-def example_report(win=None, **changes):
-    """base, SFT and PPO-ptx with every part of the report; `win` replaces PPO-ptx's, `changes` any field."""
-    training = [
+def training_rows():
+    """What a run of 30 logged steps wrote; each call makes its own, which a test may change."""
+    return [
         {
             "step": 4 * i,
             "episodes": 64 * i,
@@ -34,44 +34,54 @@ def example_report(win=None, **changes):
         }
         for i in range(1, 31)
     ]
+
+
+def example_models(win):
+    """base, SFT and PPO-ptx with all figures that a model can have; `win` replaces PPO-ptx's."""
+    return [
+        ModelResult(
+            "base",
+            win_of(60, 190, 6),
+            labeler_mean=-0.5,
+            labeler_ci=(-0.6, -0.4),
+            pretraining_loss=3.412,
+            tasks={"boolq": task(0.6), "hellaswag": task(0.32), "squad": task(0.2)},
+        ),
+        ModelResult(
+            "SFT",
+            None,
+            labeler_mean=0.0,
+            kl=0.0,
+            pretraining_loss=3.458,
+            mean_length=24.0,
+            distinct_2=0.86,
+            opening="it is a",
+            opening_share=0.05,
+            tasks={"boolq": task(0.58, -0.02)},
+        ),
+        ModelResult(
+            "PPO-ptx",
+            win or win_of(160, 90, 6),
+            rm_mean=1.25,
+            kl=7.5,
+            pretraining_loss=3.47,
+            mean_length=48.0,
+            distinct_2=0.3,
+            opening="a very fun",
+            opening_share=0.4,
+            length_correlation=-0.2,
+            like_length=win_of(52, 48),
+            tasks={"boolq": task(0.55, -0.05), "hellaswag": task(0.36, 0.04), "squad": task(0.2, -0.001)},
+        ),
+    ]
+
+
+def example_report(win=None, **changes):
+    """base, SFT and PPO-ptx with every part of the report; `win` replaces PPO-ptx's, `changes` any field."""
+    training = training_rows()
     fields = {
         "run_name": "demo",
-        "models": [
-            ModelResult(
-                "base",
-                win_of(60, 190, 6),
-                labeler_mean=-0.5,
-                labeler_ci=(-0.6, -0.4),
-                pretraining_loss=3.412,
-                tasks={"boolq": task(0.6), "hellaswag": task(0.32), "squad": task(0.2)},
-            ),
-            ModelResult(
-                "SFT",
-                None,
-                labeler_mean=0.0,
-                kl=0.0,
-                pretraining_loss=3.458,
-                mean_length=24.0,
-                distinct_2=0.86,
-                opening="it is a",
-                opening_share=0.05,
-                tasks={"boolq": task(0.58, -0.02)},
-            ),
-            ModelResult(
-                "PPO-ptx",
-                win or win_of(160, 90, 6),
-                rm_mean=1.25,
-                kl=7.5,
-                pretraining_loss=3.47,
-                mean_length=48.0,
-                distinct_2=0.3,
-                opening="a very fun",
-                opening_share=0.4,
-                length_correlation=-0.2,
-                like_length=win_of(52, 48),
-                tasks={"boolq": task(0.55, -0.05), "hellaswag": task(0.36, 0.04), "squad": task(0.2, -0.001)},
-            ),
-        ],
+        "models": example_models(win),
         "judged": [
             {"judge": "judge-1", "model": "PPO-ptx", "baseline": "SFT", "rate": 0.4, "low": 0.34, "high": 0.46}
             | {"wins": 90, "ties": 20, "losses": 140, "n": 250, "invalid": 6, "flipped": 17},

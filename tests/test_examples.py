@@ -62,6 +62,21 @@ def test_ppo_in_a_trl_project(saved, tmp_path):
     AutoModelForCausalLM.from_pretrained(policy)
 
 
+def test_one_base_on_a_consumer_gpu(pieces, tmp_path):
+    prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}. "} for n in range(8)])
+    texts = jsonl(tmp_path / "texts.jsonl", [{"text": f"{n} is a number."} for n in range(8)])
+    folders = [str(pieces / name) for name in ("base", "sft", "rm")]
+    policy = example("one_base_on_a_consumer_gpu").main(
+        *folders, prompts, texts, str(tmp_path / "out"), total_episodes=8, generation_batch_size=8,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, max_completion_length=8, learning_rate=0.1,
+    )  # fmt: skip
+    trained, sft = (AutoModelForCausalLM.from_pretrained(path) for path in (policy, pieces / "merged"))
+    names = {name for name, weight in trained.state_dict().items() if not weight.equal(sft.state_dict()[name])}
+    assert names  # the merged policy is not the one that it started from
+    assert all("q_proj" in name or "v_proj" in name for name in names)  # where the SFT adapter lies
+    assert (tmp_path / "out" / "value" / "adapter_config.json").exists()
+
+
 def test_reward_in_a_trl_project(saved, tmp_path):
     rankings = jsonl(tmp_path / "rankings.jsonl", RANKINGS)
     demonstrations = jsonl(tmp_path / "demonstrations.jsonl", DEMONSTRATIONS)

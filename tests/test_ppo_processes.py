@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from ppo_two import assert_same, build, fixed_answers, metrics_of
+from ppo_two import assert_same, build, fixed_answers, result_of, save_result
 
 pytestmark = pytest.mark.slow
 # name: (full fine-tuning, rows a process, accumulation, answers drawn, checkpoint resumed from) of two processes
@@ -55,20 +55,11 @@ def come_late(trainer, root):
     trainer._save_rng_state = late
 
 
-def result_of(trainer):
-    """Metrics of each step, weights, and by how much the weights of the processes differ at most."""
-    weights = {
-        "policy": torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]),
-        "value": torch.cat([p.detach().flatten() for p in trainer.critic.unwrapped.parameters()]),
-        "ema": torch.cat([p.flatten() for p in trainer.ema.shadow]),
-    }
-    everyone = {role: trainer.accelerator.gather(w.unsqueeze(0)) for role, w in weights.items()}
+def parameters(trainer):
     return {
-        "metrics": metrics_of(trainer),
-        "weights": weights,
-        "spread": max((w - w[:1]).abs().max().item() for w in everyone.values()),
-        "processes": trainer.accelerator.num_processes,
-        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "policy": [p for p in trainer.model.parameters() if p.requires_grad],
+        "value": trainer.critic.unwrapped.parameters(),
+        "ema": trainer.ema.shadow,
     }
 
 
@@ -94,7 +85,8 @@ def resumed(root):
 def alone(tmp_path_factory):
     """The same as one process with all 8 rows at once: full fine-tuning and LoRA."""
     root = tmp_path_factory.mktemp("one")
-    return {full: result_of(train(root, "run", full, 8, 1, False, None)) for full in (True, False)}
+    trainers = {full: train(root, "run", full, 8, 1, False, None) for full in (True, False)}
+    return {full: result_of(trainer, parameters(trainer)) for full, trainer in trainers.items()}
 
 
 def load(root, name):
@@ -165,10 +157,7 @@ def main(root, which):
     for name, job in JOBS.items():
         if (job[-1] is None) == (which == "fresh"):
             trainer = train(root, name, *job)
-            result = result_of(trainer)
-            if trainer.args.process_index == 0:
-                torch.save(result, root / f"{name}.pt")
-            trainer.accelerator.wait_for_everyone()
+            save_result(trainer, parameters(trainer), root / f"{name}.pt")
 
 
 if __name__ == "__main__":

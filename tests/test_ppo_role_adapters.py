@@ -14,11 +14,6 @@ from instruct_trl.models.adapter_switching import adapters_are_on
 from instruct_trl.models.value import ValueModel
 
 
-@pytest.fixture
-def pieces(tmp_path, tokenizer):
-    return save_pieces(tmp_path, tokenizer)
-
-
 def make_roles(root, folder="run", roles=None, **kwargs):
     """A trainer on one base, and its settings those of `make`."""
     roles = roles or RoleAdapters(root / "base", root / "sft", root / "rm")

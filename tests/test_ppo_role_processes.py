@@ -8,9 +8,10 @@ import conftest
 import pytest
 import torch
 from ppo_helpers import PROMPTS, TEXTS
-from ppo_killed import fresh, step_metrics
+from ppo_killed import fresh
+from ppo_two import assert_same, fixed_answers, result_of, save_result
 from role_helpers import save_pieces
-from test_ppo_processes import assert_same, fixed_answers, load
+from test_ppo_processes import load
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RoleAdapters
 
@@ -42,19 +43,9 @@ def train(root, name, rows, accumulation, checkpointing, resume):
     return trainer
 
 
-def result_of(trainer):
-    """Metrics of each step, weights, and by how much the weights of the processes differ at most."""
+def parameters(trainer):
     roles = trainer.role_adapters
-    parts = {"policy": roles.policy_adapter, "value": trainer.critic.unwrapped.parameters(), "ema": trainer.ema.shadow}
-    weights = {role: torch.cat([p.detach().flatten() for p in part]) for role, part in parts.items()}
-    everyone = {role: trainer.accelerator.gather(w.unsqueeze(0)) for role, w in weights.items()}
-    return {
-        "metrics": step_metrics(trainer.state.log_history),
-        "weights": weights,
-        "spread": max((w - w[:1]).abs().max().item() for w in everyone.values()),
-        "processes": trainer.accelerator.num_processes,
-        "distributed_type": str(trainer.accelerator.distributed_type.value),
-    }
+    return {"policy": roles.policy_adapter, "value": trainer.critic.unwrapped.parameters(), "ema": trainer.ema.shadow}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +60,8 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(root):
     """The same as one process with all 8 rows at once."""
-    return result_of(train(root, "alone", 8, 1, False, None))
+    trainer = train(root, "alone", 8, 1, False, None)
+    return result_of(trainer, parameters(trainer))
 
 
 def test_two_processes_equal_one(root, alone):
@@ -106,10 +98,7 @@ def main(root):
     torch.set_num_threads(1)
     for name, job in JOBS.items():
         trainer = train(root, name, *job)
-        result = result_of(trainer)
-        if trainer.args.process_index == 0:
-            torch.save(result, root / f"{name}.pt")
-        trainer.accelerator.wait_for_everyone()
+        save_result(trainer, parameters(trainer), root / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -25,17 +25,6 @@ from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl._upstream import keep_4bit_trainable
 from instruct_trl.models.adapter_switching import adapter_parameters, adapters_are_on
 
-
-@pytest.fixture
-def pieces(tmp_path, tokenizer):
-    return save_pieces(tmp_path, tokenizer)
-
-
-@pytest.fixture
-def roles(pieces):
-    return RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
-
-
 # Each role is the model it stands for -------------------------------------------------------------------------------
 
 

@@ -20,17 +20,6 @@ from transformers import (
 from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl.models.adapter_switching import adapter_parameters
 
-
-@pytest.fixture
-def pieces(tmp_path, tokenizer):
-    return save_pieces(tmp_path, tokenizer)
-
-
-@pytest.fixture
-def roles(pieces):
-    return RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
-
-
 # Pieces that do not belong together ---------------------------------------------------------------------------------
 
 

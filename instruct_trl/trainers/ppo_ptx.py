@@ -36,6 +36,8 @@ from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_evaluation import ReferenceScores, check_win_rate
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
+    as_upstream_must_see,
+    check_beside_roles,
     check_engine_of_roles,
     check_pretraining,
     check_whole,
@@ -45,7 +47,6 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     resolve_value_model,
     say_estimate,
     say_plan,
-    take_roles,
     wrap_reward_funcs,
 )
 from instruct_trl.trainers.ppo_saving import PPOSaving
@@ -107,14 +108,12 @@ class PPOPtxTrainer(PPOSaving):
         check_pretraining(args, pretraining_dataset)
         check_whole(model=model, value_model=value_model, ref_model=ref_model)
         with_win_rate = check_win_rate(args, eval_dataset, rollout_func)
+        configs = {"peft_config": peft_config, "quantization_config": quantization_config}
+        check_beside_roles(role_adapters, model=model, value_model=value_model, ref_model=ref_model, **configs)
         if role_adapters is not None:
-            given = {"model": model, "value_model": value_model, "ref_model": ref_model}
-            given |= {"peft_config": peft_config, "quantization_config": quantization_config}
-            model, value_model, ref_model = take_roles(role_adapters, given)
+            model, value_model, ref_model = role_adapters.policy, role_adapters.value, role_adapters.reference
             reward_funcs = role_adapters.reward if reward_funcs is None else reward_funcs
-        processing_class = processing_class or load_policy_tokenizer(
-            model if role_adapters is None else role_adapters.tokenizer_path
-        )
+        processing_class = processing_class or load_policy_tokenizer(model, role_adapters)
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class)
@@ -123,31 +122,23 @@ class PPOPtxTrainer(PPOSaving):
         ref_model = resolve_reference(model, ref_model, with_peft)
         train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
         eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
-
-        # Upstream reloads the reference from the policy's path where beta is not 0, which is the wrong model for a
-        # policy held in memory, and keeps the adapters of a PEFT policy only where it is not 0. On a 4-bit base it also
-        # rounds what is trained to bf16, by which a policy would differ from the reference that it is a copy of.
-        beta, args.beta = args.beta, 1.0 if with_peft and role_adapters is None else 0.0
-        try:
-            with nullcontext() if role_adapters is None else role_adapters.frozen():
-                super().__init__(
-                    model,
-                    reward_funcs,
-                    args,
-                    train_dataset,
-                    eval_dataset,
-                    processing_class,
-                    callbacks=callbacks,
-                    optimizers=optimizers,
-                    quantization_config=quantization_config,
-                    peft_config=peft_config,
-                    tools=tools,
-                    rollout_func=rollout_func,
-                    environment_factory=environment_factory,
-                )
-        finally:
-            args.beta = beta
-        self.beta, self.role_adapters = beta, role_adapters
+        with as_upstream_must_see(args, with_peft, role_adapters):
+            super().__init__(
+                model,
+                reward_funcs,
+                args,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        self.beta, self.role_adapters = args.beta, role_adapters
         self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
         self.reference_scores = ReferenceScores() if with_win_rate else None
         say_plan(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +51,50 @@ def check_whole(**models: Any) -> None:
             )
 
 
-def load_policy_tokenizer(model: Any) -> Any:
-    """The tokenizer that was saved with the policy, padding on the left.
+def load_policy_tokenizer(model: Any, roles: RoleAdapters | None) -> Any:
+    """The tokenizer that was saved with the policy, or with the adapters of `roles`, padding on the left.
 
     Raises:
         ValueError: the policy is a path that does not exist.
     """
-    path = model if isinstance(model, str) else model.config._name_or_path
+    if roles is not None:
+        path = roles.tokenizer_path
+    else:
+        path = model if isinstance(model, str) else model.config._name_or_path
     check_model_path(path)
     return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
 
 
-def take_roles(roles: RoleAdapters, given: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Policy, critic and reference of `role_adapters`.
+def check_beside_roles(roles: RoleAdapters | None, **given: Any) -> None:
+    """Refuse models, and configs to make them, beside `role_adapters`.
 
     Raises:
-        ValueError: one of them, or how to make it, is given beside.
+        ValueError: one of `given` is not None (nor, as the policy, that of `roles`).
     """
+    if roles is None:
+        return
     beside = [name for name, value in given.items() if value is not None and value is not roles.policy]
     if beside:
         raise ValueError(
             f"{', '.join(beside)}= and role_adapters= are given: policy, reference and critic are those of "
             "role_adapters. Leave it out (model=None), and give configs to RoleAdapters."
         )
-    return roles.policy, roles.value, roles.reference
+
+
+@contextmanager
+def as_upstream_must_see(args: PPOPtxConfig, with_peft: bool, roles: RoleAdapters | None) -> Iterator[None]:
+    """The state in which GRPOTrainer's constructor leaves the models as they are.
+
+    Where beta is not 0, it reloads the reference from the policy's path, which is the wrong model for a policy held in
+    memory; and it keeps the adapters of a PEFT policy only where beta is not 0. On a 4-bit base it also rounds what is
+    trained to bf16, by which a policy would differ from the reference that it is a copy of.
+    """
+    beta, args.beta = args.beta, 1.0 if with_peft and roles is None else 0.0
+    try:
+        with nullcontext() if roles is None else roles.frozen():
+            yield
+    finally:
+        args.beta = beta
 
 
 def check_engine_of_roles(accelerator: Accelerator) -> None:

@@ -76,6 +76,8 @@ def iteration(stop_token, seed):
     """One iteration of the trainer, by the numbers."""
     import torch
     from datasets import Dataset
+
+    # Here alone: what is recorded is the trainer that TRL 1.12.0 has there. No test and no code of ours imports it.
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     policy, reference, reward, value = models()
