@@ -3,7 +3,8 @@
     python examples/one_base_on_a_consumer_gpu.py BASE SFT_ADAPTER REWARD_ADAPTER PROMPTS.jsonl TEXTS.jsonl [OUTPUT]
 
 SFT_ADAPTER and REWARD_ADAPTER are folders that `InstructSFTTrainer` and `RankingRewardTrainer` saved with a LoraConfig
-(recipes/sft.py, recipes/reward_model.py with --use_peft). On a GPU the base is loaded in 4 bits. See docs/one_base.md.
+(recipes/sft.py --use_peft; recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS). On a GPU the base is in
+4 bits. See docs/one_base.md.
 """
 
 import sys

@@ -43,17 +43,13 @@ class EvaluateArguments(RunArguments):
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage and write the report into the run's folder; returns the report's path."""
-    from instruct_trl.pipeline.benchmarking import measure_tasks
-    from instruct_trl.pipeline.evaluating import evaluate_models, make_report
-    from instruct_trl.pipeline.judging import judge_answers
+    from instruct_trl.pipeline.evaluating import evaluate_models, judged_report
     from instruct_trl.pipeline.stage import run_stage
 
     run, judges, tasks = parse_recipe((EvaluateArguments, JudgeArguments, TaskArguments), "evaluate", __doc__, argv)
     folder = run.folder("evaluation")
     run_stage(folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder), resume=False)
-    report = make_report(run, folder, measure_tasks(run, tasks), judge_answers(run, judges, folder))
-    print(f"Report: {report} and {report.with_suffix('.md')}")
-    return str(report)
+    return judged_report(run, folder, tasks, judges)
 
 
 if __name__ == "__main__":

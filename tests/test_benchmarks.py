@@ -9,7 +9,7 @@ from conftest import tiny_config
 from scipy import stats
 from transformers import LlamaForCausalLM
 
-from instruct_trl.evaluation.benchmarks import TaskScore, require_lm_eval, run_tasks, squad_f1, task_table
+from instruct_trl.evaluation.benchmarks import TaskScore, _score, require_lm_eval, run_tasks, squad_f1, task_table
 from instruct_trl.evaluation.divergence import answer_logprobs
 from instruct_trl.pipeline import benchmark_data
 
@@ -48,6 +48,15 @@ def test_the_change_is_paired_over_items():
     assert row["change"] == pytest.approx(0.1)
     assert (row["change_low"], row["change_high"]) == pytest.approx(tuple(expected), abs=0.011)  # one item
     assert row["n"] == 100
+
+
+def test_a_metric_of_the_whole_corpus_is_passed_over():
+    """lm-eval keeps (gold, prediction) of each item for those, such as mrpc's f1."""
+    rows = [{"doc_id": i, "f1": (1, i % 2), "acc": float(i % 2)} for i in range(4)]
+    assert _score("mrpc", rows).metric == "acc"
+    assert _score("mrpc", rows).values == [0.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="'squadv2' has none of .* for each item"):
+        _score("squadv2", [{"doc_id": 0, "f1": ({}, {})}])
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):

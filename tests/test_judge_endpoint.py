@@ -138,6 +138,24 @@ def test_a_second_run_costs_nothing_and_a_broken_one_goes_on(server, tmp_path):
     assert len(ReplyCache(cache).replies) == 4
 
 
+def test_replies_with_line_separators_are_kept(server, tmp_path):
+    server.reply = lambda text: "One\u2028two\x85\ud800.\nVerdict: A"  # the last is half of a pair: no UTF-8 has it
+    for requests, cached in ((4, 0), (0, 4)):
+        judge = EndpointJudge(server.url, "j", cache=tmp_path / "replies.jsonl")
+        compare_models(judge, PROMPTS, ANSWERS, "SFT")
+        assert (judge.usage.requests, judge.usage.cached) == (requests, cached)
+
+
+def test_a_key_is_trimmed_and_never_shown(server):
+    server.reply = lambda text: "Verdict: A"
+    compare_models(EndpointJudge(server.url, "j", api_key="secret\r\n"), PROMPTS, ANSWERS, "SFT")
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+    for key in ("two\nlines", "\u201csecret\u201d"):
+        with pytest.raises(ValueError, match="no header can carry") as caught:
+            EndpointJudge(server.url, "j", api_key=key)
+        assert key not in str(caught.value)
+
+
 def test_other_settings_are_other_replies(server, tmp_path):
     server.reply = prefers("bright")
     cache = tmp_path / "replies.jsonl"

@@ -127,6 +127,50 @@ def test_several_people_their_majority_and_their_agreement(blank, tmp_path):
     assert judge.name == "3 people"
 
 
+def test_whoever_filled_in_the_blank_counts_beside_the_copies_and_once(blank, tmp_path):
+    rows = read(blank)
+    write(blank, prefer(rows, "bright"))
+    write(tmp_path / "compare_bob.csv", prefer(rows, "dull"))
+    judge = PeopleJudge(tmp_path)
+    outcomes = compare_models(judge, PROMPTS, GOOD, "SFT")["PPO"].outcomes
+    assert outcomes == [0.5] * 12  # one for, one against
+    assert judge.agreement == (0.0, 12)
+    write(tmp_path / "compare_ann.csv", prefer(rows, "bright"))  # the blank again, under a name
+    outcomes = compare_models(judge, PROMPTS, GOOD, "SFT")["PPO"].outcomes
+    assert outcomes == [0.5] * 12
+    assert judge.name == "2 people"
+
+
+def test_the_commonest_verdict_counts_not_the_mean(blank, tmp_path):
+    rows = read(blank)
+    for name, word in (("ann", "tie"), ("bob", "tie"), ("cat", None)):
+        filled = prefer(rows, "bright") if word is None else [row | {"better": word} for row in rows]
+        write(tmp_path / f"compare_{name}.csv", filled)
+    assert compare_models(PeopleJudge(tmp_path), PROMPTS, GOOD, "SFT")["PPO"].outcomes == [0.5] * 12
+
+
+def test_a_file_in_the_spreadsheets_own_encoding_is_read(tmp_path):
+    prompts, answers = ["café?"], {"SFT": ["naïve"], "PPO": ["bright"]}
+    with pytest.raises(WaitingForPeople):
+        compare_models(PeopleJudge(tmp_path), prompts, answers, "SFT")
+    write(tmp_path / "compare.csv", prefer(read(tmp_path / "compare.csv"), "bright"))
+    text = (tmp_path / "compare.csv").read_text(encoding="utf-8")
+    (tmp_path / "compare.csv").write_bytes(text.encode("cp1252"))
+    assert compare_models(PeopleJudge(tmp_path), prompts, answers, "SFT")["PPO"].outcomes == [1.0]
+
+
+def test_line_separators_inside_an_answer_break_no_line(tmp_path):
+    prompts, answers = ["p"], {"SFT": ["dull\u2028one"], "PPO": ["bright\x85two"]}
+    judge = PeopleJudge(tmp_path, file_type="jsonl")
+    with pytest.raises(WaitingForPeople):
+        compare_models(judge, prompts, answers, "SFT")
+    row = json.loads((tmp_path / "compare.jsonl").read_text(encoding="utf-8"))
+    assert "bright\x85two" in row.values()
+    row["better"] = "a" if "bright" in row["answer_a"] else "b"
+    (tmp_path / "compare.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert compare_models(judge, prompts, answers, "SFT")["PPO"].outcomes == [1.0]
+
+
 def test_ratings_by_people(tmp_path):
     questions = find_questions(["likert", "hallucination"])
     answers = {"SFT": ["x", "y"]}

@@ -7,8 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from instruct_trl.evaluation import benchmarks
+from instruct_trl.evaluation.judges.chat import ChatEndpoint
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, load_report_data, save_report_data
-from instruct_trl.pipeline.evaluating import model_paths, name_and_path
+from instruct_trl.pipeline import sampling
+from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
+from instruct_trl.pipeline.evaluating import evaluate_models, model_paths, name_and_path
 from instruct_trl.pipeline.judging import JudgeArguments, judge_answers, make_judge
 
 
@@ -40,7 +44,13 @@ def test_a_function_judges_and_the_report_takes_it(run, monkeypatch):
     ]
     data = ReportData("r", [ModelResult("SFT"), ModelResult("PPO-ptx")], **result)
     assert load_report_data(save_report_data(data, run.run / "report.json")) == data
-    assert json.loads((run.run / "judged.json").read_text()) == result
+    # Kept for later runs, which ask somebody else or nobody; asked again, a judge is not there twice.
+    again = judge_answers(run, JudgeArguments(judges=["people"]), run.run)
+    assert again["judged"] == result["judged"]
+    assert len(again["judge_notes"]) == 1
+    assert judge_answers(run, JudgeArguments(), run.run) == again
+    judge_answers(run, JudgeArguments(judges=["judge_of_mine:score"], judge_prompts=1), run.run)
+    assert [row["n"] for row in judge_answers(run, JudgeArguments(), run.run)["judged"]] == [1, 1]
 
 
 def test_people_are_waited_for_and_then_counted(run):
@@ -75,6 +85,51 @@ def test_people_are_waited_for_and_then_counted(run):
 def test_a_judge_that_cannot_be_made_says_what_to_set(run, judge, changes, message):
     with pytest.raises(ValueError, match=message):
         make_judge(judge, run, replace(JudgeArguments(), **changes), run.run)
+
+
+def test_two_servers_with_one_models_name_stay_apart(run, monkeypatch):
+    monkeypatch.setattr(ChatEndpoint, "ask", lambda self, chats, desc: ["Verdict: A"] * len(chats))
+    urls = ["http://localhost:1/v1", "http://localhost:2/v1"]
+    result = judge_answers(run, JudgeArguments(judges=urls, judge_model="m"), run.run)
+    assert {row["judge"] for row in result["judged"]} == {"m at localhost:1", "m at localhost:2"}
+
+
+def test_tasks_are_added_and_kept(run, monkeypatch):
+    run.base_model, run.sft_model, run.ppo_model, run.other_models = "b", "s", "p", []
+    run.folder = lambda _: run.run
+    monkeypatch.setattr(benchmarks, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(sampling, "load_causal_lm", lambda path: (path, None))
+    asked = []
+
+    def run_tasks(model, tokenizer, tasks, **kwargs):
+        asked.append((model, *tasks))
+        return {task: benchmarks.TaskScore(task, "acc", 0.5, 0.4, 0.6, [1.0, 0.0]) for task in tasks}
+
+    monkeypatch.setattr(benchmarks, "run_tasks", run_tasks)
+    one, two = (TaskArguments(tasks=tasks, task_data="hub") for tasks in (["boolq"], ["boolq", "squad"]))
+    assert list(measure_tasks(run, one)["SFT"]) == ["boolq"]
+    assert list(measure_tasks(run, two)["PPO-ptx"]) == ["boolq", "squad"]
+    assert asked == [(model, task) for task in ("boolq", "squad") for model in "bsp"]  # none twice
+    assert list(measure_tasks(run, TaskArguments())["base"]) == ["boolq", "squad"]  # what earlier runs found
+    with pytest.raises(ValueError, match="limit: None there, 5 now.*tasks/boolq away to redo it"):
+        measure_tasks(run, replace(one, task_limit=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint_prompts": "demo"}, "'demo', but dataset_name is your own"),
+        ({"checkpoint_prompts": "mine.jsonl"}, "ppo_ptx holds no checkpoint-.* save_steps"),
+        ({"other_runs": ["PPO=nowhere"]}, "'nowhere' holds no PPO log"),
+        ({"other_runs": ["PPO-ptx=x"]}, "the name 'PPO-ptx' is this run's"),
+    ],
+)
+def test_what_could_not_be_reported_is_refused_before_anything_is_sampled(run, changes, message):
+    run.base_model, run.sft_model, run.ppo_model, run.other_models = "b", "s", "p", []
+    run.checkpoint_prompts, run.other_runs = None, []
+    vars(run).update(changes)
+    with pytest.raises(ValueError, match=message):
+        evaluate_models(run, run.run)
 
 
 def test_other_models_stand_between_sft_and_ppo_ptx(run):

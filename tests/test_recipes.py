@@ -12,8 +12,10 @@ import torch
 import yaml
 from conftest import tiny_config
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, pipeline
+from trl import ModelConfig
 
-from instruct_trl.pipeline.arguments import parse_recipe
+from instruct_trl import RankingRewardConfig
+from instruct_trl.pipeline.arguments import RunArguments, parse_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NOT_ARGUMENTS = {"data", "deviations"}
@@ -39,6 +41,21 @@ def test_every_yaml_is_known_to_its_recipe_key_by_key(path, tmp_path, monkeypatc
         (holder,) = [part for part in parsed if hasattr(part, key)][:1]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert getattr(holder, key) == value, key
+
+
+def test_how_a_model_is_loaded_reaches_the_trainer(tmp_path):
+    types = (RunArguments, RankingRewardConfig, ModelConfig)
+    argv = ["--run_dir", str(tmp_path), "--output_dir", str(tmp_path / "rm"), "--bf16", "false"]
+    (tmp_path / "plain.yaml").write_text("seed: 1\n")
+    argv = ["--config", str(tmp_path / "plain.yaml"), *argv]
+    assert not parse_recipe(types, "reward_model", "", argv)[1].model_init_kwargs
+    asked = ["--dtype", "bfloat16", "--model_revision", "v2", "--attn_implementation", "eager"]
+    given = ["--model_init_kwargs", '{"dtype": "float16"}']  # wins
+    assert parse_recipe(types, "reward_model", "", [*argv, *asked, *given])[1].model_init_kwargs == {
+        "dtype": "float16",
+        "revision": "v2",
+        "attn_implementation": "eager",
+    }
 
 
 @pytest.mark.parametrize("recipe", ["sft", "sample", "reward_model", "select_sft", "ppo_ptx", "evaluate"])

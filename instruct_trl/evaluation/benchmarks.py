@@ -20,7 +20,7 @@ from typing import Any
 
 from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
 
-METRICS = ("acc_norm", "f1", "acc", "exact_match", "em")  # the first of these that a task has
+METRICS = ("acc_norm", "f1", "acc", "exact_match", "em")  # the first of these that a task has a number of, by item
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def _score(task: str, rows: Sequence[Mapping[str, Any]]) -> TaskScore:
     for row in rows:
         items.setdefault(row["doc_id"], row)
     first = next(iter(items.values()))
-    metric = next((name for name in METRICS if name in first), None)
-    if metric is None:
-        raise ValueError(f"The task {task!r} has none of the metrics {', '.join(METRICS)}; choose another task.")
+    metric = next((name for name in METRICS if isinstance(first.get(name), (int, float))), None)
+    if metric is None:  # lm-eval's corpus metrics keep pairs of prediction and reference instead
+        raise ValueError(f"The task {task!r} has none of {', '.join(METRICS)} for each item; choose another task.")
     values = [float(items[key][metric]) for key in sorted(items)]
     interval = bootstrap_mean_ci(values)
     return TaskScore(task, metric, interval.mean, interval.low, interval.high, values)

@@ -111,7 +111,7 @@ def draw_runs(data: ReportData, theme: Theme) -> Any:
         for key, title in (("labeler_score", "Labeler score (what we want)"), ("score", "Reward model score"))
         if any(ReportData.series_of(log, key, "kl")[1] for log in logs.values())
     ]
-    figure = new_figure(0.9 + 2.3 * len(keys), f"What does distance from {data.kl_reference} buy, run by run?")
+    figure = new_figure(0.9 + 2.3 * len(keys), f"What does distance from {data.training_reference} buy, run by run?")
     grid = figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, title) in zip(grid, keys, strict=True):
         for place, (name, log) in enumerate(logs.items()):
@@ -131,7 +131,7 @@ def draw_runs(data: ReportData, theme: Theme) -> Any:
     _legend(grid[0], theme)
     grid[0].set_title("", loc="left")
     grid[0].set_ylabel("labeler score" if keys[0][0] == "labeler_score" else "RM score")
-    grid[-1].set_xlabel(f"KL from {data.kl_reference} ({data.kl_unit})")
+    grid[-1].set_xlabel(f"KL from {data.training_reference} ({data.kl_unit})")
     return figure
 
 

@@ -101,12 +101,26 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
             raise ValueError(f"{config}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
     parsed = parser.parse_args_and_config(argv)
     parsed[0]._config_folder = config.parent
+    _load_as_asked(parsed)
     if getattr(parsed[0], "dry_run", False):
         from instruct_trl.pipeline.dry_run import dry_run
 
         dry_run(recipe, parsed)
         raise SystemExit(0)
     return parsed
+
+
+def _load_as_asked(parsed: tuple) -> None:
+    """What ModelConfig says on loading goes where trainers read it; `model_init_kwargs` given beside it wins."""
+    from trl import ModelConfig
+
+    names = {"dtype": "dtype", "revision": "model_revision", "attn_implementation": "attn_implementation"}
+    models = [part for part in parsed if isinstance(part, ModelConfig)]
+    trainings = [part for part in parsed if hasattr(part, "model_init_kwargs")]
+    for model, args in zip(models, trainings, strict=False):
+        asked = {name: getattr(model, field) for name, field in names.items()}
+        asked = {name: value for name, value in asked.items() if value != getattr(ModelConfig, names[name])}
+        args.model_init_kwargs = asked | (args.model_init_kwargs or {}) or args.model_init_kwargs
 
 
 def quiet_upstream() -> None:

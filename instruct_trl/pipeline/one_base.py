@@ -34,12 +34,16 @@ def models_of(run: Any, args: Any, model_args: Any, policy: str) -> dict[str, An
             "quantization_config": get_quantization_config(model_args),
             "peft_config": get_peft_config(model_args),
         }
-    roles = load_roles(reward_path(run), policy, model_args, args.trust_remote_code)
+    init, args.model_init_kwargs = args.model_init_kwargs or {}, None  # upstream takes them with a path only
+    init |= {"trust_remote_code": args.trust_remote_code}
+    roles = load_roles(reward_path(run), policy, model_args, init)
     return {"model": None, "reward_funcs": rewards_with_labeler(run, args, roles.reward), "role_adapters": roles}
 
 
-def load_roles(reward: str, policy: str, model_args: Any, trust_remote_code: bool) -> Any:
+def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) -> Any:
     """RoleAdapters of a policy (an SFT adapter's folder, or a whole model as base) and a reward adapter's folder.
+
+    `init` goes to `from_pretrained` of the base.
 
     Raises:
         ValueError: the reward model is not an adapter, or there is neither an SFT adapter nor a LoRA setting.
@@ -65,8 +69,5 @@ def load_roles(reward: str, policy: str, model_args: Any, trust_remote_code: boo
         Path(reward),
         quantization,
         cast("LoraConfig | None", get_peft_config(model_args)),
-        revision=None if model_args.model_revision == "main" else model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        trust_remote_code=trust_remote_code,
+        **init,
     )

@@ -102,5 +102,5 @@ def _refuse_other_run(folder: Path, settings: dict[str, Any], summary: dict | No
         shown = "; ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in different[:5])
         raise ValueError(
             f"The output folder {folder} holds another run ({shown}). Nothing was touched. Name another --run_dir or "
-            f"--output_dir, or delete {folder} to redo it."
+            f"--output_dir, or move {folder} away to redo it."
         )

@@ -108,7 +108,7 @@ class ReplyCache:
         if self.path is not None and self.path.exists():
             text = self.path.read_text(encoding="utf-8")
             self._mend = bool(text) and not text.endswith("\n")  # the last run was killed while it wrote
-            for line in text.splitlines():
+            for line in text.split("\n"):  # splitlines would also cut at U+2028, which a reply may hold
                 self._read(line)
 
     def _read(self, line: str) -> None:
@@ -126,7 +126,7 @@ class ReplyCache:
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(("\n" if self._mend else "") + json.dumps(self.replies[key], ensure_ascii=False) + "\n")
+                file.write(("\n" if self._mend else "") + json.dumps(self.replies[key]) + "\n")
             self._mend = False
 
 
@@ -152,7 +152,7 @@ class ChatEndpoint:
         price_in, price_out: of a million tokens; see `Usage`.
 
     Raises:
-        ValueError: not an http(s) URL, or counts below 1.
+        ValueError: not an http(s) URL, counts below 1, or a key that no header can carry.
     """
 
     def __init__(
@@ -178,6 +178,9 @@ class ChatEndpoint:
         self.workers, self.attempts, self.timeout = workers, attempts, timeout
         self.usage = Usage(price_in=price_in, price_out=price_out)
         self.cache = ReplyCache(cache)
+        api_key = (api_key or "").strip()  # files and secrets end in a newline
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("The API key holds characters that no header can carry, such as a line break inside it.")
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )

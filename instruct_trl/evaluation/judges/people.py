@@ -6,6 +6,7 @@ column names a model; which answer of a pair is A is settled by a hash, so that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -95,7 +96,7 @@ class PeopleJudge:
         said = {key: [sheet[key]["better"] for sheet in filled] for key in rows}
         self.agreement = _agreement(list(said.values()))
         return [
-            Reply(0.5) if pair.same else _mean([self._outcome(key, pair, word) for word in said[key]])
+            Reply(0.5) if pair.same else _majority([self._outcome(key, pair, word) for word in said[key]])
             for key, pair in zip(keys, pairs, strict=True)
         ]
 
@@ -148,8 +149,10 @@ class PeopleJudge:
             write_sheet(blank, dict(sorted(rows.items())), fill)  # by hash: shuffled, the same way each time
             rules = _RULES.format(stem=kind, suffix=self.suffix)
             (self.folder / f"{kind}.md").write_text(guide + rules, encoding="utf-8")
-        copies = sorted(self.folder.glob(f"{kind}_*{self.suffix}")) or [blank]
-        read = [read_sheet(path, list(rows), fill, self.allow_unfilled) for path in copies]
+        copies = sorted(self.folder.glob(f"{kind}_*{self.suffix}"))
+        read = [read_sheet(path, list(rows), fill, self.allow_unfilled) for path in [blank, *copies]]
+        if read[0] in read[1:]:
+            read[0] = None  # somebody filled in the blank, then copied it under a name of theirs
         filled = [sheet for sheet in read if sheet is not None]
         if not filled:
             raise WaitingForPeople(
@@ -157,6 +160,15 @@ class PeopleJudge:
             )
         self._people = len(filled)
         return filled
+
+
+def _majority(replies: Sequence[Reply]) -> Reply:
+    """The reply that most people gave; a tie where two are equally common."""
+    values = Counter(reply.value for reply in replies if reply.value is not None)
+    if not values:
+        return Reply(None, replies[0].said)
+    (first, most), *others = values.most_common()
+    return Reply(0.5 if others and others[0][1] == most else first)
 
 
 def _mean(replies: Sequence[Reply]) -> Reply:

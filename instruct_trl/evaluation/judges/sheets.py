@@ -69,13 +69,14 @@ def read_sheet(
 
 def _rows(path: Path) -> list[tuple[int, dict[str, object]]]:
     """(row number as an editor shows it, cells)."""
-    text = path.read_text(encoding="utf-8-sig")
+    # A spreadsheet may save in its own encoding: what is read back (ids, replies) is ASCII in all of them.
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     if path.suffix == ".csv":
         header = text.partition("\n")[0]
         delimiter = max(",;\t", key=header.count)  # what a spreadsheet saves depends on its language
         return [(i, dict(row)) for i, row in enumerate(csv.DictReader(io.StringIO(text), delimiter=delimiter), 2)]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:

@@ -45,7 +45,8 @@ Reply to each question about the answer with one line of the form "name: reply",
 
 {questions}"""
 
-_VERDICT = re.compile(r"verdict\W*[:=]\W*(?:answer\W+)?(a|b|tie)\b", re.IGNORECASE)
+_BOTH = r"(?!\s*(?:and\b|or\b|[&/+])\s*(?:answer\s+)?[ab]\b)"  # "A and B are equal" names no winner
+_VERDICT = re.compile(rf"verdict\W*[:=]\W*(?:answer\W+|an?\W+(?=tie\b))?(a|b|tie)\b{_BOTH}", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(?:answer\W+)?(a|b|tie)\W*", re.IGNORECASE)
 _THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL)
 
