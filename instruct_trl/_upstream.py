@@ -33,6 +33,17 @@ def apply_cpu_defaults(config: Any) -> None:
             config.bf16 = False
 
 
+@contextmanager
+def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
+    """Inside, `args.model_init_kwargs` is None where they have `loaded` a model: upstream refuses them beside one."""
+    given = args.model_init_kwargs
+    args.model_init_kwargs = None if loaded else given
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given
+
+
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
     """The transformer without its head: `model.base_model` in transformers' terms (e.g. LlamaModel)."""
     return cast(torch.nn.Module, model.base_model)

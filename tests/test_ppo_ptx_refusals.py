@@ -1,6 +1,7 @@
 """Bad input to PPOPtxTrainer: one clear error each, before any training."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ppo_helpers import PROMPTS, make
 from transformers import LlamaForSequenceClassification
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
-from instruct_trl.trainers.ppo_ptx_setup import wrap_reward_funcs
+from instruct_trl.trainers.ppo_ptx_setup import check_beside_roles, load_policy_tokenizer, wrap_reward_funcs
 
 
 def test_gamma_without_pretraining_data(tmp_path, policy, scorer, tokenizer):
@@ -77,6 +78,30 @@ def test_a_tokenizer_without_eos(tmp_path, policy, scorer, tokenizer):
 def test_a_model_path_that_does_not_exist(tmp_path, scorer, tokenizer):
     with pytest.raises(ValueError, match="no-such-model"):
         make(tmp_path, str(tmp_path / "no-such-model"), scorer, tokenizer)
+
+
+def test_how_the_policy_is_loaded_outlives_the_first_trainer(tmp_path, policy, scorer, tokenizer):
+    policy.save_pretrained(tmp_path / "policy")
+    args = PPOPtxConfig(
+        str(tmp_path / "run"), ptx_coef=0.0, report_to="none", model_init_kwargs={"dtype": "bfloat16"},
+        use_cpu=True, bf16=False, generation_batch_size=8, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    for _ in range(2):
+        trainer = PPOPtxTrainer(str(tmp_path / "policy"), scorer, args, PROMPTS, processing_class=tokenizer)
+        assert trainer.model.dtype == torch.bfloat16
+
+
+def test_vllm_on_a_shared_base_that_it_would_round_is_refused(roles):
+    args = SimpleNamespace(use_vllm=True)
+    check_beside_roles(roles, args)
+    roles.model.bfloat16()
+    with pytest.raises(ValueError, match="rounds a base that is not in float32"):
+        check_beside_roles(roles, args)
+
+
+def test_a_base_without_a_name_needs_its_tokenizer():
+    with pytest.raises(ValueError, match="built in memory: pass its tokenizer as processing_class"):
+        load_policy_tokenizer(None, SimpleNamespace(tokenizer_path=""))
 
 
 def test_pretraining_data_without_text(tmp_path, policy, scorer, tokenizer):

@@ -8,8 +8,8 @@ from conftest import tiny_config
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoHaConfig, PeftModel, get_peft_model
 from ranking_helpers import DEMONSTRATIONS, RANKINGS, eos_as_pad, make, pairs_of
-from role_helpers import BIAS, EXACT, batch, classifier_values, randomise, reward_lora, save_pieces, sft_lora
-from safetensors.torch import load_file
+from role_helpers import BIAS, EXACT, SIZES, batch, classifier_values, randomise, reward_lora, save_pieces, sft_lora
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,6 +19,7 @@ from transformers import (
 
 from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl.models.adapter_switching import adapter_parameters
+from instruct_trl.models.reward_loading import classifier_on_sft
 
 # Pieces that do not belong together ---------------------------------------------------------------------------------
 
@@ -53,6 +54,30 @@ def test_another_revision_is_refused(pieces):
     edit_config(pieces / "rm", revision="v1")
     with pytest.raises(ValueError, match=r"rm' was trained on revision 'v1'.*revision 'main'"):
         RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", revision="main")
+    with pytest.raises(ValueError, match=r"revision 'v1'.*the base is revision 'main'. Give revision='v1'"):
+        RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
+    RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", revision="v1")  # a folder has none to be wrong
+
+
+def test_embeddings_beside_an_adapter_must_be_the_bases_own(pieces):
+    """PEFT saves them where a pad token was added, in the precision of the training."""
+    file = pieces / "sft" / "adapter_model.safetensors"
+    embedding = AutoModelForCausalLM.from_pretrained(pieces / "base").get_input_embeddings().weight.detach()
+    key, adapter = "base_model.model.model.embed_tokens.weight", load_file(file)
+    save_file(adapter | {key: embedding.bfloat16()}, file)
+    RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
+    save_file(adapter | {key: embedding.bfloat16() * 1.1}, file)
+    with pytest.raises(ValueError, match="sft' carries embeddings that are not those of this base"):
+        RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
+
+
+def test_an_adapter_on_the_head_is_taken(tmp_path, tokenizer):
+    targets = ["q_proj", "lm_head", "embed_tokens"]
+    root = save_pieces(tmp_path, tokenizer, sft=sft_lora(target_modules=targets))
+    assert any("base_layer" in name for name in load_file(root / "sft" / "adapter_model.safetensors"))
+    roles = RoleAdapters(root / "base", root / "sft", root / "rm")
+    expected = AutoModelForCausalLM.from_pretrained(root / "merged")(input_ids=batch()[0]).logits
+    torch.testing.assert_close(roles.reference(input_ids=batch()[0]).logits, expected, **EXACT)
 
 
 def test_a_reward_adapter_on_the_merged_sft_model_must_say_so(tmp_path, tokenizer):
@@ -116,6 +141,19 @@ def test_a_reward_adapter_on_an_sft_adapter_is_not_trained_in_4_bits(pieces, tmp
             str(pieces / "sft"), None, tmp_path / "run", peft_config=reward_lora(),
             model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
         )  # fmt: skip
+
+
+def test_nothing_is_merged_into_a_base_that_is_stored_quantised(tmp_path, tokenizer):
+    pytest.importorskip("bitsandbytes")
+    root = save_pieces(tmp_path, tokenizer, **SIZES)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    stored = AutoModelForCausalLM.from_pretrained(root / "base", quantization_config=quantization)
+    stored.save_pretrained(root / "base")
+    with pytest.raises(ValueError, match=r"cannot be merged into a quantised base \('.*base'\)"):
+        classifier_on_sft(root / "sft")
+    roles = RoleAdapters(root / "base", root / "sft", root / "rm")
+    with pytest.raises(ValueError, match="base' is stored quantised"):
+        roles.merge(tmp_path / "whole")
 
 
 # Saved --------------------------------------------------------------------------------------------------------------

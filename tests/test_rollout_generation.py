@@ -90,6 +90,33 @@ def test_the_samplers_log_probs_are_those_of_a_forward(request, family, drop_end
     assert expected.min() < -4  # they do differ from nothing
 
 
+@pytest.mark.parametrize("eos_as_pad", [True, False])
+def test_a_forward_beyond_the_end_changes_nothing(policy, eos_as_pad):
+    """Processes that step together go on with their slowest, and transformers may undo a step on some devices."""
+    policy.eval()
+    settings = config(do_sample=True, top_k=0, pad_token_id=EOS if eos_as_pad else PAD)
+    torch.manual_seed(1)
+    plain = RolloutGenerate(policy, [EOS], temperature=1.0)
+    expected = plain(**prompts(), logits_processor=[EndAfter(3)], generation_config=settings)
+    own = policy.generate
+
+    def one_more(**kwargs):
+        output = own(**kwargs)
+        for criterion in kwargs["stopping_criteria"]:  # ended rows draw the pad token in that step
+            criterion(torch.full((len(output.sequences), 1), settings.pad_token_id), None)
+        for _ in range(2):
+            policy(input_ids=output.sequences[:, -1:])
+        return output
+
+    policy.generate = one_more
+    torch.manual_seed(1)
+    generate = RolloutGenerate(policy, [EOS], temperature=1.0)
+    found = generate(**prompts(), logits_processor=[EndAfter(3)], generation_config=settings)
+    assert found.tolist() == expected.tolist()
+    assert (found[-1, 3:] != EOS).all()  # the open answer goes on to the limit
+    torch.testing.assert_close(generate.logps, plain.logps)
+
+
 def test_settings_that_look_at_the_whole_answer_are_left_to_one_call(policy):
     policy.eval()
     settings = config(do_sample=False, min_new_tokens=2)

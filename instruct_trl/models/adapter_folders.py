@@ -137,14 +137,19 @@ def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
-    """True for the base's own embedding, which PEFT saves where a pad token was added to it; it must be unchanged."""
-    embedding = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is embedding]
-    if key not in {f"{name}.weight" for name in names}:
+    """True for the base's own embedding or head, which PEFT saves after a resize or below an adapter; not changed."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if any(module is embedding for embedding in embeddings):
+            weight = getattr(module, "base_layer", module).weight
+            weights |= {f"{name}.weight": weight, f"{name}.base_layer.weight": weight}
+    if key not in weights:
         return False
-    ours = embedding.weight.detach().cpu()
+    ours = weights[key].detach().cpu()
     rows = min(len(ours), len(value))
-    if value.shape[1:] != ours.shape[1:] or not torch.allclose(value[:rows].to(ours.dtype), ours[:rows]):
+    # The file may be coarser than the base: both are compared as the file rounds them.
+    if value.shape[1:] != ours.shape[1:] or not torch.allclose(value[:rows], ours[:rows].to(value.dtype)):
         raise ValueError(f"The adapter {path!r} carries embeddings that are not those of this base.")
     return True
 
@@ -246,17 +251,18 @@ def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: st
         folder: the adapter.
         base: the config of our base.
         base_name: where our base was read, "" if it was built in memory.
-        revision: of our base, if one was asked for.
+        revision: of our base, if one was asked for; else it is "main".
         other_name: its base may have another name, where its config is the same.
 
     Raises:
         ValueError: it belongs to another base, as far as can be seen.
     """
     theirs, name = folder.config, str(folder.config.base_model_name_or_path or "")
-    if revision and theirs.revision and theirs.revision != revision:
+    if theirs.revision and theirs.revision != (revision or "main"):
         raise ValueError(
             f"The adapter {folder.path!r} was trained on revision {theirs.revision!r} of {name!r}, but the base is "
-            f"revision {revision!r}. Load the base at the adapter's revision."
+            f"revision {revision or 'main'!r}. Give revision={theirs.revision!r}, by which a base given by name is "
+            "loaded, and load one in memory at it."
         )
     if not name or same_place(name, base_name):
         return

@@ -101,17 +101,17 @@ def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
     from peft import PeftConfig, PeftModel
 
     path = str(path)
-    if kwargs.get("quantization_config") is not None:
-        raise ValueError(
-            f"The SFT adapter {path!r} cannot be merged into a quantised base. Merge it first, and give the merged "
-            "model, for PPO too; or train the reward adapter on the base without it."
-        )
     config = PeftConfig.from_pretrained(path)
     base_path = str(config.base_model_name_or_path)
     check_model_path(base_path)
     base = AutoModelForSequenceClassification.from_pretrained(
         base_path, **{"dtype": "float32", **kwargs, "num_labels": 1}
     )
+    if getattr(base, "is_quantized", False):  # asked for, or stored so
+        raise ValueError(
+            f"The SFT adapter {path!r} cannot be merged into a quantised base ({base_path!r}). Merge it first, and "
+            "give the merged model, for PPO too; or train the reward adapter on the base without it."
+        )
     config.task_type = None  # a classifier takes the adapter of a causal model; its layers are the same
     merged: Any = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
     merged.config._name_or_path = merged.name_or_path = path

@@ -254,11 +254,16 @@ class RoleAdapters:
             the merged model, on the CPU.
 
         Raises:
-            ValueError: the base is quantised and in memory only.
+            ValueError: the base is quantised, and in memory only or as it is stored.
         """
         if self._by_path:
             kwargs = {key: value for key, value in self._model_kwargs.items() if key != "device_map"}
             base: nn.Module = AutoModelForCausalLM.from_pretrained(self.base_name, **kwargs)
+            if getattr(base, "is_quantized", False):
+                raise ValueError(
+                    f"{self.base_name!r} is stored quantised, and no adapter merges into that exactly. Use the adapter "
+                    "as it was saved, or merge it into the unquantised original."
+                )
             merged = PeftModelForCausalLM(base, self._own(self.model.peft_config[POLICY]))
             set_peft_model_state_dict(merged, adapter_state(self.model, POLICY))
         elif getattr(self.model, "is_quantized", False):

@@ -66,13 +66,14 @@ class RolloutGenerate:
             new = output.sequences[:, input_ids.size(1) :]
             answers[rows, done : done + new.size(1)] = new
             if recorder is not None:
-                self.logps[rows, done : done + new.size(1)] = recorder.finish(new[:, -1])
+                self.logps[rows, done : done + new.size(1)] = recorder.finish(new)
             done += new.size(1)
             if stop is None:
                 break
             cache = output.past_key_values
             drop = can_drop_rows(cache)
-            kept = (~stop.ended).nonzero().squeeze(1) if drop else torch.arange(len(rows), device=rows.device)
+            ended = torch.isin(new, torch.tensor(self.eos_token_ids, device=new.device)).any(dim=1)
+            kept = (~ended).nonzero().squeeze(1) if drop else torch.arange(len(rows), device=rows.device)
             if drop:
                 cache.batch_select_indices(kept)
             attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)[kept]
@@ -94,11 +95,7 @@ class RolloutGenerate:
 
 
 class EnoughEnded:
-    """A stopping criterion: all rows stop once more than a quarter of them have drawn an EOS.
-
-    Attributes:
-        ended: (R,) True where a row has.
-    """
+    """A stopping criterion: all rows stop once more than a quarter of them have drawn an EOS."""
 
     def __init__(self, eos_token_ids: list[int], rows: int):
         self.eos_token_ids, self.rows = eos_token_ids, rows
@@ -129,11 +126,16 @@ class ChosenLogps:
             logps = (self.logits.float() / self.temperature).log_softmax(dim=-1)
             self.columns.append(logps.gather(1, tokens.unsqueeze(1)))
 
-    def finish(self, last: torch.Tensor) -> torch.Tensor:
-        """(R, T) of a call that ended with the tokens `last` (R,)."""
-        self._read(last)
+    def finish(self, drawn: torch.Tensor) -> torch.Tensor:
+        """(R, T) of a call that drew the tokens `drawn` (R, T).
+
+        Forwards beyond them are left out: a process that is through goes on with those of the slower ones, where all
+        must call the model equally often, and transformers may run one step more before it looks at the ends.
+        """
+        if len(self.columns) < drawn.size(1):
+            self._read(drawn[:, -1])
         self.logits = None
-        return torch.cat(self.columns, dim=1)
+        return torch.cat(self.columns[: drawn.size(1)], dim=1)
 
 
 @contextmanager

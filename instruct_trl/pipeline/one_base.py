@@ -62,7 +62,11 @@ def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) 
     if sft is None and not model_args.use_peft:
         raise ValueError(f"--one_base on the whole model {policy} needs --use_peft, and its settings (lora_r, ...).")
     quantization = get_quantization_config(model_args)
-    base = policy if sft is None else str(PeftConfig.from_pretrained(sft).base_model_name_or_path)
+    base = policy
+    if sft is not None:
+        trained_on = PeftConfig.from_pretrained(sft)
+        base = str(trained_on.base_model_name_or_path)
+        init = {"revision": trained_on.revision, **init}
     return RoleAdapters(
         base,
         sft,

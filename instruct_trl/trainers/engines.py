@@ -137,7 +137,8 @@ def check_engine(accelerator: Accelerator) -> None:
     """Refuse launcher settings under which PPO-ptx would not be what it says.
 
     Raises:
-        ValueError: FSDP 1, weights that are read by one process only, DeepSpeed without ZeRO.
+        ValueError: FSDP 1, weights that are read by one process only, DeepSpeed without ZeRO, weights in shards that
+            nothing would put together for saving.
     """
     fsdp, deepspeed = getattr(accelerator.state, "fsdp_plugin", None), accelerator.state.deepspeed_plugin
     if fsdp is not None and fsdp.fsdp_version != 2:
@@ -147,8 +148,18 @@ def check_engine(accelerator: Accelerator) -> None:
             "fsdp_cpu_ram_efficient_loading leaves the weights of all but the first process empty, and so the copies "
             "made of them for the reference and the value model. Set it to false."
         )
+    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+        raise ValueError(
+            f"Under fsdp_state_dict_type {fsdp.state_dict_type} upstream writes no policy that transformers could "
+            "read, and says nothing. Set it to FULL_STATE_DICT."
+        )
     if deepspeed is not None and deepspeed.zero_stage < 1:
         raise ValueError("DeepSpeed with zero_stage 0 is not supported. Set zero_stage to 2 or 3, or launch DDP.")
+    if deepspeed is not None and deepspeed.zero_stage == 3 and not deepspeed.zero3_save_16bit_model:
+        raise ValueError(
+            "ZeRO-3 without zero3_save_16bit_model cannot put the weights together at the first checkpoint. Set it to "
+            "true (in a DeepSpeed JSON: stage3_gather_16bit_weights_on_model_save)."
+        )
 
 
 def prepare_beside_policy(

@@ -109,7 +109,7 @@ class PPOPtxTrainer(PPOSaving):
         check_whole(model=model, value_model=value_model, ref_model=ref_model)
         with_win_rate = check_win_rate(args, eval_dataset, rollout_func)
         configs = {"peft_config": peft_config, "quantization_config": quantization_config}
-        check_beside_roles(role_adapters, model=model, value_model=value_model, ref_model=ref_model, **configs)
+        check_beside_roles(role_adapters, args, model=model, value_model=value_model, ref_model=ref_model, **configs)
         if role_adapters is not None:
             model, value_model, ref_model = role_adapters.policy, role_adapters.value, role_adapters.reference
             reward_funcs = role_adapters.reward if reward_funcs is None else reward_funcs
@@ -117,14 +117,14 @@ class PPOPtxTrainer(PPOSaving):
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class)
-        model = load_policy(model, args, quantization_config, peft_config)
-        with_peft = peft_config is not None or is_peft_model(model)
-        ref_model = resolve_reference(model, ref_model, with_peft)
+        policy = load_policy(model, args, quantization_config, peft_config)
+        with_peft = peft_config is not None or is_peft_model(policy)
+        ref_model = resolve_reference(policy, ref_model, with_peft)
         train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
         eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
-        with as_upstream_must_see(args, with_peft, role_adapters):
+        with as_upstream_must_see(args, with_peft, role_adapters, loaded=policy is not model):
             super().__init__(
-                model,
+                policy,
                 reward_funcs,
                 args,
                 train_dataset,

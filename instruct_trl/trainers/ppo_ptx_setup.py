@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from instruct_trl._upstream import without_init_kwargs
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_loading import check_model_path
 from instruct_trl.models.role_adapters import RoleAdapters
@@ -55,24 +56,32 @@ def load_policy_tokenizer(model: Any, roles: RoleAdapters | None) -> Any:
     """The tokenizer that was saved with the policy, or with the adapters of `roles`, padding on the left.
 
     Raises:
-        ValueError: the policy is a path that does not exist.
+        ValueError: the policy is a path that does not exist, or a base of `roles` that has no name.
     """
     if roles is not None:
         path = roles.tokenizer_path
     else:
         path = model if isinstance(model, str) else model.config._name_or_path
-    check_model_path(path)
+        check_model_path(path)
+    if not path:
+        raise ValueError("The base of role_adapters was built in memory: pass its tokenizer as processing_class.")
     return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
 
 
-def check_beside_roles(roles: RoleAdapters | None, **given: Any) -> None:
-    """Refuse models, and configs to make them, beside `role_adapters`.
+def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: Any) -> None:
+    """Refuse models, and configs to make them, beside `role_adapters`; and vLLM where it would wear the base down.
 
     Raises:
-        ValueError: one of `given` is not None (nor, as the policy, that of `roles`).
+        ValueError: one of `given` is not None (nor, as the policy, that of `roles`), or vLLM on a base that is not in
+            float32.
     """
     if roles is None:
         return
+    if args.use_vllm and (getattr(roles.model, "is_quantized", False) or roles.model.dtype != torch.float32):
+        raise ValueError(
+            "use_vllm merges the policy's adapter into the base and takes it out again at each iteration, which rounds "
+            "a base that is not in float32, and all roles stand on it. Load it in float32, or leave vLLM off."
+        )
     beside = [name for name, value in given.items() if value is not None and value is not roles.policy]
     if beside:
         raise ValueError(
@@ -82,16 +91,19 @@ def check_beside_roles(roles: RoleAdapters | None, **given: Any) -> None:
 
 
 @contextmanager
-def as_upstream_must_see(args: PPOPtxConfig, with_peft: bool, roles: RoleAdapters | None) -> Iterator[None]:
+def as_upstream_must_see(
+    args: PPOPtxConfig, with_peft: bool, roles: RoleAdapters | None, loaded: bool
+) -> Iterator[None]:
     """The state in which GRPOTrainer's constructor leaves the models as they are.
 
     Where beta is not 0, it reloads the reference from the policy's path, which is the wrong model for a policy held in
     memory; and it keeps the adapters of a PEFT policy only where beta is not 0. On a 4-bit base it also rounds what is
-    trained to bf16, by which a policy would differ from the reference that it is a copy of.
+    trained to bf16, by which a policy would differ from the reference that it is a copy of. `loaded` says that the
+    policy was a path and is a model now.
     """
     beta, args.beta = args.beta, 1.0 if with_peft and roles is None else 0.0
     try:
-        with nullcontext() if roles is None else roles.frozen():
+        with without_init_kwargs(args, loaded), nullcontext() if roles is None else roles.frozen():
             yield
     finally:
         args.beta = beta
@@ -117,7 +129,6 @@ def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_c
     check_model_path(model)
     given: Any = args.model_init_kwargs or {}
     kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **given}
-    args.model_init_kwargs = None
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)
 
 

@@ -190,7 +190,10 @@ class PPORollout(GRPOTrainer):
                 "rollout_func without logprobs do not). Leave the option off."
             )
         mask = rollout["loss_mask"].bool()
-        return logps if logps[mask].isfinite().all() else self._policy_logps(rollout)
+        finite = logps[mask].isfinite().all().float()
+        if self.accelerator.gather(finite).min() == 0:  # all processes or none: a sharded forward is a joint one
+            return self._policy_logps(rollout)
+        return logps.masked_fill(~mask, 0.0)
 
     def _score_answers(self, rollout: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """R of each answer, (B,), NaN where no reward function could score it; whether it ends with an EOS, (B,)."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from trl import RewardTrainer
 
-from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head
+from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head, without_init_kwargs
 from instruct_trl.data.checks import require_columns
 from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair
 from instruct_trl.data.prefix_layout import GroupedRows
@@ -115,29 +115,30 @@ class RankingRewardTrainer(RewardTrainer):
         args = args or RankingRewardConfig(f"{name.rstrip('/').split('/')[-1]}-RankingReward")
         check_model(model, args)
         check_peft(model, peft_config)
-        model = load_on_sft(model, peft_config, args, quantization_config)
+        loaded = load_on_sft(model, peft_config, args, quantization_config)
         processing_class = processing_class or load_tokenizer(name, args)
-        pad_line = prepare_tokenizer(processing_class, args, None if isinstance(model, str) else model)
+        pad_line = prepare_tokenizer(processing_class, args, None if isinstance(loaded, str) else loaded)
         say(args, pad_line)
 
         self.data_reports: dict[str, RankingReport] = {}
         self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `evaluate_rewards`
         self._tally = RankingTally()
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or RankingCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with without_init_kwargs(args, loaded is not model):
+            super().__init__(
+                model=loaded,
+                args=args,
+                data_collator=data_collator or RankingCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         self._settle_model(args, processing_class)
         self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: say(args, line))
 

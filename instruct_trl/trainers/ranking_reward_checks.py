@@ -48,7 +48,6 @@ def load_on_sft(model: Any, peft_config: Any, args: RankingRewardConfig, quantiz
     if peft_config is None or not isinstance(model, str) or not is_sft_adapter(model):
         return model
     given: Any = args.model_init_kwargs or {}
-    args.model_init_kwargs = None
     kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
     return classifier_on_sft(model, **{name: value for name, value in kwargs.items() if value is not None})
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 
 from instruct_trl.trainers.engines import check_engine
@@ -42,14 +43,27 @@ def test_a_model_in_zero3_shards_is_refused():
         check_whole(value_model=model)
 
 
+def fsdp(**settings):
+    """accelerate's plugin, FSDP2 as our YAML sets it but for `settings`."""
+    given = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT", **settings}
+    return {"fsdp_plugin": FullyShardedDataParallelPlugin(**given)}
+
+
+def zero(**settings):
+    return {"deepspeed_plugin": DeepSpeedPlugin(**settings)}
+
+
 @pytest.mark.parametrize(
     ("plugins", "says"),
     [
-        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)}, "Set fsdp_version: 2"),
-        ({"fsdp_plugin": SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)}, "Set it to false"),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=0)}, "Set zero_stage to 2 or 3"),
-        ({"fsdp_plugin": SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)}, None),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, None),
+        (fsdp(fsdp_version=1), "Set fsdp_version: 2"),
+        (fsdp(cpu_ram_efficient_loading=True), "Set it to false"),
+        (fsdp(state_dict_type="SHARDED_STATE_DICT"), "SHARDED_STATE_DICT upstream .* to FULL_STATE_DICT"),
+        (zero(zero_stage=0), "Set zero_stage to 2 or 3"),
+        (zero(zero_stage=3, zero3_save_16bit_model=False), "without zero3_save_16bit_model"),
+        (fsdp(), None),
+        (zero(zero_stage=2), None),
+        (zero(zero_stage=3, zero3_save_16bit_model=True), None),
         ({}, None),
     ],
 )
