@@ -22,7 +22,10 @@ def fixed_answers(prompts, trainer):
     return {"prompt_ids": trainer._tokenizer(prompts)["input_ids"], "completion_ids": answers, "logprobs": None}
 
 
-def build(folder, *, peft_config=None, make_value_model=None, rollout_func=fixed_answers, eval_prompts=None, **kwargs):
+def build(
+    folder, *, peft_config=None, make_policy=None, make_value_model=None, rollout_func=fixed_answers,
+    eval_prompts=None, **kwargs,
+):  # fmt: skip
     """3 iterations of 8 episodes; steps of plain SGD, so that a gradient k times too large shows in the weights.
 
     Fixed answers are gone over twice, since the loss of the first pass is 0: ratio 1 and white advantages.
@@ -36,8 +39,9 @@ def build(folder, *, peft_config=None, make_value_model=None, rollout_func=fixed
     }  # fmt: skip
     args = PPOPtxConfig(str(folder), **{**settings, **kwargs})  # before any model: see load_models_whole
     tokenizer = fresh(conftest.tokenizer)
+    policy = make_policy() if make_policy else fresh(conftest.policy)
     return PPOPtxTrainer(
-        fresh(conftest.policy), RewardScorer(fresh(conftest.reward_model), tokenizer), args, PROMPTS.select(range(8)),
+        policy, RewardScorer(fresh(conftest.reward_model), tokenizer), args, PROMPTS.select(range(8)),
         eval_prompts, processing_class=tokenizer, peft_config=peft_config, rollout_func=rollout_func,
         value_model=None if make_value_model is None else make_value_model(), pretraining_dataset=TEXTS,
     )  # fmt: skip

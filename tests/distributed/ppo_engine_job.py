@@ -13,6 +13,7 @@ import conftest
 import torch
 from peft import LoraConfig
 from ppo_helpers import PROMPTS
+from ppo_killed import fresh
 from ppo_two import build, metrics_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
@@ -30,9 +31,20 @@ JOBS = {
     "skipping": ({**ADAM, **SHORT, "warmup_iterations": 2}, 4, 1),  # leaves out its second step
     "lora": ({**SHORT, "peft_config": LORA, "learning_rate": 1.0}, 4, 1),
 }
+
+
+def policy_that_ends():
+    """EOS is likely after some tokens: the processes' longest answers differ, and one waits for the other."""
+    policy = fresh(conftest.policy)
+    with torch.no_grad():
+        policy.lm_head.weight[256] *= 30
+    return policy
+
+
 # Answers are drawn: two steps an iteration, and an evaluation with a win rate after the second.
 SAMPLED = {
-    **ADAM, "rollout_func": None, "num_iterations": 1, "save_steps": 3, "eval_prompts": PROMPTS.select(range(8, 12)),
+    **ADAM, "rollout_func": None, "make_policy": policy_that_ends, "old_logps_from_sampler": True, "num_iterations": 1,
+    "save_steps": 3, "eval_prompts": PROMPTS.select(range(8, 12)),
     "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
 }  # fmt: skip
 
