@@ -20,7 +20,7 @@ from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
 from instruct_trl.models.value import ValueModel
 from instruct_trl.pipeline.assets import base_model
 from instruct_trl.pipeline.memory_plan import MemoryPlan
-from instruct_trl.pipeline.memory_ppo import PPOModels, PPOSizes, ppo_plan
+from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
 
 QUANTISATION: dict[str, Any] = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
@@ -107,10 +107,10 @@ def unique_bytes(*models: Any) -> int:
     return sum(found.values())
 
 
-def settings(args: Any) -> PPOPtxConfig:
+def settings(args: Any, pieces: Path) -> PPOPtxConfig:
     """One iteration of two optimizer steps."""
     return PPOPtxConfig(
-        str(args.pieces / "run"),
+        str(pieces / "run"),
         generation_batch_size=args.rollout,
         per_device_train_batch_size=args.micro_batch,
         gradient_accumulation_steps=max(1, args.rollout // 2 // args.micro_batch),
@@ -222,7 +222,7 @@ def measure(args: Any) -> dict[str, Any]:
     from _common import quiet
 
     quiet()
-    config = settings(args)
+    config = settings(args, args.pieces)
     base = args.pieces / "base"
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     peak = Peak()
@@ -252,17 +252,4 @@ def plan_of(args: Any, case: str, pieces: Path) -> MemoryPlan:
         peft_config=lora(args, "CAUSAL_LM"),
         autocast=args.autocast,
     )
-    sizes = PPOSizes(
-        rollout=args.rollout,
-        chunk=args.chunk,
-        reward_chunk=args.chunk,
-        micro_batch=args.micro_batch,
-        accumulation=max(1, args.rollout // 2 // args.micro_batch),
-        prompt=args.prompt,
-        completion=args.completion,
-        ptx_length=args.ptx_length,
-        ptx_ratio=1,
-        checkpointing=args.checkpointing,
-        fused_head=gpu,
-    )
-    return ppo_plan(models, sizes)
+    return ppo_plan(models, sizes_of(settings(args, pieces), prompt=args.prompt, fused_head=gpu))

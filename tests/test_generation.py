@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
 from instruct_trl.evaluation.language_modeling import mean_token_loss
-from instruct_trl.models.generation import generate_completions
+from instruct_trl.models.generation import contiguous_head_input, generate_completions
+from instruct_trl.models.rollout_generation import RolloutGenerate
 
 
 def make_it_say(model, token):
@@ -40,6 +43,31 @@ def test_answers_of_a_prompt_stand_together(policy, tokenizer):
     assert got[0] == got[1] == got[2]
     assert got[3] == got[4] == got[5]
     assert got[0].token_ids != got[3].token_ids
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_head_reads_contiguous_states_while_sampling_and_what_it_is_given_afterwards(policy, tokenizer, lora):
+    contiguous = []
+    policy.lm_head.register_forward_hook(lambda module, args, output: contiguous.append(args[0].is_contiguous()))
+    model = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj", "lm_head"])) if lora else policy
+    generate_completions(model, tokenizer, ["abc", "defg"], max_new_tokens=1)
+    RolloutGenerate(model, [tokenizer.eos_token_id])(
+        **tokenizer(["abc", "defg"], return_tensors="pt", padding=True),
+        generation_config=GenerationConfig(max_new_tokens=1, pad_token_id=tokenizer.pad_token_id),
+    )
+    assert contiguous == [True, True]
+    with pytest.raises(RuntimeError, match="stop"), contiguous_head_input(model):
+        raise RuntimeError("stop")
+    model(**tokenizer(["abc", "defg"], return_tensors="pt", padding=True), logits_to_keep=1)
+    assert contiguous[2:] == [False]
+
+
+def test_contiguous_states_give_the_logits_of_a_frozen_head(policy, tokenizer):
+    policy.requires_grad_(False)
+    rows = tokenizer(["abc", "defg"], return_tensors="pt", padding=True)
+    with contiguous_head_input(policy):
+        found = policy(**rows, logits_to_keep=1).logits
+    torch.testing.assert_close(found, policy(**rows).logits[:, -1:])
 
 
 def test_eos_ends_an_answer_and_is_kept_in_its_ids(policy, tokenizer):

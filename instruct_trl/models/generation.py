@@ -5,7 +5,7 @@ Legend: N completions, B rows in a batch, P prompt tokens, T completion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -59,6 +59,24 @@ def seeded(seed: int, device: torch.device):
         yield
 
 
+@contextmanager
+def contiguous_head_input(model: Any) -> Iterator[None]:
+    """Inside, the LM head of `model` reads a contiguous copy of its hidden states; the values are the same.
+
+    `generate` projects the slice (B, 1, H) of the prompts' last position. For a slice and a head that is not trained
+    torch takes B products in place of one: on a CPU 5 times slower in float32, and with a copy of a bf16 head for each.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: tuple(states.contiguous() for states in args))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def generate_completions(
     model: Any,
     tokenizer: Any,
@@ -105,7 +123,11 @@ def generate_completions(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer") as bar:
+        with (
+            torch.no_grad(),
+            contiguous_head_input(model),
+            tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer") as bar,
+        ):
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 # A seed of its own for each batch: one that ends early does not shift the noise of those after it.

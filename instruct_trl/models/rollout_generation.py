@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from instruct_trl._upstream import can_drop_rows, may_resume_generation
+from instruct_trl.models.generation import contiguous_head_input
 
 
 class RolloutGenerate:
@@ -55,7 +56,7 @@ class RolloutGenerate:
             config.max_new_tokens, config.return_dict_in_generate = limit - done, True
             given = kwargs | ({} if cache is None else {"past_key_values": cache})
             stop = EnoughEnded(self.eos_token_ids, len(rows)) if drop else None
-            with self._recorded() as recorder:
+            with self._recorded() as recorder, contiguous_head_input(self.model):
                 output = self.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,

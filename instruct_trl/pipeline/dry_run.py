@@ -20,7 +20,7 @@ from instruct_trl.pipeline.memory_plan import (
     step_phase,
     update_phase,
 )
-from instruct_trl.pipeline.memory_ppo import PPOModels, PPOSizes, ppo_plan
+from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
 from instruct_trl.pipeline.memory_report import Device, Settings, report, this_device
 from instruct_trl.pipeline.memory_shapes import ModelShape, read_config
 from instruct_trl.pipeline.memory_trace import Precision
@@ -117,23 +117,15 @@ def plan_ppo_ptx(device: Device, run: Any, args: Any, model: Any) -> Stage:
     assumed.append(f"every prompt has {prompt} tokens and every answer {args.max_completion_length}.")
     if args.use_vllm:
         assumed.append("vLLM's own memory is not counted.")
-    sizes = PPOSizes(
-        rollout=args.generation_batch_size // args.world_size,
-        prompt=prompt,
-        completion=args.max_completion_length,
-        ptx_length=args.ptx_max_length,
-        ptx_ratio=args.ptx_ratio if args.ptx_coef else 0,
-        fused_head=device.is_gpu,
-        own_generator=bool(args.use_vllm),
-        assumptions=tuple(assumed),
-    )
-    minibatch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    sizes = sizes_of(args, prompt=prompt, fused_head=device.is_gpu, assumptions=tuple(assumed))
+    minibatch = sizes.micro_batch * sizes.accumulation
     names = ("local_rollout_forward_batch_size", "per_device_train_batch_size", "gradient_checkpointing")
 
     def make(given: Settings) -> MemoryPlan:
         rows, chunk = int(given["per_device_train_batch_size"]), int(given["local_rollout_forward_batch_size"])
-        now = {"micro_batch": rows, "accumulation": minibatch // rows, "chunk": chunk, "reward_chunk": chunk}
-        return ppo_plan(models, replace(sizes, **now, checkpointing=bool(given["gradient_checkpointing"])))
+        checkpointing = bool(given["gradient_checkpointing"])
+        changed = replace(sizes, micro_batch=rows, accumulation=minibatch // rows, checkpointing=checkpointing)
+        return ppo_plan(models, replace(changed, chunk=chunk, reward_chunk=chunk))
 
     return Stage("recipes/ppo_ptx.py", make, _settings(args, *names), PPO_RELIEF)
 
@@ -287,9 +279,7 @@ def _sampling_stage(title: str, device: Device, run: Any, samplers: list[RoleMod
 
     def make(given: Settings) -> MemoryPlan:
         rows, tokens = int(given["batch_size"]), prompt + run.max_completion_length
-        phases: list[Phase] = [
-            generation_phase(samplers[0], rows, prompt, run.max_completion_length, gpu=device.is_gpu)
-        ]
+        phases: list[Phase] = [generation_phase(samplers[0], rows, prompt, run.max_completion_length)]
         if len(samplers) > 1:
             # Logits of every token in the head's dtype and in float32, and their log-softmax.
             logits = arithmetic.weight_bytes(KL_ROWS * tokens * samplers[0].shape.vocabulary, 10 if run.bf16 else 8)

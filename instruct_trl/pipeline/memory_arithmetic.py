@@ -103,16 +103,6 @@ def logps_bytes(scored: int, vocabulary: int, width: int = 4, update: bool = Fal
     return max(converted, 4 * scored + 4 * block) * vocabulary
 
 
-def expanded_head_bytes(rows: int, hidden: int, vocabulary: int) -> int:
-    """2 · B · V · H: copies of a frozen bf16 head, one a row, that torch makes on a CPU for the last token of B rows.
-
-    A slice (B, 1, H) of the hidden states is not contiguous, so that `matmul` takes a batched product with the weight
-    expanded to B, unless the weight is trained; in bf16 oneDNN wants it contiguous. In float32, and on a GPU, nothing
-    is copied.
-    """
-    return 2 * rows * vocabulary * hidden
-
-
 def cross_entropy_bytes(rows: int, tokens: int, vocabulary: int, width: int = 4) -> int:
     """max(b + 8, 12) · B · T · V: cross-entropy of all tokens from full logits.
 

@@ -168,12 +168,6 @@ class RoleModel:
             )
         return _TRACED[key]
 
-    def expanded_head(self, rows: int, gpu: bool) -> int:
-        """What a CPU adds to project the last position of `rows` prompts in bf16."""
-        if gpu or self.head_width == 4 or (self.trained and self.peft_config is None):
-            return 0
-        return arithmetic.expanded_head_bytes(rows, self.shape.hidden, self.shape.vocabulary)
-
     def kv_cache(self, rows: int, tokens: int) -> int:
         """Keys and values of `rows` × `tokens` tokens, bf16 under autocast."""
         shape = self.shape
@@ -183,10 +177,10 @@ class RoleModel:
         )
 
 
-def generation_phase(role: RoleModel, rows: int, prompt: int, completion: int, *, gpu: bool) -> Phase:
+def generation_phase(role: RoleModel, rows: int, prompt: int, completion: int) -> Phase:
     """Sampling: after the prompts (their activations) or at the last token (the full cache), whichever is more."""
     prefill = role.run(rows, prompt)
-    sampling = max(arithmetic.sampling_bytes(rows, role.shape.vocabulary), role.expanded_head(rows, gpu))
+    sampling = arithmetic.sampling_bytes(rows, role.shape.vocabulary)
     head = _head_copy(role)
     at_prefill = prefill.forward - prefill.copies + role.kv_cache(rows, prompt)
     at_the_end = sampling + role.kv_cache(rows, prompt + completion)

@@ -81,6 +81,25 @@ class PPOSizes:
     assumptions: tuple[str, ...] = field(default=())
 
 
+def sizes_of(args: Any, *, prompt: int, fused_head: bool, assumptions: tuple[str, ...] = ()) -> PPOSizes:
+    """The sizes that a PPOPtxConfig sets, with prompts of `prompt` tokens."""
+    return PPOSizes(
+        rollout=args.generation_batch_size // args.world_size,
+        chunk=args.local_rollout_forward_batch_size,
+        reward_chunk=args.local_rollout_forward_batch_size,
+        micro_batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        prompt=prompt,
+        completion=args.max_completion_length,
+        ptx_length=args.ptx_max_length,
+        ptx_ratio=args.ptx_ratio if args.ptx_coef else 0,
+        checkpointing=args.gradient_checkpointing,
+        fused_head=fused_head,
+        own_generator=bool(args.use_vllm),
+        assumptions=assumptions,
+    )
+
+
 def ppo_roles(models: PPOModels) -> dict[str, RoleModel]:
     """Role → its model, for one of `LAYOUTS`.
 
@@ -130,11 +149,7 @@ def ppo_plan(models: PPOModels, sizes: PPOSizes) -> MemoryPlan:
     resident = [item for role in roles.values() for item in role.resident()]
     policy, value = roles["policy"], roles["value"]
     tokens, rows = sizes.prompt + sizes.completion, min(sizes.chunk, sizes.rollout)
-    phases = (
-        []
-        if sizes.own_generator
-        else [generation_phase(policy, rows, sizes.prompt, sizes.completion, gpu=sizes.fused_head)]
-    )
+    phases = [] if sizes.own_generator else [generation_phase(policy, rows, sizes.prompt, sizes.completion)]
     phases += [
         scoring_phase("log-probs", policy, rows, tokens, _logps(policy, rows, sizes, grad=False)),
         scoring_phase("reward", roles["reward"], min(sizes.reward_chunk, sizes.rollout), tokens, 0),

@@ -1,0 +1,169 @@
+"""The pieces of `one_base_learning.py`, each run in a process of its own by the recipes' parts."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _memory_case import Peak
+from instruct_trl.recipes.evaluate import EvaluateArguments
+from instruct_trl.recipes.ppo_ptx import PPOPtxArguments
+
+from instruct_trl import PPOPtxConfig, PPOPtxTrainer
+from instruct_trl.pipeline import run as pipeline
+from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
+from instruct_trl.pipeline.loading import load_split
+from instruct_trl.pipeline.one_base import models_of
+from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
+from instruct_trl.pipeline.stage import run_stage
+
+
+def lora(args: argparse.Namespace) -> list[str]:
+    """The recipes' options of an adapter."""
+    options = ["--use_peft", "--lora_r", str(args.rank), "--lora_alpha", str(2 * args.rank)]
+    return [*options, "--lora_target_modules", *args.targets]
+
+
+def prepared(args: argparse.Namespace) -> RunArguments:
+    """The run whose data, SFT model and rankings are taken, made where they are missing."""
+    run = RunArguments(run_dir=str(args.run_dir), cpu_threads=args.threads)
+    run._config_folder = args.recipes.resolve()  # type: ignore[attr-defined]
+    return run
+
+
+def start(args: argparse.Namespace) -> str:
+    """The SFT model's folder, from which every policy starts: the run's RL initialisation, or its SFT."""
+    name = "rl_init" if (args.recipes / "rl_init.yaml").exists() else "sft"
+    return str(args.run_dir / name)
+
+
+def make_reward_model(args: argparse.Namespace) -> None:
+    """SFT, rankings, the reward adapter on the SFT model, and the adapter merged into it, for the full run."""
+    from instruct_trl.models.reward_loading import load_reward_model
+
+    run, threads = prepared(args), ["--cpu_threads", str(args.threads)]
+    pipeline.run_recipe("sft", run, threads)
+    pipeline.run_recipe("sample", run, threads)
+    if Path(start(args)).name == "rl_init":
+        pipeline.run_recipe("sft", run, threads, config="rl_init", stage="rl_init")
+    adapter, merged = args.folder / "reward_model", args.folder / "reward_model_merged"
+    options = ["--model_name_or_path", start(args), "--learning_rate", args.reward_learning_rate, *threads]
+    options += ["--output_dir", str(adapter), "--lora_task_type", "SEQ_CLS", *lora(args)]
+
+    def body(_: str | None) -> dict[str, Any]:
+        model, tokenizer = load_reward_model(adapter)
+        model.merge_and_unload().save_pretrained(merged)
+        tokenizer.save_pretrained(merged)
+        return {}
+
+    pipeline.run_recipe("reward_model", run, options)
+    run_stage(merged, "Merged reward model", {}, body, resume=False)
+
+
+def measure_sft(args: argparse.Namespace) -> None:
+    """The SFT model's own figures."""
+    prepared(args)
+    body = lambda _: judged(args, start(args))  # noqa: E731
+    run_stage(args.folder / "sft", "SFT model", {}, body, resume=False)
+
+
+def train_full(args: argparse.Namespace, seed: str) -> None:
+    """Four models, each trained or frozen whole."""
+    train(args, f"full_{seed}", ["--reward_model_path", str(args.folder / "reward_model_merged"), "--seed", seed])
+
+
+def train_one_base(args: argparse.Namespace, rate: str, seed: str) -> None:
+    """Four roles on one base; the critic's learning rate is raised like the policy's."""
+    (_, plain, _) = parse(args, [])
+    value_rate = plain.value_learning_rate * float(rate) / plain.learning_rate
+    options = ["--one_base", "true", "--reward_model_path", str(args.folder / "reward_model"), "--seed", seed]
+    options += ["--learning_rate", rate, "--value_learning_rate", str(value_rate)]
+    options += ["--dtype", args.dtype, *lora(args)]
+    train(args, f"one_base_{rate}_{seed}", options)
+
+
+PIECES = {"reward": make_reward_model, "sft": measure_sft, "full": train_full, "one_base": train_one_base}
+
+
+def parse(args: argparse.Namespace, options: list[str]) -> tuple[Any, PPOPtxConfig, Any]:
+    """What recipes/ppo_ptx.py would read."""
+    from trl import ModelConfig
+
+    shared = ["--config", str(args.ppo), "--run_dir", str(args.run_dir), "--cpu_threads", str(args.threads)]
+    shared += ["--total_episodes", str(args.episodes), "--disable_tqdm", "true"]
+    return parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", "", [*shared, *options])
+
+
+def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
+    """One PPO-ptx run, as recipes/ppo_ptx.py makes it, and its figures."""
+    folder = args.folder / name
+    run, config, model = parse(args, [*options, "--output_dir", str(folder)])
+
+    def body(_: str | None) -> dict[str, Any]:
+        peak = Peak()
+        trainer = PPOPtxTrainer(
+            **models_of(run, config, model, start(args)),
+            args=config,
+            train_dataset=pipeline.prompts_for(run, "rl"),
+            pretraining_dataset=pipeline.pretraining_texts(run),
+        )
+        peak.start()
+        begin = time.perf_counter()
+        trainer.train()
+        found = {"seconds": time.perf_counter() - begin, "peak": peak.read()}
+        policy = folder / "policy"
+        trainer.save_model()
+        trainer.save_state()
+        if run.one_base:
+            policy = merged(policy, folder / "policy_merged")
+        return found | judged(args, str(policy))
+
+    run_stage(folder, name, settings_of(run, config, model), body, resume=False)
+
+
+def merged(adapter: Path, folder: Path) -> Path:
+    """The policy's adapter in the SFT model's own float32, where the run's base was rounded to bf16."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
+    model.merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+    return folder
+
+
+def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Labeler scores on validation and test prompts, KL(π‖SFT) of the test answers, held-out pretraining loss."""
+    from instruct_trl.evaluation.divergence import mean_answer_kl
+    from instruct_trl.evaluation.language_modeling import mean_token_loss
+    from instruct_trl.models.generation import encode_prompt
+
+    options = ["--config", str(args.recipes / "evaluate.yaml"), "--run_dir", str(args.run_dir)]
+    (run,) = parse_recipe((EvaluateArguments,), "evaluate", "", [*options, "--cpu_threads", str(args.threads)])
+    model, tokenizer = load_causal_lm(path)
+    labeler = pipeline.load_labeler(run, "demo")
+    result: dict[str, Any] = {}
+    prompts: list[str] = []
+    answers: list[Any] = []
+    for use, seed in (("selection", 1), ("test", 0)):
+        prompts = list(pipeline.prompts_for(run, use)["prompt"])
+        answers = sample_answers(model, tokenizer, prompts, run, seed=seed, desc=f"{use} answers")
+        result[use] = labeler(prompts, [answer.text for answer in answers])
+    rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
+    texts = list(load_split(args.run_dir / "data" / "pretraining_test.jsonl")["text"])
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
+        loss, _ = mean_token_loss(model, tokenizer, texts, batch_size=16, max_length=run.max_text_length)
+        kl = 0.0 if path == start(args) else mean_answer_kl(model, load_causal_lm(start(args))[0], rows)
+    validation, scores = result["selection"], result["test"]
+    examples = [{"prompt": p, "answer": a.text} for p, a in zip(prompts[:8], answers, strict=False)]
+    return {
+        "score": sum(scores) / len(scores),
+        "validation": sum(validation) / len(validation),
+        "kl": kl,
+        "pretraining_loss": loss,
+        "scores": [float(score) for score in scores],
+        "examples": examples,
+    }

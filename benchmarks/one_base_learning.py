@@ -1,0 +1,142 @@
+"""Does PPO with four roles on one base learn what full fine-tuning learns, from the same episodes?
+
+    python benchmarks/one_base_learning.py                      # takes up the stages of `make demo-long`, or makes them
+    python benchmarks/one_base_learning.py --learning_rates 2e-4 4e-4 --seeds 1
+
+The demo's task: continue a film review and praise the film; the labeler is a sentiment classifier, which nothing trains
+on. Once: SFT model and rankings (the stages of `--run_dir`), and a reward adapter trained by `--recipes` on the SFT
+model with LoRA. Then for every seed two PPO-ptx runs with the same prompts, episodes, seeds and pretraining texts:
+
+- full: policy, reference, reward model (the adapter merged into it) and critic (its copy) are four models; policy and
+  critic are trained whole, at the learning rates of `--ppo`.
+- one base: `RoleAdapters` on the SFT model; only adapters and the critic's head are trained, policy and critic at
+  `--learning_rates` and at the same multiple of the critic's. If several are given, seed 0 runs each, and the
+  labeler's score on validation prompts picks.
+
+The gain is the labeler's mean score on held-out test prompts less the SFT model's, sampled with the same seed. Every
+run has a process of its own. Finished pieces stay under <run_dir>/one_base_learning and are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from _common import OUTPUTS, machine, mean_sd, table
+
+ROOT = Path(__file__).resolve().parent.parent
+GB = 10**9
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--run_dir", type=Path, default=OUTPUTS / "demo_long", help="data, SFT and rankings (default: make demo-long's)"
+    )
+    add("--recipes", type=Path, default=ROOT / "recipes" / "demo_long", help="YAMLs of these (default: demo_long's)")
+    add("--ppo", type=Path, default=ROOT / "recipes" / "demo" / "ppo_ptx.yaml", help="of PPO-ptx (default: the demo's)")
+    add("--episodes", type=int, default=512, help="of each PPO run (default: 512; the demo has 960)")
+    add("--seeds", type=int, default=3, help="pairs of runs (default: 3)")
+    add("--learning_rates", nargs="+", default=["4e-4"], help="of the policy's adapter, to try (default: 4e-4)")
+    add("--reward_learning_rate", default="1e-3", help="of the reward adapter (default: 1e-3)")
+    add("--rank", type=int, default=16, help="of every adapter; alpha is twice that (default: 16)")
+    add("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="LoRA's (default: attention)")
+    add("--dtype", default="bfloat16", help="of the one base; adapters are float32 (default: bfloat16)")
+    add("--threads", type=int, help="torch threads of each run (default: the cores at hand)")
+    add("--piece", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.folder = args.run_dir / "one_base_learning"
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.piece is not None:
+        import _one_base_runs as runs
+
+        runs.PIECES[args.piece.split(":")[0]](args, *args.piece.split(":")[1:])
+        return
+    reward = piece(args, "reward", "reward_model")
+    sft = piece(args, "sft", "sft")
+    tried = {rate: piece(args, f"one_base:{rate}:0", f"one_base_{rate}_0") for rate in args.learning_rates}
+    best = max(tried, key=lambda rate: tried[rate]["validation"])
+    pairs = []
+    for seed in range(args.seeds):
+        full = piece(args, f"full:{seed}", f"full_{seed}")
+        pairs.append((full, piece(args, f"one_base:{best}:{seed}", f"one_base_{best}_{seed}")))
+        report(args, sft, reward, tried, best, pairs)
+
+
+def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
+    """What a finished piece reported; done now, in a process of its own, if it is not there."""
+    from instruct_trl.pipeline.stage import finished_summary
+
+    found = finished_summary(args.folder / folder)
+    if found is None:
+        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--piece", name]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"{name} failed; what is above says why. The pieces before it are kept.")
+        found = finished_summary(args.folder / folder)
+    assert found is not None
+    return found["summary"]
+
+
+def report(
+    args: argparse.Namespace,
+    sft: dict[str, Any],
+    reward: dict[str, Any],
+    tried: dict[str, Any],
+    best: str,
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    """The table of the seeds done so far, and whether nine tenths of the gain are reached."""
+    from instruct_trl.evaluation.win_rate import bootstrap_ratio_ci
+
+    print("\n" + machine(args.threads))
+    print(
+        f"{args.episodes} episodes a run. Reward adapter: held-out pair accuracy {reward['pair_accuracy']:.3f}. SFT "
+        f"model: labeler {sft['score']:.3f} on {len(sft['scores'])} test prompts, pretraining loss "
+        f"{sft['pretraining_loss']:.3f}."
+    )
+    validation = ", ".join(f"{rate}: {found['validation']:.3f}" for rate, found in tried.items())
+    print(f"Learning rate of one base: {best} (labeler on validation prompts, seed 0: {validation}).\n")
+    rows, gains = [], []
+    for seed, both in enumerate(pairs):
+        full, ours = (run["score"] - sft["score"] for run in both)
+        gains.append((full, ours))
+        for name, run, gain in zip(("full", "one base"), both, (full, ours), strict=True):
+            rows.append(
+                [
+                    seed,
+                    name,
+                    f"{run['score']:.3f}",
+                    f"{gain:+.3f}",
+                    f"{ours / full:.2f}" if name == "one base" else "",
+                    f"{run['kl']:.2f}",
+                    f"{run['pretraining_loss']:.3f}",
+                    f"{run['seconds']:.0f}",
+                    f"{run['peak'] / GB:.2f}",
+                ]
+            )
+    header = ("seed", "run", "labeler", "gain", "share", "KL(π‖SFT)", "pretraining loss", "training, s", "peak, GB")
+    print(table(header, rows))
+    total = [
+        [statistics.mean(run["scores"][i] for run in group) - base for i, base in enumerate(sft["scores"])]
+        for group in zip(*pairs, strict=True)
+    ]
+    share = bootstrap_ratio_ci(total[1], total[0])
+    full_gains, our_gains = ([pair[i] for pair in gains] for i in (0, 1))
+    print(f"\nGain: full {mean_sd(full_gains)}, one base {mean_sd(our_gains)} (mean ± sd of {len(gains)} seeds).")
+    print(f"One base's mean gain over full's: {share.mean:.2f} ({share.low:.2f} to {share.high:.2f}, over prompts).")
+    print(f"{'met' if share.mean >= 0.9 else 'MISSED'}: at least 0.90 of the full fine-tune's gain", flush=True)
+
+
+if __name__ == "__main__":
+    main()
