@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.one_base import models_of
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
-from instruct_trl.pipeline.stage import run_stage
+from instruct_trl.pipeline.stage import finished_summary, run_stage
 
 
 def lora(args: argparse.Namespace) -> list[str]:
@@ -57,7 +58,7 @@ def make_reward_model(args: argparse.Namespace) -> None:
         model, tokenizer = load_reward_model(adapter)
         model.merge_and_unload().save_pretrained(merged)
         tokenizer.save_pretrained(merged)
-        return {}
+        return (finished_summary(adapter) or {})["summary"]
 
     pipeline.run_recipe("reward_model", run, options)
     run_stage(merged, "Merged reward model", {}, body, resume=False)
@@ -67,7 +68,7 @@ def measure_sft(args: argparse.Namespace) -> None:
     """The SFT model's own figures."""
     prepared(args)
     body = lambda _: judged(args, start(args))  # noqa: E731
-    run_stage(args.folder / "sft", "SFT model", {}, body, resume=False)
+    run_stage(args.folder / "sft", "SFT model", {"answers": args.answers}, body, resume=False)
 
 
 def train_full(args: argparse.Namespace, seed: str) -> None:
@@ -94,7 +95,9 @@ def parse(args: argparse.Namespace, options: list[str]) -> tuple[Any, PPOPtxConf
 
     shared = ["--config", str(args.ppo), "--run_dir", str(args.run_dir), "--cpu_threads", str(args.threads)]
     shared += ["--total_episodes", str(args.episodes), "--disable_tqdm", "true"]
-    return parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", "", [*shared, *options])
+    parsed = parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", "", [*shared, *options])
+    parsed[0]._config_folder = args.recipes.resolve()  # whose data these are
+    return parsed
 
 
 def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
@@ -121,7 +124,7 @@ def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
             policy = merged(policy, folder / "policy_merged")
         return found | judged(args, str(policy))
 
-    run_stage(folder, name, settings_of(run, config, model), body, resume=False)
+    run_stage(folder, name, settings_of(run, config, model) | {"answers": args.answers}, body, resume=False)
 
 
 def merged(adapter: Path, folder: Path) -> Path:
@@ -136,7 +139,7 @@ def merged(adapter: Path, folder: Path) -> Path:
 
 
 def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
-    """Labeler scores on validation and test prompts, KL(π‖SFT) of the test answers, held-out pretraining loss."""
+    """Labeler scores of validation and test prompts, KL(π‖SFT) of one answer a test prompt, pretraining loss."""
     from instruct_trl.evaluation.divergence import mean_answer_kl
     from instruct_trl.evaluation.language_modeling import mean_token_loss
     from instruct_trl.models.generation import encode_prompt
@@ -145,25 +148,24 @@ def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
     (run,) = parse_recipe((EvaluateArguments,), "evaluate", "", [*options, "--cpu_threads", str(args.threads)])
     model, tokenizer = load_causal_lm(path)
     labeler = pipeline.load_labeler(run, "demo")
-    result: dict[str, Any] = {}
-    prompts: list[str] = []
-    answers: list[Any] = []
-    for use, seed in (("selection", 1), ("test", 0)):
+    scores: dict[str, list[float]] = {}
+    for use, seed, count in (("selection", 1, 1), ("test", 0, args.answers)):
         prompts = list(pipeline.prompts_for(run, use)["prompt"])
-        answers = sample_answers(model, tokenizer, prompts, run, seed=seed, desc=f"{use} answers")
-        result[use] = labeler(prompts, [answer.text for answer in answers])
+        answers = sample_answers(model, tokenizer, prompts, run, seed=seed, desc=f"{use} answers", count=count)
+        each = labeler([p for p in prompts for _ in range(count)], [answer.text for answer in answers])
+        scores[use] = [float(sum(each[i : i + count]) / count) for i in range(0, len(each), count)]
+    prompts, answers = list(pipeline.prompts_for(run, "test")["prompt"]), answers[:: args.answers]
     rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
     texts = list(load_split(args.run_dir / "data" / "pretraining_test.jsonl")["text"])
     with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
         loss, _ = mean_token_loss(model, tokenizer, texts, batch_size=16, max_length=run.max_text_length)
         kl = 0.0 if path == start(args) else mean_answer_kl(model, load_causal_lm(start(args))[0], rows)
-    validation, scores = result["selection"], result["test"]
     examples = [{"prompt": p, "answer": a.text} for p, a in zip(prompts[:8], answers, strict=False)]
     return {
-        "score": sum(scores) / len(scores),
-        "validation": sum(validation) / len(validation),
+        "score": statistics.mean(scores["test"]),
+        "validation": statistics.mean(scores["selection"]),
         "kl": kl,
         "pretraining_loss": loss,
-        "scores": [float(score) for score in scores],
+        "scores": scores["test"],
         "examples": examples,
     }

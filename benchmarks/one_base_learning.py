@@ -13,8 +13,8 @@ model with LoRA. Then for every seed two PPO-ptx runs with the same prompts, epi
   `--learning_rates` and at the same multiple of the critic's. If several are given, seed 0 runs each, and the
   labeler's score on validation prompts picks.
 
-The gain is the labeler's mean score on held-out test prompts less the SFT model's, sampled with the same seed. Every
-run has a process of its own. Finished pieces stay under <run_dir>/one_base_learning and are not done again.
+The gain is the labeler's mean score of answers to held-out test prompts less the SFT model's, sampled with the same
+seed. Every run has a process of its own. Finished pieces stay under <run_dir>/one_base_learning and are not done again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def arguments() -> argparse.Namespace:
     )
     add("--recipes", type=Path, default=ROOT / "recipes" / "demo_long", help="YAMLs of these (default: demo_long's)")
     add("--ppo", type=Path, default=ROOT / "recipes" / "demo" / "ppo_ptx.yaml", help="of PPO-ptx (default: the demo's)")
-    add("--episodes", type=int, default=512, help="of each PPO run (default: 512; the demo has 960)")
+    add("--episodes", type=int, default=640, help="of each PPO run (default: 640; the demo has 960)")
+    add("--answers", type=int, default=3, help="sampled for each test prompt (default: 3)")
     add("--seeds", type=int, default=3, help="pairs of runs (default: 3)")
     add("--learning_rates", nargs="+", default=["4e-4"], help="of the policy's adapter, to try (default: 4e-4)")
     add("--reward_learning_rate", default="1e-3", help="of the reward adapter (default: 1e-3)")
@@ -63,7 +64,7 @@ def main() -> None:
 
         runs.PIECES[args.piece.split(":")[0]](args, *args.piece.split(":")[1:])
         return
-    reward = piece(args, "reward", "reward_model")
+    reward = piece(args, "reward", "reward_model_merged")
     sft = piece(args, "sft", "sft")
     tried = {rate: piece(args, f"one_base:{rate}:0", f"one_base_{rate}_0") for rate in args.learning_rates}
     best = max(tried, key=lambda rate: tried[rate]["validation"])
@@ -88,6 +89,14 @@ def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
     return found["summary"]
 
 
+def chosen(tried: dict[str, Any]) -> str:
+    """How the learning rate was chosen, if there was a choice."""
+    if len(tried) == 1:
+        return ", no other was tried"
+    validation = ", ".join(f"{rate}: {found['validation']:.3f}" for rate, found in tried.items())
+    return f" (labeler on validation prompts, seed 0: {validation})"
+
+
 def report(
     args: argparse.Namespace,
     sft: dict[str, Any],
@@ -102,11 +111,10 @@ def report(
     print("\n" + machine(args.threads))
     print(
         f"{args.episodes} episodes a run. Reward adapter: held-out pair accuracy {reward['pair_accuracy']:.3f}. SFT "
-        f"model: labeler {sft['score']:.3f} on {len(sft['scores'])} test prompts, pretraining loss "
-        f"{sft['pretraining_loss']:.3f}."
+        f"model: labeler {sft['score']:.3f} on {len(sft['scores'])} test prompts, {args.answers} answers each, "
+        f"pretraining loss {sft['pretraining_loss']:.3f}."
     )
-    validation = ", ".join(f"{rate}: {found['validation']:.3f}" for rate, found in tried.items())
-    print(f"Learning rate of one base: {best} (labeler on validation prompts, seed 0: {validation}).\n")
+    print(f"Learning rate of one base: {best}{chosen(tried)}.\n")
     rows, gains = [], []
     for seed, both in enumerate(pairs):
         full, ours = (run["score"] - sft["score"] for run in both)
