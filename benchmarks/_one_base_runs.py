@@ -46,10 +46,11 @@ def make_reward_model(args: argparse.Namespace) -> None:
     from instruct_trl.models.reward_loading import load_reward_model
 
     run, threads = prepared(args), ["--cpu_threads", str(args.threads)]
-    pipeline.run_recipe("sft", run, threads)
+    base = ["--model_name_or_path", args.model] if args.model else []
+    pipeline.run_recipe("sft", run, [*threads, *base])
     pipeline.run_recipe("sample", run, threads)
     if Path(start(args)).name == "rl_init":
-        pipeline.run_recipe("sft", run, threads, config="rl_init", stage="rl_init")
+        pipeline.run_recipe("sft", run, [*threads, *base], config="rl_init", stage="rl_init")
     adapter, merged = args.folder / "reward_model", args.folder / "reward_model_merged"
     options = ["--model_name_or_path", start(args), "--learning_rate", args.reward_learning_rate, *threads]
     options += ["--output_dir", str(adapter), "--lora_task_type", "SEQ_CLS", *lora(args)]
@@ -71,19 +72,26 @@ def measure_sft(args: argparse.Namespace) -> None:
     run_stage(args.folder / "sft", "SFT model", {"answers": args.answers}, body, resume=False)
 
 
-def train_full(args: argparse.Namespace, seed: str) -> None:
+def train_full(args: argparse.Namespace, rate: str, seed: str) -> None:
     """Four models, each trained or frozen whole."""
-    train(args, f"full_{seed}", ["--reward_model_path", str(args.folder / "reward_model_merged"), "--seed", seed])
+    train(args, f"full_{rate}_{seed}", [*rates(args, rate), "--seed", seed, *reward_path(args, "reward_model_merged")])
 
 
 def train_one_base(args: argparse.Namespace, rate: str, seed: str) -> None:
-    """Four roles on one base; the critic's learning rate is raised like the policy's."""
+    """Four roles on one base."""
+    options = [*rates(args, rate), "--seed", seed, *reward_path(args, "reward_model")]
+    train(args, f"one_base_{rate}_{seed}", [*options, "--one_base", "true", "--dtype", args.dtype, *lora(args)])
+
+
+def rates(args: argparse.Namespace, rate: str) -> list[str]:
+    """The policy's learning rate, and the critic's in the proportion of the YAML."""
     (_, plain, _) = parse(args, [])
     value_rate = plain.value_learning_rate * float(rate) / plain.learning_rate
-    options = ["--one_base", "true", "--reward_model_path", str(args.folder / "reward_model"), "--seed", seed]
-    options += ["--learning_rate", rate, "--value_learning_rate", str(value_rate)]
-    options += ["--dtype", args.dtype, *lora(args)]
-    train(args, f"one_base_{rate}_{seed}", options)
+    return ["--learning_rate", rate, "--value_learning_rate", str(value_rate)]
+
+
+def reward_path(args: argparse.Namespace, name: str) -> list[str]:
+    return ["--reward_model_path", str(args.folder / name)]
 
 
 PIECES = {"reward": make_reward_model, "sft": measure_sft, "full": train_full, "one_base": train_one_base}

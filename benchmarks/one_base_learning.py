@@ -1,17 +1,24 @@
-"""Does PPO with four roles on one base learn what full fine-tuning learns, from the same episodes?
+r"""Does PPO with four roles on one base learn what full fine-tuning learns, from the same episodes?
 
     python benchmarks/one_base_learning.py                      # takes up the stages of `make demo-long`, or makes them
-    python benchmarks/one_base_learning.py --learning_rates 2e-4 4e-4 --seeds 1
+
+and, some 30 times as fast, the same task with a language model of 4M parameters:
+
+    python benchmarks/_tiny_lm.py --steps 1500 --bf16 --folder outputs/tiny_1500
+    python benchmarks/one_base_learning.py --model outputs/tiny_1500 --run_dir outputs/tiny_demo \
+        --recipes benchmarks/tiny_demo --ppo benchmarks/tiny_demo/ppo_ptx.yaml --episodes 2048 --dtype float32 \
+        --full_learning_rates 4e-4 8e-4 --learning_rates 2e-3 4e-3 --reward_learning_rate 3e-3
 
 The demo's task: continue a film review and praise the film; the labeler is a sentiment classifier, which nothing trains
 on. Once: SFT model and rankings (the stages of `--run_dir`), and a reward adapter trained by `--recipes` on the SFT
 model with LoRA. Then for every seed two PPO-ptx runs with the same prompts, episodes, seeds and pretraining texts:
 
 - full: policy, reference, reward model (the adapter merged into it) and critic (its copy) are four models; policy and
-  critic are trained whole, at the learning rates of `--ppo`.
-- one base: `RoleAdapters` on the SFT model; only adapters and the critic's head are trained, policy and critic at
-  `--learning_rates` and at the same multiple of the critic's. If several are given, seed 0 runs each, and the
-  labeler's score on validation prompts picks.
+  critic are trained whole.
+- one base: `RoleAdapters` on the SFT model; only adapters and the critic's head are trained.
+
+Where several learning rates are given, seed 0 runs each, and the labeler's score on validation prompts picks. The
+critic's is in the proportion of `--ppo` to the policy's.
 
 The gain is the labeler's mean score of answers to held-out test prompts less the SFT model's, sampled with the same
 seed. Every run has a process of its own. Finished pieces stay under <run_dir>/one_base_learning and are not done again.
@@ -41,10 +48,12 @@ def arguments() -> argparse.Namespace:
     )
     add("--recipes", type=Path, default=ROOT / "recipes" / "demo_long", help="YAMLs of these (default: demo_long's)")
     add("--ppo", type=Path, default=ROOT / "recipes" / "demo" / "ppo_ptx.yaml", help="of PPO-ptx (default: the demo's)")
+    add("--model", help="folder or name that SFT starts from (default: the demo's SmolLM2-135M)")
     add("--episodes", type=int, default=640, help="of each PPO run (default: 640; the demo has 960)")
     add("--answers", type=int, default=3, help="sampled for each test prompt (default: 3)")
     add("--seeds", type=int, default=3, help="pairs of runs (default: 3)")
-    add("--learning_rates", nargs="+", default=["4e-4"], help="of the policy's adapter, to try (default: 4e-4)")
+    add("--full_learning_rates", nargs="+", default=["4e-5"], help="of the whole policy (default: 4e-5, the demo's)")
+    add("--learning_rates", nargs="+", default=["4e-4"], help="of the policy's adapter (default: 4e-4)")
     add("--reward_learning_rate", default="1e-3", help="of the reward adapter (default: 1e-3)")
     add("--rank", type=int, default=16, help="of every adapter; alpha is twice that (default: 16)")
     add("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="LoRA's (default: attention)")
@@ -66,13 +75,17 @@ def main() -> None:
         return
     reward = piece(args, "reward", "reward_model_merged")
     sft = piece(args, "sft", "sft")
-    tried = {rate: piece(args, f"one_base:{rate}:0", f"one_base_{rate}_0") for rate in args.learning_rates}
-    best = max(tried, key=lambda rate: tried[rate]["validation"])
+    best, found = {}, []
+    for arm, rates in (("full", args.full_learning_rates), ("one_base", args.learning_rates)):
+        tried = {rate: piece(args, f"{arm}:{rate}:0", f"{arm}_{rate}_0") for rate in rates}
+        best[arm] = max(tried, key=lambda rate: tried[rate]["validation"])
+        found += [f"{arm} {rate}: {run['validation']:.3f}" for rate, run in tried.items()]
+    print("Labeler on validation prompts, seed 0, by learning rate: " + ", ".join(found) + ".", flush=True)
     pairs = []
     for seed in range(args.seeds):
-        full = piece(args, f"full:{seed}", f"full_{seed}")
-        pairs.append((full, piece(args, f"one_base:{best}:{seed}", f"one_base_{best}_{seed}")))
-        report(args, sft, reward, tried, best, pairs)
+        both = [piece(args, f"{arm}:{rate}:{seed}", f"{arm}_{rate}_{seed}") for arm, rate in best.items()]
+        pairs.append((both[0], both[1]))
+        report(args, sft, reward, best, pairs)
 
 
 def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
@@ -89,20 +102,11 @@ def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
     return found["summary"]
 
 
-def chosen(tried: dict[str, Any]) -> str:
-    """How the learning rate was chosen, if there was a choice."""
-    if len(tried) == 1:
-        return ", no other was tried"
-    validation = ", ".join(f"{rate}: {found['validation']:.3f}" for rate, found in tried.items())
-    return f" (labeler on validation prompts, seed 0: {validation})"
-
-
 def report(
     args: argparse.Namespace,
     sft: dict[str, Any],
     reward: dict[str, Any],
-    tried: dict[str, Any],
-    best: str,
+    best: dict[str, str],
     pairs: list[tuple[dict[str, Any], dict[str, Any]]],
 ) -> None:
     """The table of the seeds done so far, and whether nine tenths of the gain are reached."""
@@ -114,7 +118,7 @@ def report(
         f"model: labeler {sft['score']:.3f} on {len(sft['scores'])} test prompts, {args.answers} answers each, "
         f"pretraining loss {sft['pretraining_loss']:.3f}."
     )
-    print(f"Learning rate of one base: {best}{chosen(tried)}.\n")
+    print("Learning rate of the policy: " + ", ".join(f"{arm} {rate}" for arm, rate in best.items()) + ".\n")
     rows, gains = [], []
     for seed, both in enumerate(pairs):
         full, ours = (run["score"] - sft["score"] for run in both)
