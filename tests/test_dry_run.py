@@ -15,7 +15,7 @@ from instruct_trl.pipeline import dry_run, memory_plan
 from instruct_trl.pipeline import memory_arithmetic as arithmetic
 from instruct_trl.pipeline.memory_plan import MemoryPlan, Phase, RoleModel, total
 from instruct_trl.pipeline.memory_ppo import LAYOUTS, PPOModels, PPOSizes, ppo_plan, ppo_roles
-from instruct_trl.pipeline.memory_report import GB, Device, report, this_device
+from instruct_trl.pipeline.memory_report import ACCUMULATION, GB, ROWS, Device, report, this_device
 from instruct_trl.pipeline.memory_shapes import ModelShape
 from instruct_trl.pipeline.memory_trace import Precision
 
@@ -191,6 +191,9 @@ def test_what_does_not_fit_is_told_what_to_do(home, capsys):
     last = out.splitlines()[-1]
     advice = re.match(r"does not fit: .* Do this: (.*); the peak is then", last).group(1)
     assert "--gradient_checkpointing true" in advice
+    taken = dict(change.split(" ") for change in advice.split(", "))
+    rows, accumulation = (int(taken[f"--{name}"]) for name in (ROWS, ACCUMULATION))
+    assert rows * accumulation == 64 * 8  # the minibatch, and with it the steps an iteration, are the user's
     changes = [part for change in advice.split(", ") for part in change.split(" ")]
     out = run(capsys, "ppo_ptx", *settings, "--device_memory_gb", 2, *changes)
     assert out.splitlines()[-1].startswith("fits: ")

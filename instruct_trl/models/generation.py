@@ -123,11 +123,7 @@ def generate_completions(
     was_training = model.training
     model.eval()
     try:
-        with (
-            torch.no_grad(),
-            contiguous_head_input(model),
-            tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer") as bar,
-        ):
+        with torch.no_grad(), tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer") as bar:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 # A seed of its own for each batch: one that ends early does not shift the noise of those after it.
@@ -153,17 +149,18 @@ def _generate_batch(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        **sampling,
-    )
+    with contiguous_head_input(model):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            use_cache=True,
+            **sampling,
+        )
     return output[:, width:].tolist()
 
 

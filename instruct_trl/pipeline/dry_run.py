@@ -21,7 +21,7 @@ from instruct_trl.pipeline.memory_plan import (
     update_phase,
 )
 from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
-from instruct_trl.pipeline.memory_report import Device, Settings, report, this_device
+from instruct_trl.pipeline.memory_report import ACCUMULATION, ROWS, Device, Settings, report, this_device
 from instruct_trl.pipeline.memory_shapes import ModelShape, read_config
 from instruct_trl.pipeline.memory_trace import Precision
 
@@ -118,13 +118,12 @@ def plan_ppo_ptx(device: Device, run: Any, args: Any, model: Any) -> Stage:
     if args.use_vllm:
         assumed.append("vLLM's own memory is not counted.")
     sizes = sizes_of(args, prompt=prompt, fused_head=device.is_gpu, assumptions=tuple(assumed))
-    minibatch = sizes.micro_batch * sizes.accumulation
-    names = ("local_rollout_forward_batch_size", "per_device_train_batch_size", "gradient_checkpointing")
+    names = ("local_rollout_forward_batch_size", ROWS, ACCUMULATION, "gradient_checkpointing")
 
     def make(given: Settings) -> MemoryPlan:
-        rows, chunk = int(given["per_device_train_batch_size"]), int(given["local_rollout_forward_batch_size"])
+        rows, chunk = int(given[ROWS]), int(given["local_rollout_forward_batch_size"])
         checkpointing = bool(given["gradient_checkpointing"])
-        changed = replace(sizes, micro_batch=rows, accumulation=minibatch // rows, checkpointing=checkpointing)
+        changed = replace(sizes, micro_batch=rows, accumulation=int(given[ACCUMULATION]), checkpointing=checkpointing)
         return ppo_plan(models, replace(changed, chunk=chunk, reward_chunk=chunk))
 
     return Stage("recipes/ppo_ptx.py", make, _settings(args, *names), PPO_RELIEF)
@@ -218,7 +217,7 @@ def _training_stage(
     assumed = (f"every row has {length} tokens.", *assumed)
 
     def make(given: Settings) -> MemoryPlan:
-        rows = int(given["per_device_train_batch_size"]) * rows_a_row
+        rows = int(given[ROWS]) * rows_a_row
         budget = getattr(args, "max_tokens_per_batch", None)
         if budget:
             rows = max(1, min(rows, budget // length))
@@ -227,11 +226,11 @@ def _training_stage(
         )  # fmt: skip
         update = update_phase(
             "update", role, rows, length, head, checkpointing=bool(given["gradient_checkpointing"]),
-            accumulates=args.gradient_accumulation_steps > 1 or bool(budget),
+            accumulates=given[ACCUMULATION] > 1 or bool(budget),
         )  # fmt: skip
         return MemoryPlan(tuple(role.resident()), (update, step_phase([role])), assumed)
 
-    settings = _settings(args, "per_device_train_batch_size", "gradient_checkpointing")
+    settings = _settings(args, ROWS, ACCUMULATION, "gradient_checkpointing")
     return Stage(title, make, settings, {"update": UPDATE})
 
 

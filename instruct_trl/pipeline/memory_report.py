@@ -75,6 +75,7 @@ def phases_of(plan: MemoryPlan) -> list[str]:
     ]
 
 
+ROWS, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 Settings = dict[str, int | bool]
 Planner = Callable[[Settings], MemoryPlan]
 
@@ -86,7 +87,8 @@ def advise(
 
     Args:
         make: settings → plan.
-        settings: numbers are halved down to 1, False becomes True.
+        settings: numbers are halved down to 1, False becomes True. With fewer rows a device `ACCUMULATION` grows, if it
+            is there, so that the optimizer's batch stays what it is.
         relief: phase → settings that lower it, the cheapest first.
 
     Returns:
@@ -98,8 +100,12 @@ def advise(
         if not options:
             break
         name = options[0]
-        settings = {**settings, name: _lower(settings[name])}
-        changed[name] = settings[name]
+        lowered: Settings = {name: _lower(settings[name])}
+        if name == ROWS and ACCUMULATION in settings:
+            batch = settings[ROWS] * settings[ACCUMULATION]
+            rows = next(n for n in range(int(lowered[ROWS]), 0, -1) if batch % n == 0)
+            lowered = {ROWS: rows, ACCUMULATION: batch // rows}
+        settings, changed = {**settings, **lowered}, {**changed, **lowered}
         plan = make(settings)
     return changed, plan
 
