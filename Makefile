@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN     = .venv/bin
 
-.PHONY: demo demo-long test test-fast test-slow check format report clean
+.PHONY: demo demo-long evidence evidence-full test test-fast test-slow check format report clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,14 @@ demo: .venv/installed
 ## The same nearer to the paper, one to two hours, resumable: run it again after an interruption
 demo-long: .venv/installed
 	$(BIN)/accelerate launch recipes/ppo_ptx.py --config recipes/demo_long/ppo_ptx.yaml --run_dir outputs/demo_long
+
+## The paper's claims 1, 2, 3, 5, 8, 9 in miniature, 3 seeds each: table and pictures. Resumable
+evidence: .venv/installed
+	$(BIN)/python benchmarks/evidence.py --jobs 2
+
+## Every claim, hours; resumable, and what `make evidence` made is used again
+evidence-full: .venv/installed
+	$(BIN)/python benchmarks/evidence.py --jobs 2 --all
 
 ## The whole test suite
 test: .venv/installed-dev

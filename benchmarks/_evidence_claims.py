@@ -1,0 +1,194 @@
+"""The claims of `evidence.py`, each a function from jobs to a finding. What a rule says was fixed before the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from _evidence_jobs import base, rl_init, selected, selected_folder
+from _evidence_lab import Job, Lab
+from _evidence_ppo import answers, base_tax, ppo, tax
+from _evidence_text import GAIN_LOST, SHARE_BACK
+from _evidence_verdicts import (
+    Finding,
+    by_interval,
+    in_every_seed,
+    in_order,
+    over_seeds,
+    pooled_difference,
+    pooled_win_rate,
+    takes_back,
+)
+
+PAPER = {"ptx_coef": 27.8, "ptx_ratio": 8}
+
+
+def ptx_run(lab: Lab, seed: int) -> Job:
+    """PPO-ptx at the γ and the learning rate that validation prompts chose."""
+    plan = lab.plan
+    return ppo(lab, seed, ptx_coef=plan.ptx_coef, ptx_ratio=plan.ptx_ratio, learning_rate=plan.ptx_learning_rate)
+
+
+def gold(job: Job) -> list[float]:
+    """The labeler's score of each prompt's answer."""
+    return job.read("answers.json")["gold"]
+
+
+def of_policy(lab: Lab, job: Job, seed: int, part: str = "policy", split: str = "test") -> Job:
+    """Answers of a PPO run's weights ('policy') or of their average ('ema')."""
+    return answers(lab, job.folder / part, job, seed, split)
+
+
+def of_sft(lab: Lab, seed: int, by: str = "rm", draw: int = 0) -> Job:
+    return answers(lab, selected_folder(lab, seed, by), selected(lab, seed), seed, draw=draw)
+
+
+def by_seed(values: Sequence[float], digits: int = 2) -> str:
+    return ", ".join(f"{value:.{digits}f}".replace("-", "−") for value in values)
+
+
+def claim_1(lab: Lab) -> Finding:
+    """PPO-ptx > SFT > prompted base > base. SFT's own rate is that of a second draw from it, so that it has one."""
+    names = ("PPO-ptx", "SFT", "prompted base", "base")
+    scores: dict[str, list[list[float]]] = {name: [] for name in names}
+    baseline, words = [], []
+    for seed in lab.seeds:
+        baseline.append(gold(of_sft(lab, seed)))
+        run = of_policy(lab, ptx_run(lab, seed), seed)
+        words.append(run.summary["distinct_2"])
+        scores["PPO-ptx"].append(gold(run))
+        scores["SFT"].append(gold(of_sft(lab, seed, draw=1)))
+        scores["prompted base"].append(gold(answers(lab, base(lab), None, seed, few_shot=True)))
+        scores["base"].append(gold(answers(lab, base(lab), None, seed)))
+    rates = {name: pooled_win_rate(scores[name], baseline) for name in names}
+    seeds = {
+        name: [pooled_win_rate([s], [b]).mean for s, b in zip(scores[name], baseline, strict=True)] for name in names
+    }
+    ordered = in_order([rates[name] for name in names])
+    measured = "; ".join(f"{name} {rate.percent()}" for name, rate in rates.items())
+    return Finding(
+        1,
+        f"won against SFT: {measured}. PPO-ptx by seed: {by_seed(seeds['PPO-ptx'])}",
+        ordered,
+        len(lab.seeds),
+        {
+            "rates": {name: [rate.mean, rate.low, rate.high] for name, rate in rates.items()},
+            "by_seed": seeds,
+            "distinct_2": words,
+        },
+    )
+
+
+def claim_2(lab: Lab) -> Finding:
+    """The epoch that the reward model keeps is later than the one that the validation loss keeps, and better."""
+    by_rm, by_loss, epochs, curves = [], [], [], []
+    for seed in lab.seeds:
+        choice = selected(lab, seed)
+        epochs.append((choice.summary["by_rm"], choice.summary["by_loss"]))
+        curves.append(choice.summary["epochs"])
+        by_rm.append(gold(of_sft(lab, seed)))
+        by_loss.append(gold(of_sft(lab, seed, by="loss")))
+    rate = pooled_win_rate(by_rm, by_loss)
+    later = in_every_seed([rm > loss for rm, loss in epochs])
+    better = by_interval(rate, 0.5)
+    verdict = later if later == better else "does not" if "does not" in (later, better) else "cannot tell"
+    shown = ", ".join(f"{rm:.0f} against {loss:.0f}" for rm, loss in epochs)
+    return Finding(
+        2,
+        f"epoch by RM against by loss: {shown}; win rate of the RM's choice {rate.percent()}",
+        verdict,
+        len(lab.seeds),
+        {"epochs": epochs, "curves": curves, "rate": [rate.mean, rate.low, rate.high]},
+    )
+
+
+def claim_3(lab: Lab) -> Finding:
+    """What PPO costs on pretraining text, and what PPO-ptx takes back of it, at which price."""
+    points = [_tax_and_gain(lab, seed) for seed in lab.seeds]
+    back = [p["back"] for p in points]
+    kept = [p["kept"] for p in points]
+    rises = [p["PPO"]["rise"] for p in points]
+    passed = [
+        rise > 0 and share >= SHARE_BACK and keep >= 1 - GAIN_LOST
+        for rise, share, keep in zip(rises, back, kept, strict=True)
+    ]
+    paper_gain = over_seeds([p["27.8 at 8:1"]["gain"] for p in points])
+    paper_rise = over_seeds([p["27.8 at 8:1"]["rise"] for p in points])
+    gains = over_seeds([p["PPO"]["gain"] for p in points])
+    return Finding(
+        3,
+        f"PPO: loss {over_seeds(rises).number()} nats up, gain {gains.number()}. PPO-ptx at γ = {lab.plan.ptx_coef:g}: "
+        f"takes back {over_seeds(back).percent()}, keeps {over_seeds(kept).percent()} of the gain. "
+        f"By seed: {by_seed(back)} back, {by_seed(kept)} kept. γ = 27.8 at 8:1: loss {paper_rise.number()} up, gain "
+        f"{paper_gain.number()}",
+        in_every_seed(passed),
+        len(lab.seeds),
+        {"points": points},
+    )
+
+
+def _tax_and_gain(lab: Lab, seed: int) -> dict:
+    start = rl_init(lab, seed)
+    from_start = answers(lab, start.folder / "model", start, seed).summary["gold"]
+    losses = tax(lab, start.folder / "model", start)
+    runs = {
+        "PPO": ppo(lab, seed),
+        "PPO-ptx": ptx_run(lab, seed),
+        "27.8 at 8:1": ppo(lab, seed, iterations=lab.plan.paper_iterations, **PAPER),
+    }
+    point: dict = {"base": base_tax(lab), "start": losses}
+    for name, run in runs.items():
+        cost = tax(lab, run.folder / "policy", run)
+        point[name] = {
+            "rise": cost["sampled"] - losses["sampled"],
+            "rise_real": cost["real"] - losses["real"],
+            "gain": of_policy(lab, run, seed).summary["gold"] - from_start,
+            "kl": run.summary["kl"],
+        }
+    plain, mixed = point["PPO"], point["PPO-ptx"]
+    point["back"] = takes_back(0.0, plain["rise"], mixed["rise"]) if plain["rise"] > 0 else 0.0
+    point["kept"] = mixed["gain"] / plain["gain"] if plain["gain"] > 0 else 0.0
+    return point
+
+
+def claim_8(lab: Lab) -> Finding:
+    """No seed of claim 1 ends below SFT in the labeler's score."""
+    gaps, verdicts = [], []
+    for seed in lab.seeds:
+        run = of_policy(lab, ptx_run(lab, seed), seed)
+        gap = pooled_difference([gold(run)], [gold(of_sft(lab, seed))])
+        gaps.append(gap)
+        verdicts.append(by_interval(gap, 0.0))
+    verdict = "does not" if "does not" in verdicts else "holds" if set(verdicts) == {"holds"} else "cannot tell"
+    return Finding(
+        8,
+        "labeler's score minus SFT's, by seed: " + "; ".join(gap.number() for gap in gaps),
+        verdict,
+        len(lab.seeds),
+        {"gaps": [[gap.mean, gap.low, gap.high] for gap in gaps]},
+    )
+
+
+def claim_9(lab: Lab) -> Finding:
+    """The average of the weights against the weights themselves, at the end of claim 1's runs."""
+    averaged, raw, losses, kls = [], [], [], []
+    for seed in lab.seeds:
+        run = ptx_run(lab, seed)
+        averaged.append(gold(of_policy(lab, run, seed, "ema")))
+        raw.append(gold(of_policy(lab, run, seed)))
+        costs = [tax(lab, run.folder / part, run)["sampled"] for part in ("ema", "policy")]
+        losses.append(costs[0] - costs[1])
+        kls.append(run.summary["kl"])
+    rate = pooled_win_rate(averaged, raw)
+    gap = pooled_difference(averaged, raw)
+    return Finding(
+        9,
+        f"EMA wins {rate.percent()} against raw; labeler's score {gap.number()} apart; pretraining loss "
+        f"{over_seeds(losses).number(3)} apart",
+        by_interval(rate, 0.5),
+        len(lab.seeds),
+        {"rate": [rate.mean, rate.low, rate.high], "loss": losses},
+    )
+
+
+ClaimFunction = Callable[[Lab], Finding]
+CLAIMS: dict[int, ClaimFunction] = {1: claim_1, 2: claim_2, 3: claim_3, 8: claim_8, 9: claim_9}

@@ -1,0 +1,152 @@
+"""The pictures of `evidence.py`, in the style of the evaluation's report: each is drawn from results.json alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+Details = dict[str, Any]
+
+
+def draw_all(details: dict[int, Details], folder: Path) -> list[Path]:
+    """Draw what there are results for, as `folder/evidence_<name>.png`; returns the paths."""
+    from instruct_trl.evaluation.plot_style import LIGHT, save_picture
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, (name, draw) in PICTURES.items():
+        if number in details:
+            paths.append(folder / f"evidence_{name}.png")
+            save_picture(partial(draw, details[number]), LIGHT, paths[-1])
+    return paths
+
+
+def win_rates(details: Details, theme: Any) -> Any:
+    """Claim 1: won against SFT, of each policy."""
+    from instruct_trl.evaluation.plot_style import Dot, draw_dots, new_figure, reference_line
+
+    colors = {"PPO-ptx": theme.subject, "SFT": theme.baseline}
+    rows = []
+    for name, (mean, low, high) in details["rates"].items():
+        text = f"{100 * mean:.0f} %  ({100 * low:.0f} to {100 * high:.0f})"
+        rows.append(Dot(name, 100 * mean, 100 * low, 100 * high, colors.get(name, theme.other), text))
+    figure = new_figure(1.45 + 0.62 * len(rows), "How often does the labeler prefer each policy to SFT?")
+    axes = figure.subplots()
+    axes.set_xlim(-4, 104)
+    draw_dots(axes, rows, theme)
+    for y, name in enumerate(details["rates"]):
+        axes.plot([100 * rate for rate in details["by_seed"][name]], [y + 0.22] * len(details["by_seed"][name]), "|",
+                  color=theme.muted, markersize=7)  # fmt: skip
+    reference_line(axes, 50, "as good as SFT", theme)
+    axes.set_xlabel("prompts won, ties count half (%); ticks are seeds")
+    return figure
+
+
+def selection(details: Details, theme: Any) -> Any:
+    """Claim 2: validation loss and RM score by epoch, a line a seed, and what each would keep."""
+    from instruct_trl.evaluation.plot_style import new_figure
+
+    figure = new_figure(4.6, "Which SFT epoch is kept, by loss and by reward?")
+    for axes, key, best, label, color in zip(
+        figure.subplots(2, 1, sharex=True), ("loss", "rm_score"), (min, max),
+        ("validation loss (nats)", "RM score"), (theme.baseline, theme.subject), strict=True,
+    ):  # fmt: skip
+        for rows in details["curves"]:
+            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=color, linewidth=1.4, alpha=0.6)
+            kept = best(rows, key=lambda row: row[key])
+            axes.plot(kept["epoch"], kept[key], "o", color=color, markersize=7)
+        axes.set_ylabel(label)
+        axes.grid(True)
+    axes.set_xlabel("epochs of SFT; dots: what is kept")
+    return figure
+
+
+def tax(details: Details, theme: Any) -> Any:
+    """Claim 3: gain of the labeler's score against the rise of the pretraining loss, a point a seed."""
+    from instruct_trl.evaluation.plot_style import new_figure
+
+    figure = new_figure(3.8, "What does the labeler gain, and what does it cost?")
+    axes = figure.subplots()
+    styles = {"PPO": (theme.baseline, "s"), "PPO-ptx": (theme.subject, "o"), "27.8 at 8:1": (theme.other, "^")}
+    for name, (color, marker) in styles.items():
+        points = [point[name] for point in details["points"]]
+        label = "γ = 27.8 at 8:1" if name[0].isdigit() else name
+        x, y = [p["rise"] for p in points], [p["gain"] for p in points]
+        axes.plot(x, y, marker, color=color, markersize=8, label=label, linestyle="none")
+    axes.axvline(0, color=theme.muted, linewidth=1, linestyle=":")
+    axes.set_xlabel("rise of the held-out pretraining loss (nats a token)")
+    axes.set_ylabel("gain of the labeler's score")
+    axes.grid(True)
+    axes.legend(frameon=False)
+    return figure
+
+
+def sweeps(details: Details, theme: Any) -> Any:
+    """Claim 4: the same, means over seeds, each point named."""
+    from instruct_trl.evaluation.plot_style import halo, new_figure
+
+    figure = new_figure(4.6, "γ, β and the ptx ratio: gain against cost")
+    axes = figure.subplots()
+    for name in details["points"][0]:
+        x, y = (statistics.fmean(swept[name][key] for swept in details["points"]) for key in ("rise", "gain"))
+        color = theme.subject if name[0] == "γ" else theme.baseline
+        axes.plot(x, y, "o" if name[0] == "γ" else "s", color=color)
+        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8.5, color=color,
+                      path_effects=halo(theme))  # fmt: skip
+    axes.set_xlabel("rise of the held-out pretraining loss (nats a token)")
+    axes.set_ylabel("gain of the labeler's score")
+    axes.grid(True)
+    return figure
+
+
+def groups(details: Details, theme: Any) -> Any:
+    """Claim 5: held-out accuracy and loss by epoch, thin lines are seeds."""
+    from instruct_trl.evaluation.plot_style import new_figure
+
+    figure = new_figure(4.6, "Whole groups against the same pairs, shuffled")
+    for axes, key in zip(figure.subplots(2, 1, sharex=True), ("accuracy", "loss"), strict=True):
+        for method, color, style, label in (
+            ("groups", theme.subject, "-", "groups"), ("pile", theme.baseline, "--", "shuffled pairs"),
+        ):  # fmt: skip
+            curves = [curve[method] for curve in details["curves"]]
+            steps = sorted(set.intersection(*(set(map(int, curve)) for curve in curves)))
+            x = [step / details["steps"][0] for step in steps]
+            for curve in curves:
+                axes.plot(x, [curve[str(step)][key] for step in steps], style, color=color, linewidth=0.9, alpha=0.4)
+            means = [statistics.fmean(curve[str(step)][key] for curve in curves) for step in steps]
+            axes.plot(x, means, style, color=color, linewidth=2.2, label=label)
+        axes.set_ylabel(f"held-out {key}")
+        axes.axvline(1, color=theme.muted, linewidth=1, linestyle=":")
+        axes.grid(True)
+    axes.set_xlabel("epochs")
+    axes.legend(frameon=False)
+    return figure
+
+
+def over_optimisation(details: Details, theme: Any) -> Any:
+    """Claim 7: the labeler's and the reward model's score over the run, for β = 0 and 0.02, first seed."""
+    from instruct_trl.evaluation.plot_style import new_figure
+
+    figure = new_figure(4.6, "Does the labeler's score turn down?")
+    for axes, (beta, rows) in zip(figure.subplots(2, 1, sharex=True), details["histories"][0].items(), strict=True):
+        for key, color in (("labeler", theme.subject), ("reward_model", theme.baseline)):
+            axes.plot([row[key] for row in rows], color=color, linewidth=1.5, label=key.replace("_", " "))
+        axes.set_ylabel(f"score, β = {beta}")
+        axes.grid(True)
+    axes.set_xlabel("iterations")
+    axes.legend(frameon=False)
+    return figure
+
+
+Draw = Callable[[Details, Any], Any]
+PICTURES: dict[int, tuple[str, Draw]] = {
+    1: ("win_rate", win_rates),
+    2: ("selection", selection),
+    3: ("tax", tax),
+    4: ("sweeps", sweeps),
+    5: ("groups", groups),
+    7: ("over_optimisation", over_optimisation),
+}

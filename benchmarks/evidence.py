@@ -1,0 +1,120 @@
+"""The paper's claims in miniature, with seeds and intervals: one table and its pictures.
+
+    python benchmarks/evidence.py                    # claims 1, 2, 3, 5, 8, 9
+    python benchmarks/evidence.py --claim 3          # one claim
+    python benchmarks/evidence.py --all              # every claim, hours
+
+Everything is made once and kept under `--folder`; run it again after an interruption and it goes on. With `--jobs 2`
+two seeds are worked on at the same time, one thread each. Prompts that judge (test) tune nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from _common import OUTPUTS, machine, quiet
+from _evidence_lab import QUICK, Lab, Plan, plan_arguments
+
+HOUR = (1, 2, 3, 5, 8, 9)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--claim", type=int, nargs="+", help="only these claims")
+    parser.add_argument("--all", action="store_true", help="every claim, those that take hours too")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of every claim (default: 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds worked on at the same time (default: 1)")
+    parser.add_argument("--folder", type=Path, default=OUTPUTS / "evidence", help="where everything is kept")
+    parser.add_argument("--pictures", type=Path, help="where pictures go (default: FOLDER/pictures)")
+    parser.add_argument("--write", type=Path, help="a document whose table is replaced, between its two markers")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not what comes out")
+    parser.add_argument("--only_seed", type=int, help=argparse.SUPPRESS)
+    plan_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def the_plan(args: argparse.Namespace) -> Plan:
+    given = {item.name: getattr(args, item.name) for item in fields(Plan)}
+    return replace(QUICK if args.quick else Plan(), **{k: v for k, v in given.items() if v is not None})
+
+
+def claims() -> dict[int, Any]:
+    """Every claim's function by its number."""
+    from _evidence_claims import CLAIMS
+    from _evidence_sweeps import CLAIMS as SWEEPS
+
+    return {**CLAIMS, **SWEEPS}
+
+
+def the_claims(args: argparse.Namespace) -> list[int]:
+    """Raises SystemExit for a claim that there is not."""
+    known = claims()
+    unknown = sorted(set(args.claim or []) - set(known))
+    if unknown:
+        raise SystemExit(f"--claim {unknown[0]}: there are {', '.join(map(str, sorted(known)))}.")
+    return sorted(args.claim or (known if args.all else HOUR))
+
+
+def shared_jobs(lab: Lab) -> None:
+    """What all seeds build on, done before they part."""
+    from _evidence_jobs import data, pretraining
+
+    data(lab)
+    pretraining(lab)
+
+
+def side_by_side(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Each seed's jobs in a process of its own, `args.jobs` at a time, one thread each.
+
+    Raises:
+        SystemExit: one of them failed; says which.
+    """
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    waiting, running = list(range(args.seeds)), {}
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            seed = waiting.pop(0)
+            command = [sys.executable, __file__, *argv, "--only_seed", str(seed)]
+            running[seed] = subprocess.Popen(command, env={**os.environ, **threads})
+        for seed, process in list(running.items()):
+            if process.poll() is not None:
+                del running[seed]
+                if process.returncode:
+                    for other in running.values():
+                        other.terminate()
+                    raise SystemExit(f"Seed {seed} failed (see above). Run the command again to go on.")
+        time.sleep(0.5)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Any]:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
+    quiet()
+    numbers, plan = the_claims(args), the_plan(args)
+    begin = time.perf_counter()
+    seeds = range(args.seeds) if args.only_seed is None else [args.only_seed]
+    lab = Lab(args.folder, plan, seeds)
+    shared_jobs(lab)
+    if args.jobs > 1 and args.only_seed is None:
+        side_by_side(args, argv)
+    known = claims()
+    findings = [known[number](lab) for number in numbers]
+    if args.only_seed is not None:
+        return findings
+    from _evidence_report import report
+
+    about = {"machine": machine(), "minutes": (time.perf_counter() - begin) / 60, "plan": asdict(plan)}
+    report(findings, about, args.folder, args.pictures or args.folder / "pictures", args.write)
+    return findings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The claims' rules and intervals against closed forms, the cache of jobs, the table; and a tiny run of everything."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import _evidence_lab as lab_module  # noqa: E402
+import _evidence_report as report  # noqa: E402
+import _evidence_verdicts as verdicts  # noqa: E402
+from _evidence_lab import QUICK, Lab, Plan, job_hash  # noqa: E402
+from _evidence_text import CLAIM_TEXTS  # noqa: E402
+from _evidence_verdicts import Finding, Interval  # noqa: E402
+
+
+def test_the_interval_over_seeds_is_students():
+    """Of 1, 2, 3: mean 2, standard error 1/√3, and t of 2 degrees of freedom, whose 97.5 % point is 4.3027."""
+    interval = verdicts.over_seeds([1.0, 2.0, 3.0])
+    assert interval.mean == 2
+    assert interval.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert 2 - interval.low == pytest.approx(interval.high - 2)
+
+
+def test_one_seed_has_no_interval():
+    interval = verdicts.over_seeds([0.5])
+    assert interval.number() == "0.50"
+    assert verdicts.by_interval(interval, 0.0) == "cannot tell"
+
+
+def test_a_prompts_seeds_are_averaged_before_they_are_resampled():
+    """Three seeds that agree on every prompt tell no more than one: the interval is that of N coins, not of 3N."""
+    scores = [1.0] * 60 + [0.0] * 40
+    baseline = [0.0] * 60 + [1.0] * 40
+    interval = verdicts.pooled_win_rate([scores] * 3, [baseline] * 3)
+    low, high = stats.binom.ppf([0.025, 0.975], 100, 0.6) / 100
+    assert interval.mean == pytest.approx(0.6)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.011)  # one prompt
+
+
+def test_ties_count_half_and_differences_are_paired():
+    assert verdicts.pooled_win_rate([[1.0, 2.0]], [[1.0, 2.0]]).mean == 0.5
+    gap = verdicts.pooled_difference([[5.0, 1.0, 9.0], [6.0, 2.0, 10.0]], [[3.0, -1.0, 7.0], [5.0, 1.0, 9.0]])
+    assert (gap.mean, gap.low, gap.high) == (1.5, 1.5, 1.5)  # by 2 in one seed, by 1 in the other, at every prompt
+
+
+@pytest.mark.parametrize(
+    ("rates", "verdict"),
+    [
+        ([(0.9, 0.8, 0.95), (0.5, 0.4, 0.6), (0.45, 0.4, 0.5)], "holds"),
+        ([(0.6, 0.5, 0.7), (0.5, 0.4, 0.6), (0.45, 0.4, 0.5)], "cannot tell"),  # the first two touch
+        ([(0.9, 0.8, 0.95), (0.5, 0.4, 0.6), (0.55, 0.5, 0.6)], "cannot tell"),  # the last two in the wrong order
+        ([(0.9, 0.8, 0.95), (0.5, 0.4, 0.6), (0.75, 0.7, 0.79)], "does not"),
+        ([(0.3, 0.2, 0.4), (0.5, 0.45, 0.6), (0.2, 0.1, 0.3)], "does not"),
+    ],
+)
+def test_an_order_of_rates(rates, verdict):
+    assert verdicts.in_order([Interval(*rate) for rate in rates]) == verdict
+
+
+@pytest.mark.parametrize(
+    ("passed", "verdict"), [([True] * 3, "holds"), ([False] * 3, "does not"), ([True, False, True], "cannot tell")]
+)
+def test_a_claim_by_seeds(passed, verdict):
+    assert verdicts.in_every_seed(passed) == verdict
+
+
+def test_what_is_taken_back_of_a_rise():
+    """From 5.0 up to 5.6, and 5.2 with ptx: 0.4 of 0.6. Below the start, more than all of it."""
+    assert verdicts.takes_back(5.0, 5.6, 5.2) == pytest.approx(2 / 3)
+    assert verdicts.takes_back(5.0, 5.6, 4.9) > 1
+    with pytest.raises(ValueError, match="did not rise"):
+        verdicts.takes_back(5.0, 4.9, 4.9)
+
+
+def test_a_job_is_done_once_and_again_where_a_setting_or_what_it_builds_on_changes(tmp_path):
+    done = []
+
+    def body(folder):
+        done.append(folder)
+        return {"number": len(done)}
+
+    lab = Lab(tmp_path, Plan(), [0])
+    first = lab.job("first", {"a": 1}, body)
+    assert lab.job("first", {"a": 1}, body).summary == {"number": 1}
+    other = lab.job("first", {"a": 2}, body)
+    assert len({first.key, other.key, lab.job("first", {"a": 1}, body, seed=1).key}) == 3
+    second = lab.job("second", {}, body, after=[first])
+    assert lab.job("second", {}, body, after=[other]).key != second.key
+    assert len(done) == 5
+
+
+def test_the_hash_does_not_depend_on_the_order_of_settings():
+    assert job_hash({"a": 1, "b": 2}) == job_hash({"b": 2, "a": 1}) != job_hash({"a": 2, "b": 1})
+
+
+def test_the_labeler_reads_the_review_without_the_instruction():
+    class Classifier:
+        def __call__(self, prompts, completions):
+            return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+
+    labeler = lab_module.PlainLabeler.__new__(lab_module.PlainLabeler)
+    labeler.classifier = Classifier()
+    assert labeler([lab_module.instruct("the film is")], [" fine ."]) == ["the film is fine ."]
+
+
+def test_a_claim_that_was_not_run_says_so_and_a_later_call_keeps_the_others(tmp_path):
+    about = {"machine": "m", "minutes": 1.0, "plan": {}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(report.add(path, [Finding(1, "old", "holds", 3), Finding(2, "two", "holds", 3)], about)))
+    kept = report.add(path, [Finding(1, "new", "does not", 3)], about)
+    lines = report.findings_table(kept).splitlines()[2:]
+    assert len(lines) == len(CLAIM_TEXTS)
+    assert "new" in lines[0]
+    assert lines[0].endswith("**does not** |")
+    assert "two" in lines[1]
+    assert all(line.endswith("**not run** |") for line in lines[2:])
+
+
+def test_only_what_is_between_the_markers_is_replaced(tmp_path):
+    document = tmp_path / "evidence.md"
+    document.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
+    report.replace_table(document, "new")
+    assert document.read_text() == f"before\n{report.MARKERS[0]}\nnew\n{report.MARKERS[1]}\nafter\n"
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match="between which the table goes"):
+        report.replace_table(document, "new")
+
+
+def test_every_size_of_the_plan_is_smaller_in_a_quick_run():
+    sizes = [name for name in ("base_steps", "test_prompts", "iterations", "ptx_texts", "sft_epochs", "group_train")]
+    assert all(getattr(QUICK, name) < getattr(Plan(), name) for name in sizes)
+
+
+@pytest.mark.slow
+def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path):
+    """Two seeds side by side at tiny sizes; the second call finds all its jobs done."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--quick", "--all", "--seeds", "2"]
+    command += ["--jobs", "2", "--folder", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert sorted(map(int, results)) == list(CLAIM_TEXTS)
+    assert all(row["seeds"] == 2 and row["verdict"] in ("holds", "does not", "cannot tell") for row in results.values())
+    names = {path.name for path in (tmp_path / "pictures").glob("*.png")}
+    assert {"evidence_win_rate.png", "evidence_tax.png", "evidence_selection.png", "evidence_groups.png"} <= names
+    again = subprocess.run([*command, "--claim", "1", "3"], capture_output=True, text=True, env=env, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert ": starting" not in again.stdout
