@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from _evidence_jobs import base, rl_init, selected, selected_folder
 from _evidence_lab import Job, Lab
@@ -10,15 +12,18 @@ from _evidence_ppo import answers, base_tax, ppo, tax
 from _evidence_text import GAIN_LOST, SHARE_BACK
 from _evidence_verdicts import (
     Finding,
+    both,
     by_interval,
     in_every_seed,
     in_order,
+    over_prompts,
     over_seeds,
     pooled_difference,
     pooled_win_rate,
     takes_back,
 )
 
+ANSWERS = 3  # claim 3: a prompt
 PAPER = {"ptx_coef": 27.8, "ptx_ratio": 8}
 
 
@@ -88,9 +93,7 @@ def claim_2(lab: Lab) -> Finding:
         by_rm.append(gold(of_sft(lab, seed)))
         by_loss.append(gold(of_sft(lab, seed, by="loss")))
     rate = pooled_win_rate(by_rm, by_loss)
-    later = in_every_seed([rm > loss for rm, loss in epochs])
-    better = by_interval(rate, 0.5)
-    verdict = later if later == better else "does not" if "does not" in (later, better) else "cannot tell"
+    verdict = both(in_every_seed([rm > loss for rm, loss in epochs]), by_interval(rate, 0.5))
     shown = ", ".join(f"{rm:.0f} against {loss:.0f}" for rm, loss in epochs)
     return Finding(
         2,
@@ -107,47 +110,64 @@ def claim_3(lab: Lab) -> Finding:
     back = [p["back"] for p in points]
     kept = [p["kept"] for p in points]
     rises = [p["PPO"]["rise"] for p in points]
-    passed = [
-        rise > 0 and share >= SHARE_BACK and keep >= 1 - GAIN_LOST
-        for rise, share, keep in zip(rises, back, kept, strict=True)
-    ]
-    paper_gain = over_seeds([p["27.8 at 8:1"]["gain"] for p in points])
-    paper_rise = over_seeds([p["27.8 at 8:1"]["rise"] for p in points])
+    recovered = in_every_seed([rise > 0 and share >= SHARE_BACK for rise, share in zip(rises, back, strict=True)])
+    excess = over_prompts([statistics.fmean(values) for values in zip(*(p["excess"] for p in points), strict=True)])
     gains = over_seeds([p["PPO"]["gain"] for p in points])
     return Finding(
         3,
         f"PPO: loss {over_seeds(rises).number()} nats up, gain {gains.number()}. PPO-ptx at γ = {lab.plan.ptx_coef:g}: "
         f"takes back {over_seeds(back).percent()}, keeps {over_seeds(kept).percent()} of the gain. "
-        f"By seed: {by_seed(back)} back, {by_seed(kept)} kept. γ = 27.8 at 8:1: loss {paper_rise.number()} up, gain "
-        f"{paper_gain.number()}",
-        in_every_seed(passed),
+        f"Gain minus 95 % of PPO's: {excess.number()}. By seed: {by_seed(back)} back, {by_seed(kept)} kept. "
+        f"γ = 27.8 at 8:1: {_of_the_papers(points)}",
+        both(recovered, by_interval(excess, 0.0)),
         len(lab.seeds),
         {"points": points},
     )
 
 
+def _of_the_papers(points: list[dict]) -> str:
+    name = "27.8 at 8:1"
+    if name not in points[0]:
+        return "not run"
+    rise, gain = (over_seeds([point[name][key] for point in points]) for key in ("rise", "gain"))
+    return f"loss {rise.number()} nats up, gain {gain.number()}, after {points[0][name]['iterations']} iterations"
+
+
 def _tax_and_gain(lab: Lab, seed: int) -> dict:
     start = rl_init(lab, seed)
-    from_start = answers(lab, start.folder / "model", start, seed).summary["gold"]
+    before = _gold_a_prompt(lab, start.folder / "model", start, seed)
     losses = tax(lab, start.folder / "model", start)
     runs = {
         "PPO": ppo(lab, seed),
         "PPO-ptx": ptx_run(lab, seed),
-        "27.8 at 8:1": ppo(lab, seed, iterations=lab.plan.paper_iterations, **PAPER),
     }
+    if lab.plan.paper_iterations:
+        runs["27.8 at 8:1"] = ppo(lab, seed, iterations=lab.plan.paper_iterations, **PAPER)
     point: dict = {"base": base_tax(lab), "start": losses}
+    after = {name: _gold_a_prompt(lab, run.folder / "policy", run, seed) for name, run in runs.items()}
     for name, run in runs.items():
         cost = tax(lab, run.folder / "policy", run)
         point[name] = {
             "rise": cost["sampled"] - losses["sampled"],
             "rise_real": cost["real"] - losses["real"],
-            "gain": of_policy(lab, run, seed).summary["gold"] - from_start,
+            "gain": statistics.fmean(after[name]) - statistics.fmean(before),
             "kl": run.summary["kl"],
+            "iterations": run.summary["iterations"],
         }
     plain, mixed = point["PPO"], point["PPO-ptx"]
     point["back"] = takes_back(0.0, plain["rise"], mixed["rise"]) if plain["rise"] > 0 else 0.0
+    point["excess"] = [
+        ptx - start_ - (1 - GAIN_LOST) * (ppo_ - start_)
+        for ptx, ppo_, start_ in zip(after["PPO-ptx"], after["PPO"], before, strict=True)
+    ]
     point["kept"] = mixed["gain"] / plain["gain"] if plain["gain"] > 0 else 0.0
     return point
+
+
+def _gold_a_prompt(lab: Lab, policy: Path, after: Job, seed: int) -> list[float]:
+    """The labeler's mean score of `ANSWERS` answers to each test prompt: one answer tells less than 5 % of a gain."""
+    scores = gold(answers(lab, policy, after, seed, count=ANSWERS))
+    return [statistics.fmean(scores[i : i + ANSWERS]) for i in range(0, len(scores), ANSWERS)]
 
 
 def claim_8(lab: Lab) -> Finding:

@@ -49,7 +49,7 @@ class Plan:
     ptx_coef: float = _size(0.2, "γ of PPO-ptx, the best of the sweep")
     ptx_learning_rate: float = _size(1e-4, "of the policy at that γ")
     ptx_ratio: int = _size(1, "pretraining texts an episode (paper: 8)")
-    paper_iterations: int = _size(60, "PPO iterations of the run at γ = 27.8 and 8:1")
+    paper_iterations: int = _size(60, "PPO iterations of the run at γ = 27.8 and 8:1; 0: none")
     long_iterations: int = _size(250, "claim 7: PPO iterations")
     group_train: int = _size(200, "claim 5: groups trained on")
     group_test: int = _size(120, "claim 5: groups held out")

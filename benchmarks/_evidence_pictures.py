@@ -72,7 +72,7 @@ def tax(details: Details, theme: Any) -> Any:
     axes = figure.subplots()
     styles = {"PPO": (theme.baseline, "s"), "PPO-ptx": (theme.subject, "o"), "27.8 at 8:1": (theme.other, "^")}
     for name, (color, marker) in styles.items():
-        points = [point[name] for point in details["points"]]
+        points = [point[name] for point in details["points"] if name in point]
         label = "γ = 27.8 at 8:1" if name[0].isdigit() else name
         x, y = [p["rise"] for p in points], [p["gain"] for p in points]
         axes.plot(x, y, marker, color=color, markersize=8, label=label, linestyle="none")

@@ -118,7 +118,8 @@ def answers(lab: Lab, policy: Path, after: Job | None, seed: int, split: str = "
 
     Args:
         policy: folder of the model; `after` is the job that made it, None for the base.
-        how: `few_shot=True` puts demonstrations before each prompt; `draw` is a number that moves the sampling noise.
+        how: `few_shot=True` puts demonstrations before each prompt; `draw` is a number that moves the sampling noise;
+            `count` is the answers a prompt, those of a prompt one after the other.
     """
     from instruct_trl import RewardScorer
     from instruct_trl.pipeline.stage import write_json
@@ -127,7 +128,7 @@ def answers(lab: Lab, policy: Path, after: Job | None, seed: int, split: str = "
     before = [after] if after else [pretraining(lab)]
 
     def body(folder: Path) -> dict[str, Any]:
-        questions = prompts(lab, split)
+        questions = [prompt for prompt in prompts(lab, split) for _ in range(how.get("count", 1))]
         texts, cut = _sample(lab, policy, questions, seed=100 * seed + how.get("draw", 0), few_shot="few_shot" in how)
         gold = labeler(lab)(questions, texts)
         scorer = RewardScorer(str(judges[1].folder / "model"), batch_size=lab.plan.batch)

@@ -31,8 +31,8 @@ CLAIM_TEXTS = {
     3: ClaimText(
         "PPO raises the held-out pretraining loss; PPO-ptx takes two thirds of it back at ≤ 5 % of the gain",
         "PPO regresses on public NLP sets; PPO-ptx mitigates that without losing preference (section 4.2)",
-        "A seed passes if PPO's loss rises, PPO-ptx takes back two thirds of the rise or more, and its gain in the "
-        "labeler's score is 95 % of PPO's or more. Holds: every seed passes. Does not: none does.",
+        "Holds: PPO's loss rises and PPO-ptx takes back two thirds of that or more in every seed, and the interval of "
+        "its gain in the labeler's score minus 95 % of PPO's lies above 0. Does not: in no seed, or below 0.",
     ),
     4: ClaimText(
         "γ gives back what PPO costs, no β does; ptx ratio",

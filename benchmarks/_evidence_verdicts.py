@@ -106,6 +106,13 @@ def in_every_seed(passed: Sequence[bool]) -> Verdict:
     return "cannot tell" if any(passed) else "does not"
 
 
+def both(first: Verdict, second: Verdict) -> Verdict:
+    """Of two conditions: does not where one does not hold, holds where both do."""
+    if "does not" in (first, second):
+        return "does not"
+    return "holds" if first == second == "holds" else "cannot tell"
+
+
 def by_interval(interval: Interval, level: float) -> Verdict:
     """Holds where the interval lies above the level, does not where it lies below."""
     if interval.low > level:
