@@ -43,7 +43,7 @@ class Plan:
     iterations: int = _size(20, "PPO iterations")
     rollout: int = _size(128, "episodes an iteration (paper: 512)")
     minibatch: int = _size(32, "episodes an optimizer step (paper: 64)")
-    learning_rate: float = _size(4e-4, "of PPO's policy")
+    learning_rate: float = _size(8e-4, "of PPO's policy")
     value_learning_rate: float = _size(3e-4, "of PPO's critic")
     beta: float = _size(0.02, "β (paper: 0.02)")
     ptx_coef: float = _size(0.1, "γ of PPO-ptx, the best of the sweep")
