@@ -24,7 +24,6 @@ from _evidence_jobs import (
 from _evidence_lab import Job, Lab
 
 SHOTS = 4  # demonstrations before the prompt of the prompted base
-# What a run is made of, unless a claim says otherwise; each key is PPOPtxConfig's, but for `value` and `iterations`.
 LOGGED = ("score", "kl", "explained_variance", "ptx_loss", "entropy", "eos_rate", "grad_norm", "value_loss")
 
 
@@ -102,6 +101,8 @@ def critic(start: Path, reward_model: str, kind: str, seed: int) -> Any:
     """The value model that PPO starts with; None is the trainer's own default, a copy of the reward model."""
     from transformers import AutoModelForSequenceClassification, set_seed
 
+    from instruct_trl._upstream import score_head
+
     if kind == "reward":
         return None
     set_seed(seed)
@@ -109,7 +110,7 @@ def critic(start: Path, reward_model: str, kind: str, seed: int) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, dtype="float32")
     model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype="float32")
     model.config.reward_bias = 0.0
-    model.score.reset_parameters()
+    score_head(model).reset_parameters()
     return model
 
 

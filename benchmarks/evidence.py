@@ -65,10 +65,11 @@ def the_claims(args: argparse.Namespace) -> list[int]:
 
 def shared_jobs(lab: Lab) -> None:
     """What all seeds build on, done before they part."""
-    from _evidence_jobs import data, pretraining
+    from _evidence_jobs import data
+    from _evidence_ppo import base_tax
 
     data(lab)
-    pretraining(lab)
+    base_tax(lab)
 
 
 def side_by_side(args: argparse.Namespace, argv: Sequence[str]) -> None:
