@@ -16,7 +16,6 @@ from _evidence_verdicts import (
     by_interval,
     in_every_seed,
     in_order,
-    over_prompts,
     over_seeds,
     pooled_difference,
     pooled_win_rate,
@@ -111,13 +110,18 @@ def claim_3(lab: Lab) -> Finding:
     kept = [p["kept"] for p in points]
     rises = [p["PPO"]["rise"] for p in points]
     recovered = in_every_seed([rise > 0 and share >= SHARE_BACK for rise, share in zip(rises, back, strict=True)])
-    excess = over_prompts([statistics.fmean(values) for values in zip(*(p["excess"] for p in points), strict=True)])
-    gains = over_seeds([p["PPO"]["gain"] for p in points])
+    gained = [p.pop("gains") for p in points]  # a number a prompt
+    plain, mixed, start = ([gains[name] for gains in gained] for name in ("PPO", "PPO-ptx", "start"))
+    gain, own = pooled_difference(plain, start), pooled_difference(mixed, start)
+    bar = [
+        [s + (1 - GAIN_LOST) * (p - s) for p, s in zip(*rows, strict=True)] for rows in zip(plain, start, strict=True)
+    ]
+    excess = pooled_difference(mixed, bar)
     return Finding(
         3,
-        f"PPO: loss {over_seeds(rises).number()} nats up, gain {gains.number()}. PPO-ptx at γ = {lab.plan.ptx_coef:g}: "
-        f"takes back {over_seeds(back).percent()}, keeps {over_seeds(kept).percent()} of the gain. "
-        f"Gain minus 95 % of PPO's: {excess.number()}. By seed: {by_seed(back)} back, {by_seed(kept)} kept. "
+        f"PPO: loss {over_seeds(rises).number()} nats up, gain {gain.number()}. PPO-ptx at γ = {lab.plan.ptx_coef:g}: "
+        f"takes back {over_seeds(back).percent()} of the rise; gain {own.number()}, minus 95 % of PPO's "
+        f"{excess.number()}. By seed: {by_seed(back)} back, {by_seed(kept)} of the gain kept. "
         f"γ = 27.8 at 8:1: {_of_the_papers(points)}",
         both(recovered, by_interval(excess, 0.0)),
         len(lab.seeds),
@@ -156,10 +160,7 @@ def _tax_and_gain(lab: Lab, seed: int) -> dict:
         }
     plain, mixed = point["PPO"], point["PPO-ptx"]
     point["back"] = takes_back(0.0, plain["rise"], mixed["rise"]) if plain["rise"] > 0 else 0.0
-    point["excess"] = [
-        ptx - start_ - (1 - GAIN_LOST) * (ppo_ - start_)
-        for ptx, ppo_, start_ in zip(after["PPO-ptx"], after["PPO"], before, strict=True)
-    ]
+    point["gains"] = {**after, "start": before}
     point["kept"] = mixed["gain"] / plain["gain"] if plain["gain"] > 0 else 0.0
     return point
 

@@ -30,7 +30,7 @@ def report(
         print(f"Picture: {path}")
     print(f"{about['machine']}\n{about['minutes']:.0f} minutes in this call; results: {folder / 'results.json'}")
     if document is not None:
-        replace_table(document, text)
+        replace_table(document, f"{text}\n\n{about['machine']}")
 
 
 def add(path: Path, findings: Sequence[Finding], about: dict[str, Any]) -> dict[str, dict[str, Any]]:
