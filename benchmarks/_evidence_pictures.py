@@ -73,11 +73,14 @@ def tax(details: Details, theme: Any) -> Any:
     styles = {"PPO": (theme.baseline, "s"), "PPO-ptx": (theme.subject, "o"), "27.8 at 8:1": (theme.other, "^")}
     for name, (color, marker) in styles.items():
         points = [point[name] for point in details["points"] if name in point]
+        if not points:
+            continue
         label = "γ = 27.8 at 8:1" if name[0].isdigit() else name
         x, y = [p["rise"] for p in points], [p["gain"] for p in points]
         axes.plot(x, y, marker, color=color, markersize=8, label=label, linestyle="none")
     axes.axvline(0, color=theme.muted, linewidth=1, linestyle=":")
-    axes.set_xlabel("rise of the held-out pretraining loss (nats a token)")
+    axes.axhline(0, color=theme.muted, linewidth=1, linestyle=":")
+    axes.set_xlabel("rise of the held-out pretraining loss (nats a token)\na point a seed; dotted: where PPO started")
     axes.set_ylabel("gain of the labeler's score")
     axes.grid(True)
     axes.legend(frameon=False)
