@@ -89,7 +89,7 @@ def test_a_judge_that_cannot_be_made_says_what_to_set(run, judge, changes, messa
 
 def test_two_servers_with_one_models_name_stay_apart(run, monkeypatch):
     monkeypatch.setattr(ChatEndpoint, "ask", lambda self, chats, desc: ["Verdict: A"] * len(chats))
-    urls = ["http://localhost:1/v1", "http://localhost:2/v1"]
+    urls = ["http://localhost:1/v1", "http://me:secret@localhost:2/v1"]
     result = judge_answers(run, JudgeArguments(judges=urls, judge_model="m"), run.run)
     assert {row["judge"] for row in result["judged"]} == {"m at localhost:1", "m at localhost:2"}
 

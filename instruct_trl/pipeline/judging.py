@@ -101,8 +101,9 @@ def _ask(name: str, run: Any, settings: JudgeArguments, folder: Path, questions:
     wins = _unless_waiting(partial(compare_models, judge, prompts, answers, SFT, cut), notes)
     if questions and not isinstance(judge, ScoreJudge):
         rated = _unless_waiting(partial(rate_models, judge, prompts, answers, questions, cut), notes)
-    # Two servers may hold a model of one name.
-    shown = {"judge": f"{judge.name} at {urlsplit(name).netloc}"} if isinstance(judge, EndpointJudge) else {}
+    # Two servers may hold a model of one name; a URL may hold a password, which stays out of the report.
+    server = urlsplit(name).netloc.rpartition("@")[2]
+    shown = {"judge": f"{judge.name} at {server}"} if isinstance(judge, EndpointJudge) else {}
     return {
         "judged": [judged_row(win) | shown for win in (wins or {}).values()],
         "ratings": [rating_row(rating) | shown for rating in rated or []],
