@@ -85,9 +85,9 @@ def ranked_text(args: argparse.Namespace) -> RankedText:
     validation, test = groups[: args.validation], groups[args.validation : args.validation + args.test]
     train = groups[args.validation + args.test : need]
     if args.label_noise:
-        _blur(train, args.label_noise)
+        blur(train, args.label_noise)
         source += f" Noise of {args.label_noise} sd is on the scores of the training prompts, not on the test."
-    return RankedText(_with_ranks(train), _with_ranks(validation), _with_ranks(test), source)
+    return RankedText(with_ranks(train), with_ranks(validation), with_ranks(test), source)
 
 
 def _read(path: Path) -> list[dict]:
@@ -99,7 +99,7 @@ def _read(path: Path) -> list[dict]:
     return rows
 
 
-def _with_ranks(rows: list[dict]) -> list[dict]:
+def with_ranks(rows: list[dict]) -> list[dict]:
     """Scores (higher is better) as dense ranks (1 is best, equal scores tie)."""
     ranked = []
     for row in rows:
@@ -109,7 +109,8 @@ def _with_ranks(rows: list[dict]) -> list[dict]:
     return ranked
 
 
-def _blur(rows: list[dict], noise: float) -> None:
+def blur(rows: list[dict], noise: float) -> None:
+    """Add noise to the scores, in place: `noise` is its sd in sds of the scores."""
     generator = random.Random(1)
     spread = statistics.pstdev(score for row in rows for score in row["scores"])
     for row in rows:

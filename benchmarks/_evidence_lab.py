@@ -1,7 +1,8 @@
 """The work behind `evidence.py`: what is trained and sampled, each piece once, kept on disk under its settings.
 
 A job is a folder whose name holds a hash of its settings and of the jobs it builds on. What is finished is not done
-again; a changed setting makes a new folder for this job and for all that build on it.
+again; a changed setting makes a new folder for this job and for all that build on it. Processes may share a lab: a job
+that one is at, others wait for.
 """
 
 from __future__ import annotations
@@ -50,9 +51,8 @@ class Plan:
     ptx_learning_rate: float = _size(8e-4, "of the policy at that γ")
     ptx_ratio: int = _size(1, "pretraining texts an episode (paper: 8)")
     paper_iterations: int = _size(6, "PPO iterations of the run at γ = 27.8 and 8:1; 0: none")
-    long_iterations: int = _size(250, "claim 7: PPO iterations")
-    group_train: int = _size(120, "claim 5: groups trained on")
-    group_test: int = _size(100, "claim 5: groups held out")
+    sweep_iterations: int = _size(10, "claim 4: PPO iterations of each setting")
+    long_iterations: int = _size(60, "claim 7: PPO iterations")
     batch: int = _size(100, "answers generated or scored at once")
     bf16: bool = _size(False, "bf16 autocast in training")
 
@@ -60,7 +60,7 @@ class Plan:
 QUICK = Plan(
     base_steps=3, demonstrations=40, validation=10, selection_prompts=8, test_prompts=12, reward_prompts=8,
     reward_test_prompts=4, rl_prompts=40, completions=3, answer_tokens=6, ptx_texts=40, ptx_tokens=12, sft_epochs=2,
-    iterations=2, rollout=16, minibatch=8, paper_iterations=1, long_iterations=2, group_train=12, group_test=6,
+    iterations=2, rollout=16, minibatch=8, paper_iterations=1, sweep_iterations=1, long_iterations=2,
 )  # fmt: skip
 
 
@@ -103,6 +103,8 @@ class Lab:
             after: the jobs whose output it reads.
             seed: of the job, where it has one.
         """
+        from filelock import FileLock
+
         from instruct_trl._upstream import reset_accelerator
         from instruct_trl.pipeline.stage import run_stage
 
@@ -115,7 +117,10 @@ class Lab:
             reset_accelerator()
             return body(folder)
 
-        summary = run_stage(folder, title, settings, work, resume=False, announce_skip=False)
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{key}.lock"):  # another process may be at it
+            summary = run_stage(folder, title, settings, work, resume=False, announce_skip=False)
         return Job(key, folder, summary)
 
     def shared(self, *names: str) -> dict[str, Any]:

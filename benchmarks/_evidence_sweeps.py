@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _evidence_claims import by_seed
-from _evidence_jobs import base, base_settings, rl_init
+from _evidence_jobs import RANKED_PROMPTS, labeler, rankings, rl_init
 from _evidence_lab import Job, Lab
 from _evidence_ppo import answers, ppo, tax
 from _evidence_text import GAIN_LOST, SHARE_BACK
@@ -18,12 +18,13 @@ GAMMAS = (1.0, 5.0, 20.0, 27.8, 50.0)
 BETAS = (0.0, 0.005, 0.1, 0.5, 2.0)
 RATIOS = (1, 4, 8)
 LABEL_NOISE = 0.75  # two labelers with it agree on 72 % of pairs, as the paper's do (72.6 %)
+NOISES = {"train": LABEL_NOISE, "test": 0.0}
 FIRST = 20  # claim 6: iterations looked at
 
 
 def _point(lab: Lab, seed: int, **changes: Any) -> dict[str, float]:
     """Rise of the pretraining loss and gain of the labeler's score over where PPO started, on validation prompts."""
-    start, run = rl_init(lab, seed), ppo(lab, seed, **changes)
+    start, run = rl_init(lab, seed), ppo(lab, seed, iterations=lab.plan.sweep_iterations, **changes)
     cost = tax(lab, run.folder / "policy", run)["sampled"] - tax(lab, start.folder / "model", start)["sampled"]
     ends = [answers(lab, run.folder / "policy", run, seed, "selection")]
     ends.append(answers(lab, start.folder / "model", start, seed, "selection"))
@@ -74,29 +75,41 @@ def claim_4(lab: Lab) -> Finding:
 
 
 def groups(lab: Lab, seed: int) -> Job:
-    """`reward_groups.py`'s two runs: whole groups, and the same comparisons in one shuffled pile."""
+    """`reward_groups.py`'s two runs on the seed's rankings: whole groups, and the same comparisons in one pile."""
+
+    start, ranked = rl_init(lab, seed), rankings(lab, seed)
 
     def body(folder: Path) -> dict[str, Any]:
-        from _common import ranked_text
+        from _common import RankedText
         from reward_groups import METHODS, train
 
         from instruct_trl.pipeline.stage import write_json
 
+        parts = [scored(lab, ranked.read(f"{part}.jsonl"), noise) for part, noise in NOISES.items()]
         args = argparse.Namespace(
-            rankings=None, train=lab.plan.group_train, validation=0, test=lab.plan.group_test, min_k=4, max_k=9,
-            max_words=28, label_noise=LABEL_NOISE, learning_rate=3e-4, epochs=2, eval_steps=5, train_judged=10,
-            prompts_per_step=8, accumulation=1, bf16=lab.plan.bf16, backbone=str(base(lab)),
+            learning_rate=lab.plan.reward_learning_rate, epochs=1, eval_steps=15, train_judged=20,
+            prompts_per_step=RANKED_PROMPTS, accumulation=1, bf16=lab.plan.bf16, backbone=str(start.folder / "model"),
         )  # fmt: skip
-        text = ranked_text(args)
         curves, ends = {}, {}
         for method in METHODS:
-            curves[method], steps, _ = train(method, seed, text, args)
+            curves[method], steps, _ = train(method, seed, RankedText(parts[0], [], parts[1], ""), args)
             ends[method] = curves[method][steps]
         write_json(folder / "curves.json", curves)
         return {"epoch": ends, "steps": steps}
 
-    settings = {**base_settings(lab), **lab.shared("group_train", "group_test", "bf16"), "noise": LABEL_NOISE}
-    return lab.job("groups", settings, body, seed=seed)
+    settings = {**lab.shared("reward_learning_rate", "bf16"), "noise": LABEL_NOISE}
+    return lab.job("groups", settings, body, after=[start, ranked], seed=seed)
+
+
+def scored(lab: Lab, rows: list[dict], noise: float) -> list[dict]:
+    """The rankings as a labeler with noise would make them."""
+    from _common import blur, with_ranks
+
+    judge = labeler(lab)
+    rows = [{**row, "scores": judge([row["prompt"]] * len(row["completions"]), row["completions"])} for row in rows]
+    if noise:
+        blur(rows, noise)
+    return with_ranks(rows)
 
 
 def claim_5(lab: Lab) -> Finding:

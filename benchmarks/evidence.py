@@ -5,7 +5,7 @@
     python benchmarks/evidence.py --all              # every claim, hours
 
 Everything is made once and kept under `--folder`; run it again after an interruption and it goes on. With `--jobs 2`
-two seeds are worked on at the same time, one thread each. Prompts that judge (test) tune nothing.
+two processes work at the same time, one thread each. Prompts that judge (test) tune nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--claim", type=int, nargs="+", help="only these claims")
     parser.add_argument("--all", action="store_true", help="every claim, those that take hours too")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every claim (default: 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds worked on at the same time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at work at the same time (default: 1)")
     parser.add_argument("--folder", type=Path, default=OUTPUTS / "evidence", help="where everything is kept")
     parser.add_argument("--pictures", type=Path, help="where pictures go (default: FOLDER/pictures)")
     parser.add_argument("--write", type=Path, help="a document whose table is replaced, between its two markers")
@@ -72,26 +72,27 @@ def shared_jobs(lab: Lab) -> None:
     base_tax(lab)
 
 
-def side_by_side(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Each seed's jobs in a process of its own, `args.jobs` at a time, one thread each.
+def side_by_side(args: argparse.Namespace, numbers: Sequence[int], argv: Sequence[str]) -> None:
+    """Each claim's jobs of each seed in a process of its own, `args.jobs` at a time, one thread each.
 
     Raises:
         SystemExit: one of them failed; says which.
     """
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    waiting, running = list(range(args.seeds)), {}
+    waiting = [(number, seed) for number in numbers for seed in range(args.seeds)]
+    running: dict[tuple[int, int], subprocess.Popen] = {}
     while waiting or running:
         while waiting and len(running) < args.jobs:
-            seed = waiting.pop(0)
-            command = [sys.executable, __file__, *argv, "--only_seed", str(seed)]
-            running[seed] = subprocess.Popen(command, env={**os.environ, **threads})
-        for seed, process in list(running.items()):
+            number, seed = waiting.pop(0)
+            command = [sys.executable, __file__, *argv, "--claim", str(number), "--only_seed", str(seed)]
+            running[number, seed] = subprocess.Popen(command, env={**os.environ, **threads})
+        for (number, seed), process in list(running.items()):
             if process.poll() is not None:
-                del running[seed]
+                del running[number, seed]
                 if process.returncode:
                     for other in running.values():
                         other.terminate()
-                    raise SystemExit(f"Seed {seed} failed (see above). Run the command again to go on.")
+                    raise SystemExit(f"Claim {number}, seed {seed} failed (see above). Run it again to go on.")
         time.sleep(0.5)
 
 
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     lab = Lab(args.folder, plan, seeds)
     shared_jobs(lab)
     if args.jobs > 1 and args.only_seed is None:
-        side_by_side(args, argv)
+        side_by_side(args, numbers, argv)
     known = claims()
     findings = [known[number](lab) for number in numbers]
     if args.only_seed is not None:

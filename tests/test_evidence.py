@@ -135,7 +135,7 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path):
 
 
 def test_every_size_of_the_plan_is_smaller_in_a_quick_run():
-    sizes = [name for name in ("base_steps", "test_prompts", "iterations", "ptx_texts", "sft_epochs", "group_train")]
+    sizes = [name for name in ("base_steps", "test_prompts", "iterations", "ptx_texts", "sft_epochs", "rollout")]
     assert all(getattr(QUICK, name) < getattr(Plan(), name) for name in sizes)
 
 
