@@ -51,6 +51,8 @@ class Plan:
     ptx_learning_rate: float = _size(8e-4, "of the policy at that γ")
     ptx_ratio: int = _size(1, "pretraining texts an episode (paper: 8)")
     paper_iterations: int = _size(6, "PPO iterations of the run at γ = 27.8 and 8:1; 0: none")
+    groups_learning_rate: float = _size(5e-4, "claim 5: of whole groups, their best on validation prompts")
+    pile_learning_rate: float = _size(1e-3, "claim 5: of shuffled pairs, their best on validation prompts")
     sweep_iterations: int = _size(10, "claim 4: PPO iterations of each setting")
     long_iterations: int = _size(60, "claim 7: PPO iterations")
     batch: int = _size(100, "answers generated or scored at once")

@@ -87,17 +87,18 @@ def groups(lab: Lab, seed: int) -> Job:
 
         parts = [scored(lab, ranked.read(f"{part}.jsonl"), noise) for part, noise in NOISES.items()]
         args = argparse.Namespace(
-            learning_rate=lab.plan.reward_learning_rate, epochs=1, eval_steps=15, train_judged=20,
+            epochs=1, eval_steps=15, train_judged=20,
             prompts_per_step=RANKED_PROMPTS, accumulation=1, bf16=lab.plan.bf16, backbone=str(start.folder / "model"),
         )  # fmt: skip
         curves, ends = {}, {}
         for method in METHODS:
+            args.learning_rate = getattr(lab.plan, f"{method}_learning_rate")
             curves[method], steps, _ = train(method, seed, RankedText(parts[0], [], parts[1], ""), args)
             ends[method] = curves[method][steps]
         write_json(folder / "curves.json", curves)
         return {"epoch": ends, "steps": steps}
 
-    settings = {**lab.shared("reward_learning_rate", "bf16"), "noise": LABEL_NOISE}
+    settings = {**lab.shared("groups_learning_rate", "pile_learning_rate", "bf16"), "noise": LABEL_NOISE}
     return lab.job("groups", settings, body, after=[start, ranked], seed=seed)
 
 
