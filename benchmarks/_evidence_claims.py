@@ -14,6 +14,7 @@ from _evidence_verdicts import (
     Finding,
     both,
     by_interval,
+    excess_gain,
     in_every_seed,
     in_order,
     over_seeds,
@@ -22,7 +23,7 @@ from _evidence_verdicts import (
     takes_back,
 )
 
-ANSWERS = 3  # claim 3: a prompt
+ANSWERS = 3  # claims 3 and 4: a prompt
 PAPER = {"ptx_coef": 27.8, "ptx_ratio": 8}
 
 
@@ -113,10 +114,7 @@ def claim_3(lab: Lab) -> Finding:
     gained = [p.pop("gains") for p in points]  # a number a prompt
     plain, mixed, start = ([gains[name] for gains in gained] for name in ("PPO", "PPO-ptx", "start"))
     gain, own = pooled_difference(plain, start), pooled_difference(mixed, start)
-    bar = [
-        [s + (1 - GAIN_LOST) * (p - s) for p, s in zip(*rows, strict=True)] for rows in zip(plain, start, strict=True)
-    ]
-    excess = pooled_difference(mixed, bar)
+    excess = excess_gain(mixed, plain, start, 1 - GAIN_LOST)
     return Finding(
         3,
         f"PPO: loss {over_seeds(rises).number()} nats up, gain {gain.number()}. PPO-ptx at γ = {lab.plan.ptx_coef:g}: "
@@ -139,7 +137,7 @@ def _of_the_papers(points: list[dict]) -> str:
 
 def _tax_and_gain(lab: Lab, seed: int) -> dict:
     start = rl_init(lab, seed)
-    before = _gold_a_prompt(lab, start.folder / "model", start, seed)
+    before = gold_a_prompt(lab, start.folder / "model", start, seed)
     losses = tax(lab, start.folder / "model", start)
     runs = {
         "PPO": ppo(lab, seed),
@@ -148,7 +146,7 @@ def _tax_and_gain(lab: Lab, seed: int) -> dict:
     if lab.plan.paper_iterations:
         runs["27.8 at 8:1"] = ppo(lab, seed, iterations=lab.plan.paper_iterations, **PAPER)
     point: dict = {"base": base_tax(lab), "start": losses}
-    after = {name: _gold_a_prompt(lab, run.folder / "policy", run, seed) for name, run in runs.items()}
+    after = {name: gold_a_prompt(lab, run.folder / "policy", run, seed) for name, run in runs.items()}
     for name, run in runs.items():
         cost = tax(lab, run.folder / "policy", run)
         point[name] = {
@@ -165,9 +163,9 @@ def _tax_and_gain(lab: Lab, seed: int) -> dict:
     return point
 
 
-def _gold_a_prompt(lab: Lab, policy: Path, after: Job, seed: int) -> list[float]:
-    """The labeler's mean score of `ANSWERS` answers to each test prompt: one answer tells less than 5 % of a gain."""
-    scores = gold(answers(lab, policy, after, seed, count=ANSWERS))
+def gold_a_prompt(lab: Lab, policy: Path, after: Job, seed: int, split: str = "test") -> list[float]:
+    """The labeler's mean score of `ANSWERS` answers to each prompt: one answer does not tell 5 % of a gain."""
+    scores = gold(answers(lab, policy, after, seed, split, count=ANSWERS))
     return [statistics.fmean(scores[i : i + ANSWERS]) for i in range(0, len(scores), ANSWERS)]
 
 

@@ -7,12 +7,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _evidence_claims import by_seed
+from _evidence_claims import by_seed, gold_a_prompt
 from _evidence_jobs import RANKED_PROMPTS, labeler, rankings, rl_init
 from _evidence_lab import Job, Lab
-from _evidence_ppo import answers, ppo, tax
+from _evidence_ppo import ppo, tax
 from _evidence_text import GAIN_LOST, SHARE_BACK
-from _evidence_verdicts import Finding, by_interval, in_every_seed, over_seeds, takes_back
+from _evidence_verdicts import Finding, Verdict, by_interval, excess_gain, in_every_seed, over_seeds, takes_back
 
 GAMMAS = (1.0, 5.0, 20.0, 27.8, 50.0)
 BETAS = (0.0, 0.005, 0.1, 0.5, 2.0)
@@ -22,16 +22,17 @@ NOISES = {"train": LABEL_NOISE, "test": 0.0}
 FIRST = 20  # claim 6: iterations looked at
 
 
-def _point(lab: Lab, seed: int, **changes: Any) -> dict[str, float]:
-    """Rise of the pretraining loss and gain of the labeler's score over where PPO started, on validation prompts."""
+def _point(lab: Lab, seed: int, **changes: Any) -> dict[str, Any]:
+    """Rise of the pretraining loss and labeler's score, after and before by prompt, on validation prompts."""
     start, run = rl_init(lab, seed), ppo(lab, seed, iterations=lab.plan.sweep_iterations, **changes)
     cost = tax(lab, run.folder / "policy", run)["sampled"] - tax(lab, start.folder / "model", start)["sampled"]
-    ends = [answers(lab, run.folder / "policy", run, seed, "selection")]
-    ends.append(answers(lab, start.folder / "model", start, seed, "selection"))
-    return {"rise": cost, "gain": ends[0].summary["gold"] - ends[1].summary["gold"], "kl": run.summary["kl"]}
+    after = gold_a_prompt(lab, run.folder / "policy", run, seed, "selection")
+    before = gold_a_prompt(lab, start.folder / "model", start, seed, "selection")
+    gain = statistics.fmean(after) - statistics.fmean(before)
+    return {"rise": cost, "gain": gain, "kl": run.summary["kl"], "after": after, "before": before}
 
 
-def sweep(lab: Lab, seed: int) -> dict[str, dict[str, float]]:
+def sweep(lab: Lab, seed: int) -> dict[str, dict[str, Any]]:
     """Each setting's rise and gain. γ has the plan's learning rate throughout, but for the plan's own γ."""
     plan = lab.plan
     points = {"γ 0": _point(lab, seed)}
@@ -46,32 +47,34 @@ def sweep(lab: Lab, seed: int) -> dict[str, dict[str, float]]:
     return points
 
 
-def good(point: dict[str, float], plain: dict[str, float]) -> bool:
-    """Two thirds of the rise taken back at no more than a twentieth of the gain."""
-    if plain["rise"] <= 0:
-        return False
-    kept = point["gain"] >= (1 - GAIN_LOST) * plain["gain"]
-    return kept and takes_back(0, plain["rise"], point["rise"]) >= SHARE_BACK
+def stands(points: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Verdict:
+    """Whether a setting takes two thirds of PPO's rise back, in the mean over seeds, and keeps 95 % of its gain."""
+    rise, own = (statistics.fmean(point["rise"] for point in group) for group in (plain, points))
+    if rise <= 0 or takes_back(0.0, rise, own) < SHARE_BACK:
+        return "does not"
+    after, full, before = [p["after"] for p in points], [p["after"] for p in plain], [p["before"] for p in plain]
+    return by_interval(excess_gain(after, full, before, 1 - GAIN_LOST), 0.0)
+
+
+def sweep_verdict(standing: dict[str, Verdict]) -> Verdict:
+    """Of each setting's verdict, that of the claim: some γ stands and no β does."""
+    gammas, betas = ({v for name, v in standing.items() if name[0] == kind} for kind in "γβ")
+    if "holds" in betas or gammas == {"does not"}:
+        return "does not"
+    return "holds" if "holds" in gammas and betas == {"does not"} else "cannot tell"
 
 
 def claim_4(lab: Lab) -> Finding:
     """γ gives back what PPO costs; β does not."""
-    points = [sweep(lab, seed) for seed in lab.seeds]
-    passed = []
-    for swept in points:
-        fits = {name for name, point in swept.items() if good(point, swept["γ 0"])}
-        passed.append(any(name[0] == "γ" for name in fits) and not any(name[0] == "β" for name in fits))
+    swept = [sweep(lab, seed) for seed in lab.seeds]
+    points = {name: [one[name] for one in swept] for name in swept[0]}
+    standing = {name: stands(of_setting, points["γ 0"]) for name, of_setting in points.items()}
     shown = []
-    for name in points[0]:
-        rise, gain = (over_seeds([swept[name][key] for swept in points]).mean for key in ("rise", "gain"))
-        shown.append(f"{name}: {rise:+.2f} nats, gain {gain:.2f}".replace("-", "−"))
-    return Finding(
-        4,
-        "; ".join(shown),
-        in_every_seed(passed),
-        len(lab.seeds),
-        {"points": points},
-    )
+    for name, of_setting in points.items():
+        rise, gain = (statistics.fmean(point[key] for point in of_setting) for key in ("rise", "gain"))
+        shown.append(f"{name}: {rise:+.2f} nats, gain {gain:.2f}, {standing[name]}".replace("-", "−"))
+    kept = [{name: {k: point[k] for k in ("rise", "gain", "kl")} for name, point in one.items()} for one in swept]
+    return Finding(4, "; ".join(shown), sweep_verdict(standing), len(lab.seeds), {"points": kept, "standing": standing})
 
 
 def groups(lab: Lab, seed: int) -> Job:

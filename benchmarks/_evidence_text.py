@@ -37,8 +37,9 @@ CLAIM_TEXTS = {
     4: ClaimText(
         "γ gives back what PPO costs, no β does; ptx ratio",
         "γ ≥ 20 recovers the regressions at 1.3B; β up to 2 does not; ratio 4 is too little (appendix E)",
-        "A seed passes if some γ takes back two thirds of the rise at ≤ 5 % of the gain, and no β does. Holds: every "
-        "seed passes. Does not: none does. On validation prompts.",
+        "A setting stands if it takes back two thirds of the rise, mean over seeds, and the interval of its gain minus "
+        "95 % of PPO's lies above 0; it does not if less comes back or the interval lies below 0. Holds: some γ stands "
+        "and every β does not. Does not: every γ does not, or some β stands. On validation prompts.",
     ),
     5: ClaimText(
         "Whole groups order held-out pairs better than shuffled pairs",

@@ -12,6 +12,7 @@ import torch
 from _memory_case import Peak
 from instruct_trl.recipes.evaluate import EvaluateArguments
 from instruct_trl.recipes.ppo_ptx import PPOPtxArguments
+from one_base_learning import folder_of
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer
 from instruct_trl.pipeline import run as pipeline
@@ -22,9 +23,9 @@ from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import finished_summary, run_stage
 
 
-def lora(args: argparse.Namespace) -> list[str]:
+def lora(args: argparse.Namespace, rank: int) -> list[str]:
     """The recipes' options of an adapter."""
-    options = ["--use_peft", "--lora_r", str(args.rank), "--lora_alpha", str(2 * args.rank)]
+    options = ["--use_peft", "--lora_r", str(rank), "--lora_alpha", str(2 * rank)]
     return [*options, "--lora_target_modules", *args.targets]
 
 
@@ -53,7 +54,7 @@ def make_reward_model(args: argparse.Namespace) -> None:
         pipeline.run_recipe("sft", run, [*threads, *base], config="rl_init", stage="rl_init")
     adapter, merged = args.folder / "reward_model", args.folder / "reward_model_merged"
     options = ["--model_name_or_path", start(args), "--learning_rate", args.reward_learning_rate, *threads]
-    options += ["--output_dir", str(adapter), "--lora_task_type", "SEQ_CLS", *lora(args)]
+    options += ["--output_dir", str(adapter), "--lora_task_type", "SEQ_CLS", *lora(args, args.reward_rank)]
 
     def body(_: str | None) -> dict[str, Any]:
         model, tokenizer = load_reward_model(adapter)
@@ -74,20 +75,29 @@ def measure_sft(args: argparse.Namespace) -> None:
 
 def train_full(args: argparse.Namespace, rate: str, seed: str) -> None:
     """Four models, each trained or frozen whole."""
-    train(args, f"full_{rate}_{seed}", [*rates(args, rate), "--seed", seed, *reward_path(args, "reward_model_merged")])
+    train(
+        args,
+        folder_of(args, "full", rate, seed),
+        [*rates(args, rate), "--seed", seed, *reward_path(args, "reward_model_merged")],
+    )
 
 
 def train_one_base(args: argparse.Namespace, rate: str, seed: str) -> None:
     """Four roles on one base."""
     options = [*rates(args, rate), "--seed", seed, *reward_path(args, "reward_model")]
-    train(args, f"one_base_{rate}_{seed}", [*options, "--one_base", "true", "--dtype", args.dtype, *lora(args)])
+    train(
+        args,
+        folder_of(args, "one_base", rate, seed),
+        [*options, "--one_base", "true", "--dtype", args.dtype, *lora(args, args.rank)],
+    )
 
 
 def rates(args: argparse.Namespace, rate: str) -> list[str]:
-    """The policy's learning rate, and the critic's in the proportion of the YAML."""
+    """The policy's learning rate and the critic's, in the proportion of the YAML where it is not given."""
+    policy, _, value = rate.partition("/")
     (_, plain, _) = parse(args, [])
-    value_rate = plain.value_learning_rate * float(rate) / plain.learning_rate
-    return ["--learning_rate", rate, "--value_learning_rate", str(value_rate)]
+    value = value or str(plain.value_learning_rate * float(policy) / plain.learning_rate)
+    return ["--learning_rate", policy, "--value_learning_rate", value]
 
 
 def reward_path(args: argparse.Namespace, name: str) -> list[str]:

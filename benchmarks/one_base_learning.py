@@ -17,8 +17,9 @@ model with LoRA. Then for every seed two PPO-ptx runs with the same prompts, epi
   critic are trained whole.
 - one base: `RoleAdapters` on the SFT model; only adapters and the critic's head are trained.
 
-Where several learning rates are given, seed 0 runs each, and the labeler's score on validation prompts picks. The
-critic's is in the proportion of `--ppo` to the policy's.
+Learning rates are the policy's, or the policy's and the critic's as `2e-3/3e-4`; the critic's is otherwise in the
+proportion of `--ppo` to the policy's. Where several are given, seed 0 runs each, and the labeler's score on validation
+prompts picks.
 
 The gain is the labeler's mean score of answers to held-out test prompts less the SFT model's, sampled with the same
 seed. Every run has a process of its own. Finished pieces stay under <run_dir>/one_base_learning and are not done again.
@@ -52,16 +53,18 @@ def arguments() -> argparse.Namespace:
     add("--episodes", type=int, default=640, help="of each PPO run (default: 640; the demo has 960)")
     add("--answers", type=int, default=3, help="sampled for each test prompt (default: 3)")
     add("--seeds", type=int, default=3, help="pairs of runs (default: 3)")
-    add("--full_learning_rates", nargs="+", default=["4e-5"], help="of the whole policy (default: 4e-5, the demo's)")
-    add("--learning_rates", nargs="+", default=["4e-4"], help="of the policy's adapter (default: 4e-4)")
+    add("--full_learning_rates", nargs="+", default=["4e-5"], help="of the whole models (default: 4e-5, the demo's)")
+    add("--learning_rates", nargs="+", default=["4e-4"], help="of the adapters (default: 4e-4)")
     add("--reward_learning_rate", default="1e-3", help="of the reward adapter (default: 1e-3)")
-    add("--rank", type=int, default=16, help="of every adapter; alpha is twice that (default: 16)")
+    add("--rank", type=int, default=16, help="of the adapters; alpha is twice that (default: 16)")
+    add("--reward_rank", type=int, help="of the reward and the critic's adapter (default: as --rank)")
     add("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="LoRA's (default: attention)")
     add("--dtype", default="bfloat16", help="of the one base; adapters are float32 (default: bfloat16)")
     add("--threads", type=int, help="torch threads of each run (default: the cores at hand)")
     add("--piece", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.reward_rank = args.reward_rank or args.rank
     args.folder = args.run_dir / "one_base_learning"
     return args
 
@@ -77,13 +80,13 @@ def main() -> None:
     sft = piece(args, "sft", "sft")
     best, found = {}, []
     for arm, rates in (("full", args.full_learning_rates), ("one_base", args.learning_rates)):
-        tried = {rate: piece(args, f"{arm}:{rate}:0", f"{arm}_{rate}_0") for rate in rates}
+        tried = {rate: piece(args, f"{arm}:{rate}:0", folder_of(args, arm, rate, 0)) for rate in rates}
         best[arm] = max(tried, key=lambda rate: tried[rate]["validation"])
         found += [f"{arm} {rate}: {run['validation']:.3f}" for rate, run in tried.items()]
     print("Labeler on validation prompts, seed 0, by learning rate: " + ", ".join(found) + ".", flush=True)
     pairs = []
     for seed in range(args.seeds):
-        both = [piece(args, f"{arm}:{rate}:{seed}", f"{arm}_{rate}_{seed}") for arm, rate in best.items()]
+        both = [piece(args, f"{arm}:{rate}:{seed}", folder_of(args, arm, rate, seed)) for arm, rate in best.items()]
         pairs.append((both[0], both[1]))
         report(args, sft, reward, best, pairs)
 
@@ -100,6 +103,12 @@ def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
         found = finished_summary(args.folder / folder)
     assert found is not None
     return found["summary"]
+
+
+def folder_of(args: argparse.Namespace, arm: str, rate: str, seed: int | str) -> str:
+    """Name of a PPO run's folder."""
+    rank = f"_r{args.rank}_{args.dtype}" if arm == "one_base" else ""
+    return f"{arm}{rank}_{rate.replace('/', '_')}_{seed}"
 
 
 def report(

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import _evidence_lab as lab_module  # noqa: E402
 import _evidence_report as report  # noqa: E402
+import _evidence_sweeps as sweeps  # noqa: E402
 import _evidence_verdicts as verdicts  # noqa: E402
 from _evidence_lab import QUICK, Lab, Plan, job_hash  # noqa: E402
 from _evidence_text import CLAIM_TEXTS  # noqa: E402
@@ -78,6 +79,43 @@ def test_what_is_taken_back_of_a_rise():
     assert verdicts.takes_back(5.0, 5.6, 4.9) > 1
     with pytest.raises(ValueError, match="did not rise"):
         verdicts.takes_back(5.0, 4.9, 4.9)
+
+
+def test_what_is_gained_beyond_a_share_of_anothers_gain():
+    """Start 1, plain 3, so 95 % of the gain ends at 2.9: 3.4 is 0.5 above it at each prompt of each seed."""
+    start, plain, mixed = [[1.0] * 4] * 2, [[3.0] * 4] * 2, [[3.4] * 4] * 2
+    excess = verdicts.excess_gain(mixed, plain, start, 0.95)
+    assert (excess.mean, excess.low, excess.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("rise", "after", "verdict"),
+    [
+        (0.3, [2.0, 2.0], "holds"),  # 0.7 of 1 nat back, all of the gain kept
+        (0.4, [2.0, 2.0], "does not"),  # 0.6 back
+        (0.3, [1.8, 1.8], "does not"),  # 0.8 of the gain kept
+        (0.3, [1.6, 2.4], "cannot tell"),  # in the mean all of it, by prompt 0.6 and 1.4
+        (-0.2, [2.0, 2.0], "holds"),  # below the start
+    ],
+)
+def test_when_a_setting_of_the_sweep_stands(rise, after, verdict):
+    plain = [{"rise": 1.0, "after": [2.0, 2.0], "before": [1.0, 1.0]}]
+    assert sweeps.stands([{"rise": rise, "after": after, "before": [1.0, 1.0]}], plain) == verdict
+
+
+@pytest.mark.parametrize(
+    ("gammas", "betas", "verdict"),
+    [
+        (["holds", "does not"], ["does not"], "holds"),
+        (["holds"], ["cannot tell"], "cannot tell"),
+        (["cannot tell"], ["does not"], "cannot tell"),
+        (["holds"], ["holds", "does not"], "does not"),
+        (["does not"], ["does not"], "does not"),
+    ],
+)
+def test_the_sweeps_verdict(gammas, betas, verdict):
+    standing = {f"γ {i}": v for i, v in enumerate(gammas)} | {f"β {i}": v for i, v in enumerate(betas)}
+    assert sweeps.sweep_verdict(standing) == verdict
 
 
 def test_a_job_is_done_once_and_again_where_a_setting_or_what_it_builds_on_changes(tmp_path):
