@@ -62,7 +62,7 @@ def claim_1(lab: Lab) -> Finding:
         words.append(run.summary["distinct_2"])
         scores["PPO-ptx"].append(gold(run))
         scores["SFT"].append(gold(of_sft(lab, seed, draw=1)))
-        scores["prompted base"].append(gold(answers(lab, base(lab), None, seed, few_shot=True)))
+        scores["prompted base"].append(gold(answers(lab, base(lab), None, seed, few_shot=lab.plan.shots)))
         scores["base"].append(gold(answers(lab, base(lab), None, seed)))
     rates = {name: pooled_win_rate(scores[name], baseline) for name in names}
     seeds = {

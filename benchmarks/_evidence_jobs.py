@@ -54,8 +54,9 @@ def base(lab: Lab) -> Path:
     if lab.plan.model == "tiny":
         from _tiny_lm import tiny_lm
 
-        lab.root.mkdir(parents=True, exist_ok=True)
-        return tiny_lm(lab.root / "base", lab.plan.base_steps, bf16=True)
+        folder = lab.root / f"base-{lab.plan.base_steps}"
+        with lab.lock(folder.name):
+            return tiny_lm(folder, lab.plan.base_steps, bf16=True)
     if lab.plan.model == "demo":
         from instruct_trl.pipeline.assets import base_model
 

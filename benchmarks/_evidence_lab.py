@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Plan:
     sft_epochs: int = _size(10, "epochs of SFT (paper: 16)")
     sft_learning_rate: float = _size(1e-3, "peak, of SFT and the RL initialisation")
     reward_learning_rate: float = _size(5e-4, "peak, of the reward model (1 epoch, as the paper)")
+    shots: int = _size(2, "demonstrations before the prompt of the prompted base; 4 are too long for the tiny LM")
     iterations: int = _size(20, "PPO iterations")
     rollout: int = _size(128, "episodes an iteration (paper: 512)")
     minibatch: int = _size(32, "episodes an optimizer step (paper: 64)")
@@ -51,11 +53,9 @@ class Plan:
     ptx_learning_rate: float = _size(8e-4, "of the policy at that γ")
     ptx_ratio: int = _size(1, "pretraining texts an episode (paper: 8)")
     paper_iterations: int = _size(6, "PPO iterations of the run at γ = 27.8 and 8:1; 0: none")
-    groups_learning_rate: float = _size(5e-4, "claim 5: of whole groups, their best on validation prompts")
-    pile_learning_rate: float = _size(1e-3, "claim 5: of shuffled pairs, their best on validation prompts")
     sweep_iterations: int = _size(10, "claim 4: PPO iterations of each setting")
-    long_iterations: int = _size(60, "claim 7: PPO iterations")
-    batch: int = _size(100, "answers generated or scored at once")
+    long_iterations: int = _size(120, "claim 7: PPO iterations")
+    batch: int = _size(100, "answers generated or scored at once; moves the sampling noise, and is in no job's key")
     bf16: bool = _size(False, "bf16 autocast in training")
 
 
@@ -105,8 +105,6 @@ class Lab:
             after: the jobs whose output it reads.
             seed: of the job, where it has one.
         """
-        from filelock import FileLock
-
         from instruct_trl._upstream import reset_accelerator
         from instruct_trl.pipeline.stage import run_stage
 
@@ -119,11 +117,17 @@ class Lab:
             reset_accelerator()
             return body(folder)
 
-        locks = self.root / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{key}.lock"):  # another process may be at it
+        with self.lock(key):
             summary = run_stage(folder, title, settings, work, resume=False, announce_skip=False)
         return Job(key, folder, summary)
+
+    def lock(self, name: str) -> AbstractContextManager[Any]:
+        """Held by one process at a time: another may be at the same piece of work."""
+        from filelock import FileLock
+
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock")
 
     def shared(self, *names: str) -> dict[str, Any]:
         """These fields of the plan, as settings."""

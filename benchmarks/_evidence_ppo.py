@@ -23,7 +23,6 @@ from _evidence_jobs import (
 )
 from _evidence_lab import Job, Lab
 
-SHOTS = 4  # demonstrations before the prompt of the prompted base
 LOGGED = ("score", "kl", "explained_variance", "ptx_loss", "entropy", "eos_rate", "grad_norm", "value_loss")
 
 
@@ -119,8 +118,8 @@ def answers(lab: Lab, policy: Path, after: Job | None, seed: int, split: str = "
 
     Args:
         policy: folder of the model; `after` is the job that made it, None for the base.
-        how: `few_shot=True` puts demonstrations before each prompt; `draw` is a number that moves the sampling noise;
-            `count` is the answers a prompt, those of a prompt one after the other.
+        how: `few_shot` is the number of demonstrations before each prompt; `draw` is a number that moves the
+            sampling noise; `count` is the answers a prompt, those of a prompt one after the other.
     """
     from instruct_trl import RewardScorer
     from instruct_trl.pipeline.stage import write_json
@@ -130,7 +129,9 @@ def answers(lab: Lab, policy: Path, after: Job | None, seed: int, split: str = "
 
     def body(folder: Path) -> dict[str, Any]:
         questions = [prompt for prompt in prompts(lab, split) for _ in range(how.get("count", 1))]
-        texts, cut = _sample(lab, policy, questions, seed=100 * seed + how.get("draw", 0), few_shot="few_shot" in how)
+        texts, cut = _sample(
+            lab, policy, questions, seed=100 * seed + how.get("draw", 0), few_shot=how.get("few_shot", 0)
+        )
         gold = labeler(lab)(questions, texts)
         scorer = RewardScorer(str(judges[1].folder / "model"), batch_size=lab.plan.batch)
         proxy = scorer(prompts=questions, completions=texts, truncated=cut)
@@ -153,7 +154,7 @@ def _hacks(texts: list[str]) -> dict[str, float]:
     return {"distinct_2": distinct_n(texts, 2), "repetition": repetition_rate(texts), "words": words}
 
 
-def _sample(lab: Lab, policy: Path, questions: list[str], seed: int, few_shot: bool) -> tuple[list[str], list[bool]]:
+def _sample(lab: Lab, policy: Path, questions: list[str], seed: int, few_shot: int) -> tuple[list[str], list[bool]]:
     """Answers, and whether each was cut at the limit of its length."""
     from instruct_trl.models.generation import generate_completions
     from instruct_trl.pipeline.sampling import load_causal_lm
@@ -163,7 +164,7 @@ def _sample(lab: Lab, policy: Path, questions: list[str], seed: int, few_shot: b
     if few_shot:
         # Between documents of its training text the tiny LM has seen its EOS and nothing else.
         gap = tokenizer.eos_token if lab.plan.model == "tiny" else "\n\n"
-        shown = demonstrations(lab, "train").shuffle(seed=seed).select(range(SHOTS))
+        shown = demonstrations(lab, "train").shuffle(seed=seed).select(range(few_shot))
         prefix = "".join(row["prompt"] + row["completion"] + gap for row in shown)
     drawn = generate_completions(
         model, tokenizer, [prefix + question for question in questions], max_new_tokens=lab.plan.answer_tokens,

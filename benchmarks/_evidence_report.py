@@ -24,7 +24,7 @@ def report(
 
     kept = add(folder / "results.json", findings, about)
     write_json(folder / "results.json", kept)
-    text = findings_table(kept)
+    text = "\n\n".join([findings_table(kept), *other_settings(kept, about["plan"])])
     print("\n" + text + "\n")
     for path in draw_all({int(number): row["details"] for number, row in kept.items()}, pictures):
         print(f"Picture: {path}")
@@ -48,6 +48,16 @@ def findings_table(kept: dict[str, dict[str, Any]]) -> str:
         command = f"`python benchmarks/evidence.py --claim {number}`"
         rows.append([f"{number}. {text.title}", text.paper, ours, seeds, command, f"**{verdict}**"])
     return table(["claim", "paper", "ours, 95 % intervals", "seeds", "command", "verdict"], rows)
+
+
+def other_settings(kept: dict[str, dict[str, Any]], plan: dict[str, Any]) -> list[str]:
+    """A line for each claim that was run with other settings than this plan's."""
+    lines = []
+    for number, row in kept.items():
+        other = {name: value for name, value in row["plan"].items() if plan.get(name, value) != value}
+        if other:
+            lines.append(f"Claim {number} was run with " + ", ".join(f"{k} = {v}" for k, v in other.items()) + ".")
+    return lines
 
 
 def replace_table(document: Path, text: str) -> None:

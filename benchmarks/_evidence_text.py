@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SHARE_BACK, GAIN_LOST = 2 / 3, 0.05  # claims 3 and 4: of the loss's rise, and of the labeler's score
+SHARE_BACK, GAIN_LOST = 2 / 3, 0.05  # claim 3: of the loss's rise, and of the labeler's score
+SWEEP_LOST = 0.2  # claim 4: of the labeler's score; a twentieth of a short run's cannot be told
 
 
 class ClaimText(NamedTuple):
@@ -38,8 +39,8 @@ CLAIM_TEXTS = {
         "γ gives back what PPO costs, no β does; ptx ratio",
         "γ ≥ 20 recovers the regressions at 1.3B; β up to 2 does not; ratio 4 is too little (appendix E)",
         "A setting stands if it takes back two thirds of the rise, mean over seeds, and the interval of its gain minus "
-        "95 % of PPO's lies above 0; it does not if less comes back or the interval lies below 0. Holds: some γ stands "
-        "and every β does not. Does not: every γ does not, or some β stands. On validation prompts.",
+        "80 % of PPO's lies above 0; it does not if less comes back or the interval lies below 0. Holds: some γ stands "
+        "and every β does not. Does not: every γ does not, or some β stands. The ptx ratios are shown, not judged.",
     ),
     5: ClaimText(
         "Whole groups order held-out pairs better than shuffled pairs",
@@ -50,14 +51,15 @@ CLAIM_TEXTS = {
     6: ClaimText(
         "The critic from the RM explains more than a fresh head or the SFT model",
         "The value function starts from the RM; no comparison (appendix C.4)",
-        "Holds: it has the highest mean explained variance over the first 20 iterations in every seed. Does not: in "
-        "none.",
+        "Holds: it has the highest median explained variance over the first 20 iterations in every seed, on the "
+        "rollouts of training prompts. Does not: in none.",
     ),
     7: ClaimText(
         "With β = 0 the labeler's score turns down while the RM's goes on; with 0.02 it does not",
         "β = 0 is worse than 0.01 to 0.02 (appendix E); over-optimisation: Gao et al. 2022",
-        "A seed passes if `turning_point` finds a turn at β = 0 with the RM's score not falling, and none at 0.02. "
-        "Holds: every seed passes. Does not: none does.",
+        "A seed passes if `turning_point` finds a turn at β = 0 with the RM's score not falling, and none at 0.02, on "
+        "the rollouts of training prompts; it cannot tell if β = 0 does not turn within the run. Holds: every seed "
+        "passes. Does not: none does, and one can tell.",
     ),
     8: ClaimText(
         "No seed of claim 1 collapses (labeler's score below SFT's at the end)",

@@ -114,6 +114,13 @@ def in_every_seed(passed: Sequence[bool]) -> Verdict:
     return "cannot tell" if any(passed) else "does not"
 
 
+def of_seeds(verdicts: Sequence[Verdict]) -> Verdict:
+    """Holds where it does in every seed, does not where it does in none and at least one can tell."""
+    if "holds" not in verdicts and "does not" in verdicts:
+        return "does not"
+    return "holds" if set(verdicts) == {"holds"} else "cannot tell"
+
+
 def both(first: Verdict, second: Verdict) -> Verdict:
     """Of two conditions: does not where one does not hold, holds where both do."""
     if "does not" in (first, second):

@@ -32,13 +32,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every claim, those that take hours too")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every claim (default: 3)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at work at the same time (default: 1)")
-    parser.add_argument("--folder", type=Path, default=OUTPUTS / "evidence", help="where everything is kept")
+    parser.add_argument("--folder", type=Path, help="where everything is kept (default: outputs/evidence)")
     parser.add_argument("--pictures", type=Path, help="where pictures go (default: FOLDER/pictures)")
     parser.add_argument("--write", type=Path, help="a document whose table is replaced, between its two markers")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not what comes out")
     parser.add_argument("--only_seed", type=int, help=argparse.SUPPRESS)
     plan_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.folder = args.folder or OUTPUTS / ("evidence_quick" if args.quick else "evidence")
+    return args
 
 
 def the_plan(args: argparse.Namespace) -> Plan:
@@ -111,9 +113,12 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     findings = [known[number](lab) for number in numbers]
     if args.only_seed is not None:
         return findings
+    import torch
     from _evidence_report import report
 
-    about = {"machine": machine(), "minutes": (time.perf_counter() - begin) / 60, "plan": asdict(plan)}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    line = machine(1 if args.jobs > 1 else None, str(accelerator))
+    about = {"machine": line, "minutes": (time.perf_counter() - begin) / 60, "plan": asdict(plan)}
     report(findings, about, args.folder, args.pictures or args.folder / "pictures", args.write)
     return findings
 

@@ -93,7 +93,7 @@ def test_what_is_gained_beyond_a_share_of_anothers_gain():
     [
         (0.3, [2.0, 2.0], "holds"),  # 0.7 of 1 nat back, all of the gain kept
         (0.4, [2.0, 2.0], "does not"),  # 0.6 back
-        (0.3, [1.8, 1.8], "does not"),  # 0.8 of the gain kept
+        (0.3, [1.7, 1.7], "does not"),  # 0.7 of the gain kept
         (0.3, [1.6, 2.4], "cannot tell"),  # in the mean all of it, by prompt 0.6 and 1.4
         (-0.2, [2.0, 2.0], "holds"),  # below the start
     ],
@@ -160,6 +160,26 @@ def test_a_claim_that_was_not_run_says_so_and_a_later_call_keeps_the_others(tmp_
     assert lines[0].endswith("**does not** |")
     assert "two" in lines[1]
     assert all(line.endswith("**not run** |") for line in lines[2:])
+
+
+def test_a_claim_of_an_earlier_call_with_other_settings_says_which():
+    kept = {"1": {"plan": {"seeds": 3, "iterations": 20}}, "3": {"plan": {"seeds": 3, "iterations": 6, "gone": 1}}}
+    lines = report.other_settings(kept, {"seeds": 3, "iterations": 20})
+    assert lines == ["Claim 3 was run with iterations = 6."]
+
+
+@pytest.mark.parametrize(
+    ("each", "verdict"),
+    [
+        (["holds"] * 3, "holds"),
+        (["does not"] * 2 + ["cannot tell"], "does not"),
+        (["holds", "does not"], "cannot tell"),
+        (["holds", "cannot tell"], "cannot tell"),
+        (["cannot tell"] * 3, "cannot tell"),
+    ],
+)
+def test_seeds_of_which_some_cannot_tell(each, verdict):
+    assert verdicts.of_seeds(each) == verdict
 
 
 def test_only_what_is_between_the_markers_is_replaced(tmp_path):
