@@ -29,6 +29,11 @@ def lora(args: argparse.Namespace, rank: int) -> list[str]:
     return [*options, "--lora_target_modules", *args.targets]
 
 
+def of_reward(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the reward adapter, on which all pieces build."""
+    return {"rank": args.reward_rank, "targets": args.targets, "rate": args.reward_learning_rate}
+
+
 def prepared(args: argparse.Namespace) -> RunArguments:
     """The run whose data, SFT model and rankings are taken, made where they are missing."""
     run = RunArguments(run_dir=str(args.run_dir), cpu_threads=args.threads)
@@ -63,7 +68,7 @@ def make_reward_model(args: argparse.Namespace) -> None:
         return (finished_summary(adapter) or {})["summary"]
 
     pipeline.run_recipe("reward_model", run, options)
-    run_stage(merged, "Merged reward model", {}, body, resume=False)
+    run_stage(merged, "Merged reward model", of_reward(args), body, resume=False)
 
 
 def measure_sft(args: argparse.Namespace) -> None:
@@ -142,7 +147,8 @@ def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
             policy = merged(policy, folder / "policy_merged")
         return found | judged(args, str(policy))
 
-    run_stage(folder, name, settings_of(run, config, model) | {"answers": args.answers}, body, resume=False)
+    settings = settings_of(run, config, model) | {"answers": args.answers, "reward adapter": of_reward(args)}
+    run_stage(folder, name, settings, body, resume=False)
 
 
 def merged(adapter: Path, folder: Path) -> Path:

@@ -92,15 +92,13 @@ def main() -> None:
 
 
 def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
-    """What a finished piece reported; done now, in a process of its own, if it is not there."""
+    """What a piece reported. Its process does it, keeps it if it was done with these settings, or refuses others."""
     from instruct_trl.pipeline.stage import finished_summary
 
+    command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--piece", name]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"{name} failed; what is above says why. The pieces before it are kept.")
     found = finished_summary(args.folder / folder)
-    if found is None:
-        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--piece", name]
-        if subprocess.run(command, check=False).returncode:
-            raise SystemExit(f"{name} failed; what is above says why. The pieces before it are kept.")
-        found = finished_summary(args.folder / folder)
     assert found is not None
     return found["summary"]
 
