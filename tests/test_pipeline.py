@@ -1,14 +1,18 @@
 """The parts of the pipeline that are not trainers: ranks, accuracy on rankings, labelers, the demo's split."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
+from trl.trainer.utils import get_callable_name
 
 from instruct_trl import RewardScorer
 from instruct_trl.pipeline import demo_data
 from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments
-from instruct_trl.pipeline.evaluating import ranking_accuracy
-from instruct_trl.pipeline.run import load_labeler, make_what_is_missing
+from instruct_trl.pipeline.evaluating import ranking_accuracy, training_log
+from instruct_trl.pipeline.run import load_labeler, make_what_is_missing, rewards_with_labeler
 from instruct_trl.pipeline.sampling import ranks_of
 
 
@@ -53,6 +57,26 @@ def test_the_demos_labeler_does_not_judge_other_data(tmp_path):
         load_labeler(run, "demo")
     with pytest.raises(ValueError, match="no such function"):
         load_labeler(run, "no_module:score")
+
+
+def test_a_labeler_of_any_name_is_logged_where_the_report_looks(tmp_path, monkeypatch):
+    (tmp_path / "labelers_of_mine.py").write_text(
+        "def score(prompts, completions, **_):\n    return [float(len(c)) for c in completions]\n"
+        "class Late:\n    async def __call__(self, **_):\n        return []\n"
+        "late = Late()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = SimpleNamespace(labeler="labelers_of_mine:score", dataset_name="mine.jsonl")
+    args = SimpleNamespace(local_rollout_forward_batch_size=1)
+    _, labeler = rewards_with_labeler(run, args, object())
+    state = {"log_history": [{"score": 1.0, "kl": 0.5, f"rewards/{get_callable_name(labeler)}/mean": 3.0}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert [row["labeler_score"] for row in training_log(tmp_path)] == [3.0]
+    assert labeler(prompts=["p", "q"], completions=["a", "bcd"], completion_ids=None) == [1.0, 3.0]
+    assert args.reward_weights == [1.0, 0.0]
+    run.labeler = "labelers_of_mine:late"
+    with pytest.raises(ValueError, match="is async; a labeler is an ordinary function"):
+        rewards_with_labeler(run, args, object())
 
 
 def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, monkeypatch):

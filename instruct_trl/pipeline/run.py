@@ -131,8 +131,10 @@ def load_labeler(run: RunArguments, name: str) -> Any:
     """The demo's labeler, or the function that 'module:function' names.
 
     Raises:
-        ValueError: not of that form, nothing of that name, or the demo's on a user's own data.
+        ValueError: not of that form, nothing of that name, an async function, or the demo's on a user's own data.
     """
+    from trl.trainer.utils import is_async_callable
+
     if name == "demo" and run.dataset_name is not None:
         raise ValueError(
             "The demo's labeler judges film reviews. For your own data name yours: --labeler module:function."
@@ -144,9 +146,12 @@ def load_labeler(run: RunArguments, name: str) -> Any:
     module, _, function = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # a module beside the user's data, as TRL's scripts allow for reward functions
     try:
-        return getattr(importlib.import_module(module), function)
+        labeler = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--labeler {name}: no such function; name one as 'module:function' ({error}).") from error
+    if is_async_callable(labeler):
+        raise ValueError(f"--labeler {name} is async; a labeler is an ordinary function. Wrap it with asyncio.run.")
+    return labeler
 
 
 def reward_path(run: Any) -> str:
@@ -155,7 +160,10 @@ def reward_path(run: Any) -> str:
 
 
 def rewards_with_labeler(run: Any, args: Any, reward_model: Any) -> list[Any]:
-    """The reward model (a path, or a role) and, with weight 0, the labeler: its score is logged and trains nothing."""
+    """The reward model (a path, or a role) and, with weight 0, the labeler: its score is logged and trains nothing.
+
+    TRL logs a reward function by its name; the labeler's is always "labeler", where the report looks for it.
+    """
     from instruct_trl import RewardScorer
 
     rows = args.local_rollout_forward_batch_size
@@ -163,7 +171,12 @@ def rewards_with_labeler(run: Any, args: Any, reward_model: Any) -> list[Any]:
     if run.labeler == "none" or (run.labeler == "demo" and run.dataset_name is not None):
         return [scorer]
     args.reward_weights = [1.0, 0.0]
-    return [scorer, load_labeler(run, run.labeler)]
+    score = load_labeler(run, run.labeler)
+
+    def labeler(**columns: Any) -> Any:
+        return score(**columns)
+
+    return [scorer, labeler]
 
 
 def make_what_is_missing(run: Any, policy: str | None) -> str:
