@@ -1,10 +1,11 @@
 """The parts of the pipeline that are not trainers: ranks, accuracy on rankings, labelers, the demo's split."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from trl.trainer.utils import get_callable_name
 
 from instruct_trl import RewardScorer
@@ -12,8 +13,9 @@ from instruct_trl.pipeline import demo_data
 from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.evaluating import ranking_accuracy, training_log
-from instruct_trl.pipeline.run import load_labeler, make_what_is_missing, rewards_with_labeler
+from instruct_trl.pipeline.run import load_labeler, make_what_is_missing, prompts_for, rewards_with_labeler
 from instruct_trl.pipeline.sampling import ranks_of
+from instruct_trl.pipeline.stage import FINISHED
 
 
 def test_ranks_start_at_1_ties_share_and_the_next_is_skipped():
@@ -77,6 +79,35 @@ def test_a_labeler_of_any_name_is_logged_where_the_report_looks(tmp_path, monkey
     run.labeler = "labelers_of_mine:late"
     with pytest.raises(ValueError, match="is async; a labeler is an ordinary function"):
         rewards_with_labeler(run, args, object())
+
+
+def test_own_prompts_that_judge_are_of_the_test_split(tmp_path, capsys):
+    splits = {name: Dataset.from_list([{"prompt": name}]) for name in ("train", "test", "dev")}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    run = RunArguments(run_dir=str(tmp_path / "run"), dataset_name=str(tmp_path / "data"), cpu_threads=1)
+    uses = ("rl", "selection", "test")
+    assert [prompts_for(run, use)["prompt"][0] for use in uses] == ["train", "test", "test"]
+    assert prompts_for(replace(run, dataset_test_split="dev"), "test")["prompt"][0] == "dev"
+    assert "Prompts" not in capsys.readouterr().out
+    assert prompts_for(replace(run, dataset_test_split="gone"), "test")["prompt"][0] == "train"
+    out = capsys.readouterr().out
+    assert "has no split 'gone'" in out
+    assert "Taking 'train', which PPO may be trained on" in out
+
+
+def test_a_file_of_prompts_is_called_trained_on_only_where_it_was(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    run = RunArguments(run_dir=str(tmp_path), dataset_name=str(tmp_path / "one.jsonl"), cpu_threads=1)
+    assert prompts_for(run, "test")["prompt"][0] == "one"
+    assert "trained" not in capsys.readouterr().out
+    (tmp_path / "ppo_ptx").mkdir()
+    (tmp_path / "ppo_ptx" / FINISHED).write_text(json.dumps({"settings": {"dataset_name": run.dataset_name}}))
+    assert prompts_for(run, "test")["prompt"][0] == "one"
+    assert "one.jsonl holds those that PPO was trained on" in capsys.readouterr().out
+    prompts_for(replace(run, dataset_name=str(tmp_path / "two.jsonl")), "test")
+    prompts_for(run, "rl")
+    assert "trained" not in capsys.readouterr().out
 
 
 def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from instruct_trl.pipeline.arguments import RunArguments
-from instruct_trl.pipeline.stage import run_stage
+from instruct_trl.pipeline.stage import finished_summary, run_stage
 
 DEFAULT_OUTPUT = "trainer_output"  # transformers' name for "no output_dir given"
 
@@ -112,12 +114,33 @@ def rankings(run: RunArguments) -> tuple[Any, Any]:
 
 
 def prompts_for(run: RunArguments, use: str) -> Any:
-    """Rows with a `prompt` column: the user's, or the demo's for this use ('rl', 'selection', 'test')."""
+    """Rows with a `prompt` column: the user's, or the demo's for this use ('rl', 'selection', 'test').
+
+    Of a user's dataset RL takes the train split, every other use the test split. Where there is none, the train split
+    stands in, and a line says so; of a file, which has one split, it is said if PPO was trained on that file.
+    """
     from instruct_trl.pipeline.loading import load_split
 
     if run.dataset_name is None:
         return load_split(demo_folder(run) / f"{use}_prompts.jsonl")
-    return load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)
+    path, missing = Path(run.dataset_name).expanduser(), None
+    one_split = path.is_file() or (path / "dataset_info.json").is_file()
+    if use != "rl" and not one_split:
+        try:
+            return load_split(run.dataset_name, run.dataset_test_split, run.dataset_config)
+        except ValueError as error:
+            missing = error
+    train = load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)
+    ppo = (finished_summary(run.run / "ppo_ptx") or {}).get("settings", {})
+    if missing is not None:
+        split = run.dataset_train_split
+        PartialState().print(f"== Prompts: {missing} Taking {split!r}, which PPO may be trained on. {_HELD_OUT}")
+    elif use != "rl" and ppo.get("dataset_name") == run.dataset_name:
+        PartialState().print(f"== Prompts: {run.dataset_name} holds those that PPO was trained on. {_HELD_OUT}")
+    return train
+
+
+_HELD_OUT = "Name held-out ones: --dataset_name, or --dataset_test_split."
 
 
 def pretraining_texts(run: Any) -> Any:
