@@ -43,7 +43,8 @@ class EvaluateArguments(RunArguments):
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage and write the report into the run's folder; returns the report's path."""
-    from instruct_trl.pipeline.evaluating import evaluate_models, judged_report
+    from instruct_trl.pipeline.evaluating import evaluate_models
+    from instruct_trl.pipeline.evaluation_report import judged_report
     from instruct_trl.pipeline.stage import run_stage
 
     run, judges, tasks = parse_recipe((EvaluateArguments, JudgeArguments, TaskArguments), "evaluate", __doc__, argv)

@@ -1,27 +1,19 @@
-"""The last stage: base, SFT and PPO-ptx on prompts that nothing else saw, and the report of the whole run."""
+"""The last stage: base, SFT and PPO-ptx on prompts that nothing else saw."""
 
 from __future__ import annotations
 
 import json
-import platform
-import sys
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from accelerate import PartialState
 
-from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_or_own, load_labeler, prompts_for
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
-from instruct_trl.pipeline.stage import finished_summary, write_json
+from instruct_trl.pipeline.stage import write_json
 
-STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
-DEMO_LABELER = "a sentiment classifier (TF-IDF, logistic regression) trained on film reviews that no other stage uses"
 BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
 
 
@@ -51,7 +43,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     if run.checkpoint_prompts is not None:
         result["checkpoints"] = checkpoints_by_labeler(run, labeler, scorer)
     write_json(folder / "answers.json", result)
-    wins = {n: _win(answers, n) for n in answers if n != SFT}
+    wins = {n: win_against_sft(answers, n) for n in answers if n != SFT}
     return {f"{name} wins against SFT": w.rate for name, w in wins.items()}
 
 
@@ -192,112 +184,10 @@ def _accuracy(groups: list[list[bool]]) -> dict[str, Any]:
     return {"accuracy": interval.mean, "low": interval.low, "high": interval.high, "n_pairs": pairs}
 
 
-def _win(models: dict[str, Any], name: str) -> Any:
+def win_against_sft(models: dict[str, Any], name: str) -> Any:
     from instruct_trl.evaluation.win_rate import win_rate
 
     return win_rate(models[name]["labeler"], models[SFT]["labeler"])
-
-
-def judged_report(run: Any, folder: Path, tasks: Any, judges: Any) -> str:
-    """The tasks on every process, then, on the main one alone, the judges and the report; returns the report's path.
-
-    The other processes are done by then. None waits at a barrier, which could time out before a judge has replied.
-    """
-    from instruct_trl.pipeline.benchmarking import measure_tasks
-    from instruct_trl.pipeline.judging import judge_answers
-
-    measured, report = measure_tasks(run, tasks), run.run / "report.html"
-    if PartialState().is_main_process:
-        report = make_report(run, folder, measured, judge_answers(run, judges, folder))
-        print(f"Report: {report} and {report.with_suffix('.md')}")
-    return str(report)
-
-
-def make_report(
-    run: Any, folder: Path, tasks: dict[str, Any] | None = None, judged: dict[str, Any] | None = None
-) -> Path:
-    """Draw report.md and report.html of the run from what its stages left behind.
-
-    Args:
-        run: the recipe's arguments.
-        folder: of the evaluation's answers.
-        tasks: of `benchmarking.measure_tasks`.
-        judged: of `judging.judge_answers`.
-    """
-    from instruct_trl.evaluation.report import write_report
-
-    data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
-    selection = run.run / "selected_sft" / "selection.png"
-    deviations = run.config_folder / "deviations.yaml"
-    report = ReportData(
-        run_name=run.run.name,
-        models=[_result(data["models"], name, (tasks or {}).get(name, {})) for name in data["models"]],
-        labeler=DEMO_LABELER if run.labeler == "demo" else run.labeler,
-        training=training_log(run.run / "ppo_ptx"),
-        runs=other_logs(run.other_runs),
-        checkpoints=data.get("checkpoints", []),
-        **(judged or {}),
-        reward_model=data.get("reward_model", {}),
-        selection_picture=selection if selection.exists() else None,
-        samples=_samples(data),
-        settings={name: (finished_summary(run.run / name) or {}).get("settings", {}) for name in STAGES},
-        deviations=yaml.safe_load(deviations.read_text(encoding="utf-8")) if deviations.exists() else [],
-        timings={s: f["seconds"] for s in STAGES if (f := finished_summary(run.run / s)) is not None},
-        command=command_line(),
-        environment=environment(),
-        pretraining_text="held-out passages of novels",
-    )
-    return write_report(report, run.run)
-
-
-def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
-    from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
-    from instruct_trl.evaluation.hacks import common_opening, duplicate_rate, like_length_win_rate, rank_correlation
-    from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
-
-    row, base = models[name], models[SFT]
-    opening, opening_share = common_opening(row["completions"])
-    label, reward = bootstrap_mean_ci(row["labeler"]), bootstrap_mean_ci(row["reward"])
-    result = ModelResult(
-        name,
-        labeler_mean=label.mean,
-        labeler_ci=(label.low, label.high),
-        rm_mean=reward.mean,
-        rm_ci=(reward.low, reward.high),
-        kl=row["kl"],
-        pretraining_loss=row.get("pretraining_loss"),
-        mean_length=sum(row["lengths"]) / len(row["lengths"]),
-        eos_rate=sum(row["ended"]) / len(row["ended"]),
-        distinct_2=distinct_n(row["completions"], 2),
-        repetition=repetition_rate(row["completions"]),
-        distinct_1=distinct_n(row["completions"], 1),
-        duplicates=duplicate_rate(row["completions"]),
-        opening=opening,
-        opening_share=opening_share,
-        length_correlation=rank_correlation(row["labeler"], row["lengths"]),
-        tasks=tasks,
-    )
-    if name != SFT:
-        difference = bootstrap_mean_difference(row["labeler"], base["labeler"])
-        result.win = _win(models, name)
-        scores = (row["labeler"], base["labeler"], row["lengths"], base["lengths"])
-        result.like_length = like_length_win_rate(*scores)
-        result.labeler_difference = difference.mean
-        result.labeler_difference_ci = (difference.low, difference.high)
-    return result
-
-
-def _samples(data: dict[str, Any], count: int = 8) -> list[Sample]:
-    """The first prompts: chosen by position, not by how the answers turned out."""
-    models = data["models"]
-    return [
-        Sample(
-            prompt,
-            {name: row["completions"][i] for name, row in models.items()},
-            {name: row["labeler"][i] for name, row in models.items()},
-        )
-        for i, prompt in enumerate(data["prompts"][:count])
-    ]
 
 
 def other_logs(entries: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -327,17 +217,3 @@ def training_log(stage: Path) -> list[dict[str, Any]]:
     return [
         {**row, "labeler_score": row.get("rewards/labeler/mean")} for row in history if "score" in row and "kl" in row
     ]
-
-
-def command_line() -> str:
-    """The command of this process, without this machine's paths."""
-    return " ".join(["accelerate launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-
-
-def environment() -> dict[str, str]:
-    """Machine and versions."""
-    packages = ("instruct-trl", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": device, "system": platform.platform(terse=True), "python": platform.python_version()} | {
-        name: version(name) for name in packages
-    }
