@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instruct_trl.data.checks import require_columns
+from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.models.generation import Completion, generate_completions
 
@@ -96,24 +97,23 @@ def as_prompts(prompts: Any, name: str = "prompts") -> list[Prompt]:
     return prompts
 
 
-def score_answers(scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> list[float]:
-    """The scorer's verdict on one answer a prompt, called as TRL calls a reward function.
+def score_answers(
+    scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Completion], name: str = "The reward model"
+) -> list[float]:
+    """The verdict of a scorer (`name` in errors) on one answer a prompt, called as TRL calls a reward function.
 
     Raises:
         ValueError: not one finite number for each answer.
     """
-    completions = [
-        answer.text if isinstance(prompt, str) else [{"role": "assistant", "content": answer.text}]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    completions = [as_completion(Answer(prompt, answer.text)) for prompt, answer in zip(prompts, answers, strict=True)]
     scores = scorer(
         prompts=list(prompts), completions=completions, completion_ids=[answer.token_ids for answer in answers]
     )
     if len(scores) != len(prompts):
-        raise ValueError(f"The reward model gave {len(scores)} scores for {len(prompts)} answers.")
+        raise ValueError(f"{name} gave {len(scores)} scores for {len(prompts)} answers.")
     for row, score in enumerate(scores):
         if score is None or not math.isfinite(score):
-            raise ValueError(f"The reward model gave {score} for prompt {row}: it must give a finite number.")
+            raise ValueError(f"{name} gave {score} for prompt {row}: it must give a finite number.")
     return [float(score) for score in scores]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from instruct_trl.evaluation.selection import score_answers
+from instruct_trl.models.generation import Completion, encode_prompt
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_or_own, load_labeler, prompts_for
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
@@ -32,11 +34,10 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     reference, _ = load_causal_lm(paths[SFT])
     answers: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
-        answers[name] = _measure(run, name, path, prompts, texts, reference) | {"path": path}
-        completions, ids = answers[name]["completions"], answers[name].pop("completion_ids")
-        answers[name]["labeler"] = labeler(prompts, completions)
+        sampled, measured = _measure(run, name, path, prompts, texts, reference)
+        answers[name] = measured | {"path": path, "labeler": score_answers(labeler, prompts, sampled, "The labeler")}
         with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
-            answers[name]["reward"] = scorer(prompts, completions, completion_ids=ids)
+            answers[name]["reward"] = score_answers(scorer, prompts, sampled)
     result: dict[str, Any] = {"prompts": prompts, "models": answers}
     if not own:
         result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
@@ -117,10 +118,12 @@ def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str
     )
 
 
-def _measure(run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any) -> dict[str, Any]:
+def _measure(
+    run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any
+) -> tuple[list[Completion], dict[str, Any]]:
+    """A model's answers, and what is measured of them and of it without a judge."""
     from instruct_trl.evaluation.divergence import mean_answer_kl
     from instruct_trl.evaluation.language_modeling import mean_token_loss
-    from instruct_trl.models.generation import encode_prompt
 
     model, tokenizer = load_causal_lm(path)
     answers = sample_answers(model, tokenizer, prompts, run, seed=run.seed, desc=f"answers of {name}")
@@ -130,9 +133,8 @@ def _measure(run: Any, name: str, path: str, prompts: list, texts: list | None, 
         if texts is not None:
             kwargs = {"batch_size": 16, "max_length": run.max_text_length}
             measured["pretraining_loss"] = mean_token_loss(model, tokenizer, texts, **kwargs)[0]
-    return measured | {
+    return answers, measured | {
         "completions": [a.text for a in answers],
-        "completion_ids": [a.token_ids for a in answers],
         "lengths": [len(a.token_ids) for a in answers],
         "ended": [not a.truncated for a in answers],
     }

@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate import PartialState
 
+from instruct_trl.evaluation.judges.base import as_text
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
 from instruct_trl.pipeline.evaluating import SFT, other_logs, training_log, win_against_sft
 from instruct_trl.pipeline.stage import finished_summary
@@ -115,7 +116,7 @@ def _samples(data: dict[str, Any], count: int = 8) -> list[Sample]:
     models = data["models"]
     return [
         Sample(
-            prompt,
+            as_text(prompt),
             {name: row["completions"][i] for name, row in models.items()},
             {name: row["labeler"][i] for name, row in models.items()},
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from instruct_trl.evaluation.judges.base import Answer, as_completion
+from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_folder, load_labeler
 
@@ -75,8 +77,9 @@ def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, see
         empty += count - len(group)
         if len(group) < 2:
             continue
-        row = {"prompt": prompt, "completions": [a.text for a in group], "truncated": [a.truncated for a in group]}
+        completions = [as_completion(Answer(prompt, answer.text)) for answer in group]
+        row = {"prompt": prompt, "completions": completions, "truncated": [a.truncated for a in group]}
         if labeler is not None:
-            row["ranks"] = ranks_of(labeler([prompt] * len(group), row["completions"]))
+            row["ranks"] = ranks_of(score_answers(labeler, [prompt] * len(group), group, "The labeler"))
         rows.append(row)
     return rows, empty

@@ -1,0 +1,82 @@
+"""The evaluation of a user's own run, on tiny models: prompts as messages, and whose facts the report shows."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_config
+from datasets import load_dataset
+from instruct_trl.recipes.evaluate import EvaluateArguments
+from instruct_trl.recipes.sample import SampleArguments
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from instruct_trl import RewardScorer
+from instruct_trl.data.ranking import prepare_ranking_dataset
+from instruct_trl.pipeline.evaluating import evaluate_models
+from instruct_trl.pipeline.evaluation_report import make_report
+from instruct_trl.pipeline.sampling import sample_rankings
+
+LABELER = """
+def score(prompts, completions, **_):
+    return plain([p[-1]["content"] for p in prompts], [c[0]["content"] for c in completions])
+
+
+def plain(prompts, completions, **_):
+    return [sum(map(ord, c)) + len(p) / 100 for p, c in zip(prompts, completions, strict=True)]
+"""
+
+
+@pytest.fixture
+def own(tmp_path, tokenizer, monkeypatch):
+    """Settings of an evaluation of tiny models on one's own prompts, as text; `chat.jsonl` has them as messages."""
+    torch.manual_seed(0)
+    for name, model in (
+        ("policy", LlamaForCausalLM(tiny_config())),
+        ("rm", LlamaForSequenceClassification(tiny_config(num_labels=1))),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    questions = [f"q{i}" for i in range(4)]
+    chats = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": q}] for q in questions]
+    for name, prompts in (("text", questions), ("chat", chats)):
+        lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "own_labelers.py").write_text(LABELER)
+    monkeypatch.chdir(tmp_path)
+    run = EvaluateArguments(
+        run_dir="run", dataset_name="text.jsonl", labeler="own_labelers:plain", sft_model="policy", ppo_model="policy",
+        reward_model_path="rm", max_completion_length=4, batch_size=4, cpu_threads=1,
+    )  # fmt: skip
+    run.folder("evaluation").mkdir(parents=True)
+    return run
+
+
+def test_prompts_as_messages_are_answered_judged_and_shown(own):
+    run = replace(own, dataset_name="chat.jsonl", labeler="own_labelers:score")
+    folder = run.folder("evaluation")
+    evaluate_models(run, folder)
+    data = json.loads((folder / "answers.json").read_text())
+    row = data["models"]["PPO-ptx"]
+    assert row["labeler"] == [sum(map(ord, text)) + 0.02 for text in row["completions"]]
+    messages = [[{"role": "assistant", "content": text}] for text in row["completions"]]
+    cut = [not ended for ended in row["ended"]]
+    assert row["reward"] == pytest.approx(RewardScorer("rm")(data["prompts"], messages, truncated=cut), abs=1e-5)
+    page = make_report(run, folder).read_text()
+    assert "system: Be brief." in page
+    assert "user: q0" in page
+
+
+def test_rankings_of_messages_are_messages(own, tokenizer):
+    run = SampleArguments(
+        run_dir="run", dataset_name="chat.jsonl", labeler="own_labelers:score", model_name_or_path="policy",
+        num_completions=3, max_completion_length=4, batch_size=4, cpu_threads=1,
+    )  # fmt: skip
+    folder = run.folder("rankings")
+    folder.mkdir(parents=True)
+    sample_rankings(run, folder)
+    rows = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
+    for row in rows:
+        scores = [sum(map(ord, answer[0]["content"])) for answer in row["completions"]]
+        assert row["ranks"] == [1 + sum(other > mine for other in scores) for mine in scores]
+    prepare_ranking_dataset(rows, tokenizer)  # refuses strings beside messages
