@@ -36,13 +36,13 @@ class EvaluateArguments(RunArguments):
     max_text_length: int = field(default=256, metadata={"help": "Tokens of a held-out pretraining text."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     batch_size: int = field(default=64, metadata={"help": "Answers sampled at once."})
-    output_dir: str | None = field(default=None, metadata={"help": "Default: <run_dir>/evaluation (numbers, samples)."})
+    output_dir: str | None = field(default=None, metadata={"help": "Default: <run_dir>/evaluation; report: <run_dir>."})
     bf16: bool = field(default=False, metadata={"help": "Sample and score under bf16 autocast."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling, the same for every model."})
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Run the stage and write the report into the run's folder; returns the report's path."""
+    """Run the stage and write the report; returns the report's path."""
     from instruct_trl.pipeline.evaluating import evaluate_models
     from instruct_trl.pipeline.evaluation_report import judged_report
     from instruct_trl.pipeline.stage import run_stage

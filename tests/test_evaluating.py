@@ -13,9 +13,11 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import RewardScorer
 from instruct_trl.data.ranking import prepare_ranking_dataset
+from instruct_trl.evaluation.report_data import load_report_data
 from instruct_trl.pipeline.evaluating import evaluate_models
 from instruct_trl.pipeline.evaluation_report import make_report
 from instruct_trl.pipeline.sampling import sample_rankings
+from instruct_trl.pipeline.stage import FINISHED
 
 LABELER = """
 def score(prompts, completions, **_):
@@ -65,6 +67,53 @@ def test_prompts_as_messages_are_answered_judged_and_shown(own):
     page = make_report(run, folder).read_text()
     assert "system: Be brief." in page
     assert "user: q0" in page
+
+
+def leave_behind(folder, text, seconds=7.0, score=None):
+    """What a finished stage leaves, with `text` among its settings, and a PPO log of one row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINISHED).write_text(json.dumps({"settings": {"note": text}, "seconds": seconds}))
+    if score is not None:
+        state = {"log_history": [{"step": 1, "score": score, "kl": 1.0}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_the_report_tells_of_the_evaluation_and_the_models_it_was_given(own, tmp_path):
+    for stage in ("selected_sft", "reward_model", "evaluation"):
+        leave_behind(own.run / stage, f"the run's {stage}")
+    leave_behind(own.run / "ppo_ptx", "the run's ppo_ptx", score=1.0)
+    elsewhere = tmp_path / "elsewhere"
+    for stage in ("sft", "rm", "ppo"):
+        leave_behind(elsewhere / stage, f"another {stage}", score=2.0)
+    run = replace(own, output_dir=str(elsewhere / "evaluation"), ppo_model=str(elsewhere / "ppo" / "policy"))
+    run = replace(run, sft_model=str(elsewhere / "sft" / "model"), reward_model_path=str(elsewhere / "rm"))
+    folder = run.folder("evaluation")
+    leave_behind(folder, "another evaluation", seconds=9.0)
+    row = {"kl": 0.0, "labeler": [1.0, 2.0], "reward": [1.0, 2.0], "lengths": [3, 4], "ended": [True, False]}
+    models = {name: row | {"completions": ["so it is", "it was not"]} for name in ("SFT", "PPO-ptx")}
+    answers = json.dumps({"prompts": ["p", "q"], "models": models})
+    (folder / "answers.json").write_text(answers)
+    assert make_report(run, folder) == folder / "report.html"
+    data = load_report_data(folder)
+    assert [row["score"] for row in data.training] == [2.0]
+    assert data.timings == {"reward_model": 7.0, "selected_sft": 7.0, "ppo_ptx": 7.0, "evaluation": 9.0}
+    notes = {stage: settings["note"] for stage, settings in data.settings.items() if settings}
+    assert notes == {
+        "reward_model": "another rm",
+        "selected_sft": "another sft",
+        "ppo_ptx": "another ppo",
+        "evaluation": "another evaluation",
+    }
+    assert not (own.run / "report.html").exists()
+    # A policy without a log beside it has no PPO run to tell of; the default folder's report goes into the run.
+    (own.run / "evaluation" / "answers.json").write_text(answers)
+    assert make_report(own, own.run / "evaluation") == own.run / "report.html"
+    assert load_report_data(own.run).training == []
+    assert [r["score"] for r in load_of(replace(own, ppo_model=None)).training] == [1.0]
+
+
+def load_of(run):
+    return load_report_data(make_report(run, run.folder("evaluation")).parent)
 
 
 def test_rankings_of_messages_are_messages(own, tokenizer):

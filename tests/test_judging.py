@@ -125,7 +125,7 @@ def test_tasks_are_added_and_kept(run, monkeypatch):
     ],
 )
 def test_what_could_not_be_reported_is_refused_before_anything_is_sampled(run, changes, message):
-    run.base_model, run.sft_model, run.ppo_model, run.other_models = "b", "s", "p", []
+    run.base_model, run.sft_model, run.ppo_model, run.other_models = "b", "s", None, []
     run.checkpoint_prompts, run.other_runs = None, []
     vars(run).update(changes)
     with pytest.raises(ValueError, match=message):

@@ -67,6 +67,11 @@ def model_paths(run: Any) -> dict[str, str]:
 _OPTIONS = {BASE: "base_model", SFT: "sft_model", PPO: "ppo_model"}
 
 
+def ppo_folder(run: Any) -> Path:
+    """Where the evaluated policy's PPO run left its log and checkpoints: the run's stage, or beside `ppo_model`."""
+    return Path(run.ppo_model).parent if run.ppo_model else run.run / "ppo_ptx"
+
+
 def name_and_path(entries: list[str], option: str) -> dict[str, str]:
     """["NAME=PATH", ...] as a dict, in order.
 
@@ -93,9 +98,9 @@ def _check_checkpoints(run: Any) -> None:
             "checkpoint_prompts is 'demo', but dataset_name is your own: name a dataset of validation prompts that "
             "neither training nor the comparison uses."
         )
-    if not any((run.run / "ppo_ptx").glob("checkpoint-*")):
+    if not any(ppo_folder(run).glob("checkpoint-*")):
         raise ValueError(
-            f"checkpoint_prompts: {run.run / 'ppo_ptx'} holds no checkpoint-* folders. Train with save_strategy "
+            f"checkpoint_prompts: {ppo_folder(run)} holds no checkpoint-* folders. Train with save_strategy "
             "'steps', save_steps and save_total_limit, or leave the option off."
         )
 
@@ -107,7 +112,7 @@ def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str
     own = None if run.checkpoint_prompts == "demo" else run.checkpoint_prompts
     prompts = prompts_for(run, "selection") if own is None else load_split(own)
     return score_checkpoints(
-        run.run / "ppo_ptx",
+        ppo_folder(run),
         labeler,
         scorer,
         prompts.select_columns("prompt"),

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.judges.base import as_text
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
-from instruct_trl.pipeline.evaluating import SFT, other_logs, training_log, win_against_sft
+from instruct_trl.pipeline.evaluating import SFT, other_logs, ppo_folder, training_log, win_against_sft
 from instruct_trl.pipeline.stage import finished_summary
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
@@ -30,17 +30,32 @@ def judged_report(run: Any, folder: Path, tasks: Any, judges: Any) -> str:
     from instruct_trl.pipeline.benchmarking import measure_tasks
     from instruct_trl.pipeline.judging import judge_answers
 
-    measured, report = measure_tasks(run, tasks), run.run / "report.html"
+    measured, report = measure_tasks(run, tasks), report_folder(run, folder) / "report.html"
     if PartialState().is_main_process:
         report = make_report(run, folder, measured, judge_answers(run, judges, folder))
         print(f"Report: {report} and {report.with_suffix('.md')}")
     return str(report)
 
 
+def report_folder(run: Any, folder: Path) -> Path:
+    """Where the report goes: into the run, or beside the answers of an evaluation with an `output_dir` of its own."""
+    return run.run if folder.resolve() == (run.run / "evaluation").resolve() else folder
+
+
+def stage_folders(run: Any, folder: Path) -> dict[str, Path]:
+    """Stage → the folder that holds its settings, time and log: the run's, or that of the model given in its place."""
+    folders = {stage: run.run / stage for stage in STAGES} | {"evaluation": folder, "ppo_ptx": ppo_folder(run)}
+    if run.sft_model:
+        folders["selected_sft"] = Path(run.sft_model).parent
+    if run.reward_model_path:
+        folders["reward_model"] = Path(run.reward_model_path)
+    return folders
+
+
 def make_report(
     run: Any, folder: Path, tasks: dict[str, Any] | None = None, judged: dict[str, Any] | None = None
 ) -> Path:
-    """Draw report.md and report.html of the run from what its stages left behind.
+    """Draw report.md and report.html of the run from what its stages left behind; see `report_folder`.
 
     Args:
         run: the recipe's arguments.
@@ -51,27 +66,28 @@ def make_report(
     from instruct_trl.evaluation.report import write_report
 
     data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
-    selection = run.run / "selected_sft" / "selection.png"
+    stages = stage_folders(run, folder)
+    selection = stages["selected_sft"] / "selection.png"
     deviations = run.config_folder / "deviations.yaml"
     report = ReportData(
         run_name=run.run.name,
         models=[_result(data["models"], name, (tasks or {}).get(name, {})) for name in data["models"]],
         labeler=DEMO_LABELER if run.labeler == "demo" else run.labeler,
-        training=training_log(run.run / "ppo_ptx"),
+        training=training_log(stages["ppo_ptx"]),
         runs=other_logs(run.other_runs),
         checkpoints=data.get("checkpoints", []),
         **(judged or {}),
         reward_model=data.get("reward_model", {}),
         selection_picture=selection if selection.exists() else None,
         samples=_samples(data),
-        settings={name: (finished_summary(run.run / name) or {}).get("settings", {}) for name in STAGES},
+        settings={name: (finished_summary(stages[name]) or {}).get("settings", {}) for name in STAGES},
         deviations=yaml.safe_load(deviations.read_text(encoding="utf-8")) if deviations.exists() else [],
-        timings={s: f["seconds"] for s in STAGES if (f := finished_summary(run.run / s)) is not None},
+        timings={s: f["seconds"] for s in STAGES if (f := finished_summary(stages[s])) is not None},
         command=command_line(),
         environment=environment(),
         pretraining_text="held-out passages of novels",
     )
-    return write_report(report, run.run)
+    return write_report(report, report_folder(run, folder))
 
 
 def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
