@@ -1,5 +1,6 @@
 """The report's sentences follow its numbers, whichever way they go."""
 
+import numpy as np
 import pytest
 from report_example import example_report, win_of
 
@@ -36,15 +37,26 @@ def test_subject_and_no_comparison():
 
 
 def test_direction_of_a_noisy_series():
-    noise = [0.0, 1.0, -1.0, 0.0, 1.0, -1.0]  # median 0, median absolute deviation 1
-    middle = [5.0] * 18
-    # Six values an end: standard error 1.253 · 1.483 · √2 / √6 = 1.073, so it takes a step of more than 2.146.
-    assert captions.direction([*noise, *middle, *(v + 2.2 for v in noise)]) == "rose"
-    assert captions.direction([*noise, *middle, *(v - 2.2 for v in noise)]) == "fell"
-    assert captions.direction([*noise, *middle, *(v + 2.1 for v in noise)]) == "did not clearly move"
-    assert captions.direction([1.0, 2.0, 3.0]) == ""
+    noise = [0.0, 1.0, -1.0] * 10
+    # Of the 29 differences of neighbours 20 are 1 and 9 are 2: σ = 1.483/√2 = 1.0486. Six values an end have median 0:
+    # two standard errors are 2 · 1.253 · 1.0486 · √(2/6) = 1.5172.
+    shifted = lambda step: [*noise[:-6], *(v + step for v in noise[-6:])]  # noqa: E731
+    assert captions.direction(shifted(1.53)) == "rose"
+    assert captions.direction(shifted(-1.53)) == "fell"
+    assert captions.direction(shifted(1.50)) == "did not clearly move"
+    assert captions.direction([1.0, 2.0, 3.0] * 4) == ""
     # One wild step does not hide a clear change.
-    assert captions.direction([1e6, *noise[1:], *middle, *(v + 5 for v in noise)]) == "rose"
+    assert captions.direction([1e6, *shifted(5)[1:]]) == "rose"
+
+
+@pytest.mark.parametrize("n", [15, 19, 24, 30, 45, 60])
+def test_direction_calls_noise_a_move_in_one_series_of_twenty(n):
+    """Two standard errors: 4.6 % for normal noise; medians of 3 to 12 values and 1,000 series come near it."""
+    noise = np.random.default_rng(n).normal(size=(1000, n))
+    false = np.mean([captions.direction(row.tolist()) != "did not clearly move" for row in noise])
+    assert 0.02 <= false <= 0.08
+    trend = noise + np.linspace(0, 4, n)
+    assert np.mean([captions.direction(row.tolist()) == "rose" for row in trend]) > 0.8
 
 
 def test_over_optimisation_is_said():
