@@ -4,6 +4,7 @@ accelerate launch recipes/evaluate.py                                    # the d
 accelerate launch recipes/evaluate.py --tasks hellaswag boolq squad      # and what alignment costs elsewhere
 accelerate launch recipes/evaluate.py --judges http://localhost:8000/v1 people --judge_model NAME --questions likert
 accelerate launch recipes/evaluate.py --run_dir outputs/mine --dataset_name prompts.jsonl --labeler my.module:score
+accelerate launch recipes/evaluate.py --other_models prompted=BASE --prefixes prompted=shots.txt --output_dir DIR
 Answers are sampled once; judges and tasks can be added in later runs. docs/evaluation.md is the guide.
 """
 
@@ -26,6 +27,7 @@ class EvaluateArguments(RunArguments):
     other_models: list[str] = field(
         default_factory=list, metadata={"help": "More to compare: NAME=PATH, such as PPO=..."}
     )
+    prefixes: list[str] = field(default_factory=list, metadata={"help": "Text put before their prompts: NAME=FILE."})
     other_runs: list[str] = field(default_factory=list, metadata={"help": "Folders of PPO runs to draw: NAME=PATH."})
     reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
     labeler: str = field(default="demo", metadata={"help": "The judge: 'demo', or 'module:function' of your own."})

@@ -9,11 +9,15 @@ from conftest import tiny_config
 from datasets import load_dataset
 from instruct_trl.recipes.evaluate import EvaluateArguments
 from instruct_trl.recipes.sample import SampleArguments
+from report_example import example_models, example_report, win_of
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import RewardScorer
 from instruct_trl.data.ranking import prepare_ranking_dataset
-from instruct_trl.evaluation.report_data import load_report_data
+from instruct_trl.evaluation.report import write_report
+from instruct_trl.evaluation.report_data import ModelResult, load_report_data
+from instruct_trl.models.generation import Completion
+from instruct_trl.pipeline import evaluating
 from instruct_trl.pipeline.evaluating import evaluate_models
 from instruct_trl.pipeline.evaluation_report import make_report
 from instruct_trl.pipeline.sampling import sample_rankings
@@ -114,6 +118,60 @@ def test_the_report_tells_of_the_evaluation_and_the_models_it_was_given(own, tmp
 
 def load_of(run):
     return load_report_data(make_report(run, run.folder("evaluation")).parent)
+
+
+def test_a_prefixed_model_is_asked_behind_its_prefix_and_cut_at_a_blank_line(own, tmp_path, monkeypatch, tokenizer):
+    (tmp_path / "shots.txt").write_text("Q: a\nA: b\n\n")
+    run = replace(own, other_models=["prompted=policy"], prefixes=["prompted=shots.txt"])
+    texts = ["\n\nyes \n \nQ: more", "no end", "two\nlines\n\n", ""]
+    asked = {}
+
+    def sample(model, tokenizer, prompts, run, *, seed, desc):
+        asked[desc] = prompts
+        return [Completion(text, tokenizer(text)["input_ids"], truncated=True) for text in texts]
+
+    monkeypatch.setattr(evaluating, "sample_answers", sample)
+    folder = run.folder("evaluation")
+    evaluate_models(run, folder)
+    assert asked["answers of SFT"] == ["q0", "q1", "q2", "q3"]
+    assert asked["answers of prompted"] == [f"Q: a\nA: b\n\nq{i}" for i in range(4)]
+    rows = json.loads((folder / "answers.json").read_text())["models"]
+    assert rows["SFT"]["completions"] == texts
+    row = rows["prompted"]
+    assert row["completions"] == ["\n\nyes", "no end", "two\nlines", ""]
+    assert row["ended"] == [True, False, True, False]
+    assert row["lengths"] == [6, 6, 10, 0]  # bytes, and one for the end where it was cut
+    assert row["labeler"] == [sum(map(ord, text)) + 0.02 for text in row["completions"]]  # of the prompt alone
+    model = load_of(run).model("prompted")
+    assert (model.kl, model.pretraining_loss) == (None, None)
+    assert model.win is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefixes": ["promted=shots.txt"]}, "no model of --other_models is called 'promted', only prompted"),
+        ({"prefixes": ["SFT=shots.txt"]}, "no model of --other_models is called 'SFT'"),
+        ({"prefixes": ["prompted=gone.txt"]}, "'gone.txt' of 'prompted' is not a file"),
+        ({"prefixes": ["prompted=rm"]}, "'rm' of 'prompted' is not a file"),
+        ({"dataset_name": "chat.jsonl"}, "prefixes need prompts of plain text; these are messages"),
+    ],
+)
+def test_prefixes_that_could_not_be_used_are_refused_before_sampling(own, tmp_path, monkeypatch, changes, message):
+    (tmp_path / "shots.txt").write_text("Q")
+    monkeypatch.setattr(evaluating, "sample_answers", lambda *_, **__: pytest.fail("sampled"))
+    run = replace(own, **{"other_models": ["prompted=policy"], "prefixes": ["prompted=shots.txt"]} | changes)
+    with pytest.raises(ValueError, match=message):
+        evaluate_models(run, run.folder("evaluation"))
+
+
+def test_a_report_copes_with_a_model_without_kl_loss_and_tasks(tmp_path):
+    base, *rest = example_models(None)
+    prompted = ModelResult("prompted base", win_of(60, 40), labeler_mean=0.1, rm_mean=0.2, mean_length=9.0)
+    for models in ([base, prompted, *rest], [prompted, *rest], [base, *rest, prompted]):
+        page = write_report(example_report(models=models), tmp_path).with_name("report.md").read_text()
+        assert "| prompted base |" in page
+        assert "None" not in page
 
 
 def test_rankings_of_messages_are_messages(own, tokenizer):

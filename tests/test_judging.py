@@ -23,7 +23,7 @@ def run(tmp_path):
         for name, word in (("base", "no"), ("SFT", "fine"), ("PPO-ptx", "so good"))
     }
     (tmp_path / "answers.json").write_text(json.dumps({"prompts": ["p", "q", "r"], "models": models}))
-    return SimpleNamespace(seed=0, run=tmp_path, reward_model_path=None, batch_size=2, dataset_name="mine")
+    return SimpleNamespace(seed=0, run=tmp_path, reward_model_path=None, batch_size=2, dataset_name="mine", prefixes=[])
 
 
 def test_without_judges_nothing_is_asked(run):
@@ -95,7 +95,8 @@ def test_two_servers_with_one_models_name_stay_apart(run, monkeypatch):
 
 
 def test_tasks_are_added_and_kept(run, monkeypatch):
-    run.base_model, run.sft_model, run.ppo_model, run.other_models = "b", "s", "p", []
+    run.base_model, run.sft_model, run.ppo_model = "b", "s", "p"
+    run.other_models, run.prefixes = ["prompted=b"], ["prompted=shots.txt"]  # no task is asked behind a prefix
     run.folder = lambda _: run.run
     monkeypatch.setattr(benchmarks, "require_lm_eval", lambda: None)
     monkeypatch.setattr(sampling, "load_causal_lm", lambda path: (path, None))

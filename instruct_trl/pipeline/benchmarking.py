@@ -45,8 +45,9 @@ class TaskArguments:
 
 
 def measure_tasks(run: Any, settings: TaskArguments) -> dict[str, Any]:
-    """Run the tasks on every model, each task once; model → task → row of `task_table`, earlier runs' tasks included.
+    """Run the tasks on every model but those with a prefix, each task once.
 
+    Returns model → task → row of `task_table`, earlier runs' tasks included.
     Each task is a stage of its own in `<evaluation>/tasks/<task>`: more can be added, and a run that broke goes on.
 
     Raises:
@@ -54,13 +55,14 @@ def measure_tasks(run: Any, settings: TaskArguments) -> dict[str, Any]:
         ValueError: no such task, or one that was run with other settings.
     """
     from instruct_trl.evaluation.benchmarks import require_lm_eval
-    from instruct_trl.pipeline.evaluating import model_paths
+    from instruct_trl.pipeline.evaluating import model_paths, name_and_path
 
     root = run.folder("evaluation") / "tasks"
     if settings.tasks:
         require_lm_eval()
     for task in settings.tasks:
-        paths = model_paths(run)
+        prefixed = name_and_path(run.prefixes, "prefixes")
+        paths = {name: path for name, path in model_paths(run).items() if name not in prefixed}
         shown: dict[str, Any] = {"data": settings.task_data, "limit": settings.task_limit}
         shown |= {"shots": settings.task_shots, "models": paths}
         body = partial(_run, task, paths, settings, root / task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
     own = run.dataset_name is not None
     prompts = list(prompts_for(run, "test")["prompt"])
+    prefixes = read_prefixes(run, prompts)
     texts = None if own else list(demo_or_own(run, "pretraining")[1]["text"])
     reference, _ = load_causal_lm(paths[SFT])
     answers: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
-        sampled, measured = _measure(run, name, path, prompts, texts, reference)
+        sampled, measured = _measure(run, name, path, prompts, texts, reference, prefixes.get(name))
         answers[name] = measured | {"path": path, "labeler": score_answers(labeler, prompts, sampled, "The labeler")}
         with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
             answers[name]["reward"] = score_answers(scorer, prompts, sampled)
@@ -123,21 +125,59 @@ def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str
     )
 
 
+def read_prefixes(run: Any, prompts: list) -> dict[str, str]:
+    """Name → the text of its file, of the models whose prompts get one put before them (the paper's prompted GPT-3).
+
+    Raises:
+        ValueError: a name that is none of `other_models`, no such file, or prompts that are messages.
+    """
+    files = name_and_path(run.prefixes, "prefixes")
+    known = name_and_path(run.other_models, "other_models")
+    for name, file in files.items():
+        if name not in known:
+            raise ValueError(
+                f"prefixes: no model of --other_models is called {name!r}, only {', '.join(known) or '-'}."
+            )
+        if not Path(file).is_file():
+            raise ValueError(f"prefixes: {file!r} of {name!r} is not a file. Give a text file to put before prompts.")
+    if files and not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prefixes need prompts of plain text; these are messages. Put the text into the messages.")
+    return {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
+
+
+def cut_at_blank_line(answer: Completion, tokenizer: Any) -> Completion:
+    """A prompted model's answer up to its first blank line, where the next example would begin, as if it ended there.
+
+    Blank lines before the first word are no end. An answer without one comes back as it is.
+    """
+    blank = re.search(r"(?<=\S)\s*?\n\s*\n", answer.text)
+    if blank is None:
+        return answer
+    text = answer.text[: blank.start()]
+    ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
+    return Completion(text, [*ids, tokenizer.eos_token_id], truncated=False)
+
+
 def _measure(
-    run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any
+    run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any, prefix: str | None
 ) -> tuple[list[Completion], dict[str, Any]]:
-    """A model's answers, and what is measured of them and of it without a judge."""
+    """A model's answers, and what is measured of them and of it without a judge: with a prefix, no KL and no loss."""
     from instruct_trl.evaluation.divergence import mean_answer_kl
     from instruct_trl.evaluation.language_modeling import mean_token_loss
 
     model, tokenizer = load_causal_lm(path)
-    answers = sample_answers(model, tokenizer, prompts, run, seed=run.seed, desc=f"answers of {name}")
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
-        rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
-        measured = {"kl": 0.0 if name == SFT else mean_answer_kl(model, reference, rows)}
-        if texts is not None:
-            kwargs = {"batch_size": 16, "max_length": run.max_text_length}
-            measured["pretraining_loss"] = mean_token_loss(model, tokenizer, texts, **kwargs)[0]
+    asked = prompts if prefix is None else [prefix + prompt for prompt in prompts]
+    answers = sample_answers(model, tokenizer, asked, run, seed=run.seed, desc=f"answers of {name}")
+    measured: dict[str, Any] = {}
+    if prefix is not None:
+        answers = [cut_at_blank_line(answer, tokenizer) for answer in answers]
+    else:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
+            rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
+            measured["kl"] = 0.0 if name == SFT else mean_answer_kl(model, reference, rows)
+            if texts is not None:
+                kwargs = {"batch_size": 16, "max_length": run.max_text_length}
+                measured["pretraining_loss"] = mean_token_loss(model, tokenizer, texts, **kwargs)[0]
     return answers, measured | {
         "completions": [a.text for a in answers],
         "lengths": [len(a.token_ids) for a in answers],

@@ -104,7 +104,7 @@ def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelRe
         labeler_ci=(label.low, label.high),
         rm_mean=reward.mean,
         rm_ci=(reward.low, reward.high),
-        kl=row["kl"],
+        kl=row.get("kl"),
         pretraining_loss=row.get("pretraining_loss"),
         mean_length=sum(row["lengths"]) / len(row["lengths"]),
         eos_rate=sum(row["ended"]) / len(row["ended"]),
