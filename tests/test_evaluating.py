@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,15 @@ def test_prefixes_that_could_not_be_used_are_refused_before_sampling(own, tmp_pa
     run = replace(own, **{"other_models": ["prompted=policy"], "prefixes": ["prompted=shots.txt"]} | changes)
     with pytest.raises(ValueError, match=message):
         evaluate_models(run, run.folder("evaluation"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_are_told_that_one_would_do(own, monkeypatch, capsys, processes):
+    monkeypatch.setattr(evaluating, "PartialState", lambda: SimpleNamespace(num_processes=processes, print=print))
+    monkeypatch.setattr(evaluating, "sample_answers", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_models(own, own.folder("evaluation"))
+    assert ("--num_processes 1" in capsys.readouterr().out) == (processes > 1)
 
 
 def test_a_report_copes_with_a_model_without_kl_loss_and_tasks(tmp_path):

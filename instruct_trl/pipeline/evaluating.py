@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion, encode_prompt
@@ -33,6 +34,8 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     prompts = list(prompts_for(run, "test")["prompt"])
     prefixes = read_prefixes(run, prompts)
     texts = None if own else list(demo_or_own(run, "pretraining")[1]["text"])
+    if PartialState().num_processes > 1:
+        PartialState().print("== Evaluation: every process samples all answers. Launch one alone: --num_processes 1.")
     reference, _ = load_causal_lm(paths[SFT])
     answers: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
