@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl.pipeline import dry_run, memory_plan
 from instruct_trl.pipeline import memory_arithmetic as arithmetic
@@ -17,7 +17,7 @@ from instruct_trl.pipeline.memory_plan import MemoryPlan, Phase, RoleModel, tota
 from instruct_trl.pipeline.memory_ppo import LAYOUTS, PPOModels, PPOSizes, ppo_plan, ppo_roles
 from instruct_trl.pipeline.memory_report import ACCUMULATION, GB, ROWS, Device, report, this_device
 from instruct_trl.pipeline.memory_shapes import ModelShape
-from instruct_trl.pipeline.memory_trace import Precision
+from instruct_trl.pipeline.memory_trace import Precision, trace_pass
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -282,3 +282,17 @@ def test_an_adapter_folder_gives_base_and_rank(home):
     assert dry_run.config_of(str(home / "sft")).num_hidden_layers == 3
     assert dry_run.adapter_of(str(home / "sft")).r == 2
     assert dry_run.adapter_of(str(home / "base")) is None
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_saved_adapter_is_planned_as_one_that_trains(home, task_type, checkpointing):
+    """PEFT saves `inference_mode: true`, which would freeze it."""
+    kind = LlamaForCausalLM if task_type == "CAUSAL_LM" else LlamaForSequenceClassification
+    lora = LoraConfig(r=2, target_modules=ATTENTION, task_type=task_type)
+    model = get_peft_model(kind(tiny_config(num_labels=1)), lora)
+    model.save_pretrained(home / "saved")
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    peft_config = dry_run.adapter_of(str(home / "saved"))
+    found = trace_pass(tiny_config(), 2, 8, peft_config=peft_config, train=True, checkpointing=checkpointing)
+    assert found.gradients == 4 * adapter

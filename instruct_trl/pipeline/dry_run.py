@@ -22,7 +22,7 @@ from instruct_trl.pipeline.memory_plan import (
 )
 from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
 from instruct_trl.pipeline.memory_report import ACCUMULATION, ROWS, Device, Settings, report, this_device
-from instruct_trl.pipeline.memory_shapes import ModelShape, read_config
+from instruct_trl.pipeline.memory_shapes import ModelShape, read_config, without_head
 from instruct_trl.pipeline.memory_trace import Precision
 
 PROMPT_TOKENS = 1024  # where nothing bounds a prompt: the paper's limit
@@ -169,12 +169,12 @@ def _existing(folder: Path) -> str | None:
 
 
 def adapter_of(name: str | None) -> Any:
-    """The LoraConfig of an adapter's local folder, or None."""
+    """The LoraConfig of an adapter's local folder, as one that is trained, or None; its head is counted apart."""
     from peft import PeftConfig
 
     if name is None or not Path(name, "adapter_config.json").is_file():
         return None
-    return PeftConfig.from_pretrained(name)
+    return without_head(PeftConfig.from_pretrained(name))
 
 
 def plan_sft(device: Device, run: Any, args: Any, model: Any) -> Stage:

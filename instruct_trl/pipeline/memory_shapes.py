@@ -81,12 +81,12 @@ class ModelShape:
         """Trainable parameters that PEFT adds for `peft_config`, LoRA's matrices or any other method's."""
         import torch
 
-        model = meta_model(self.config, torch.float32, _without_head(peft_config))
+        model = meta_model(self.config, torch.float32, without_head(peft_config))
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _without_head(peft_config: Any) -> Any:
-    """The same adapter for the causal language model on which it is counted; its own head is counted apart."""
+def without_head(peft_config: Any) -> Any:
+    """The same adapter, trained, for the causal language model on which it is counted; its head is counted apart."""
     import copy
 
     config = copy.deepcopy(peft_config)
