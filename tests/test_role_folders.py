@@ -86,8 +86,31 @@ def test_a_reward_adapter_on_the_merged_sft_model_must_say_so(tmp_path, tokenize
         RoleAdapters(root / "base", root / "sft", root / "rm")
     edit_config(root / "rm", base_model_name_or_path=str(root / "sft"))
     roles = RoleAdapters(root / "base", root / "sft", root / "rm")  # by its base's name
-    expected = RoleAdapters(root / "merged", None, root / "rm", policy_config=sft_lora(), allow_other_base_name=True)
+    expected = RoleAdapters(
+        root / "merged", None, root / "rm", policy_config=sft_lora(), reward_on_sft=False, allow_other_base_name=True
+    )
     torch.testing.assert_close(roles.reward(*batch()), expected.reward(*batch()), **EXACT)
+
+
+def test_a_reward_adapter_on_an_sft_adapter_that_is_not_there_is_refused(tmp_path, tokenizer):
+    """Else it would run on the bare base, which it never saw."""
+    root = save_pieces(tmp_path, tokenizer, on_sft=True)
+    edit_config(root / "rm", base_model_name_or_path=str(root / "sft"))
+    roles = RoleAdapters(root / "base", root / "sft", root / "rm")
+    roles.save_pretrained(tmp_path / "out")
+    says = r"was trained on the SFT adapter '.*sft'.*Give '.*sft' as sft_adapter.*reward_on_sft=True"
+    for reward in (root / "rm", tmp_path / "out" / "value"):
+        for sft, other in ((None, True), (tmp_path / "out" / "policy", True), (tmp_path / "out" / "policy", False)):
+            with pytest.raises(ValueError, match=says):
+                RoleAdapters(root / "base", sft, reward, policy_config=sft_lora(), allow_other_base_name=other)
+    # A later run then goes on by load_policy.
+    again = RoleAdapters(root / "base", root / "sft", tmp_path / "out" / "value")
+    again.load_policy(tmp_path / "out" / "policy")
+    torch.testing.assert_close(again.reward(*batch()), roles.value.eval()(*batch())[:, -1])
+    moved = (root / "sft").rename(root / "moved")
+    torch.testing.assert_close(
+        RoleAdapters(root / "base", moved, root / "rm", reward_on_sft=True).reward(*batch()), roles.reward(*batch())
+    )
 
 
 def test_what_cannot_be_a_role_is_refused(pieces, tmp_path):

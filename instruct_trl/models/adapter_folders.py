@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from instruct_trl.models.adapter_switching import adapter_parameters
-from instruct_trl.models.reward_loading import ADAPTER_CONFIG
+from instruct_trl.models.reward_loading import ADAPTER_CONFIG, names_adapter
 
 PREFIX = "base_model.model."
 HEADS = ("score", "classifier")
@@ -282,4 +282,19 @@ def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: st
         raise ValueError(
             f"The adapter {folder.path!r} was trained on {name!r}, but the base is {base_name!r}. Give that base; or, "
             "if they are the same weights under two names, pass allow_other_base_name=True."
+        )
+
+
+def check_below(reward: AdapterFolder) -> None:
+    """Refuse a reward adapter that stands on an SFT adapter which is not there.
+
+    Raises:
+        ValueError: its base's name is that of an adapter.
+    """
+    name = str(reward.config.base_model_name_or_path or "")
+    if name and names_adapter(name):
+        raise ValueError(
+            f"The reward adapter {reward.path!r} was trained on the SFT adapter {name!r}, and means nothing without "
+            f"it. Give {name!r} as sft_adapter; if the sft_adapter is that one moved, pass reward_on_sft=True; if the "
+            "base is a model into which it is merged, pass reward_on_sft=False and allow_other_base_name=True."
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from instruct_trl._upstream import keep_4bit_trainable, score_head
 
@@ -77,6 +78,16 @@ def check_model_path(path: str | Path) -> None:
 def is_adapter(path: str | Path) -> bool:
     """True for the folder of a PEFT adapter."""
     return os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def names_adapter(name: str | Path) -> bool:
+    """As `is_adapter`, for names on the hub, too; False for one that cannot be read."""
+    if os.path.isdir(name):
+        return is_adapter(name)
+    try:
+        return find_adapter_config_file(str(name)) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def is_sft_adapter(path: str | Path) -> bool:

@@ -30,6 +30,7 @@ from instruct_trl.models.adapter_folders import (
     adapter_state,
     add_adapter,
     check_base,
+    check_below,
     check_lora,
     copy_adapter,
     load_adapter_weights,
@@ -66,7 +67,7 @@ class RoleAdapters:
             copy of it: at least its rank and its target modules.
         value_config: LoraConfig of the critic; likewise, by the reward adapter.
         reward_on_sft: the reward adapter was trained on base + SFT adapter (merged, or both active), not on the bare
-            base. Default: read from the base's name in its adapter_config.json.
+            base. Default: read from the base's name in its adapter_config.json. False: the base itself holds it.
         revision: of the base on the hub.
         allow_other_base_name: accept adapters whose base has another name and the same config.
         model_kwargs: for `from_pretrained` of the base; `dtype` is float32 unless given.
@@ -111,6 +112,8 @@ class RoleAdapters:
         on_sft = _is_on_sft(reward, sft) if reward_on_sft is None else reward_on_sft
         if on_sft:
             _check_sum(sft, reward)
+        elif reward_on_sft is None:
+            check_below(reward)
         if not (on_sft and sft is not None and same_place(str(reward.config.base_model_name_or_path), sft.path)):
             check_base(reward, other_name=allow_other_base_name or on_sft, **known)
 
