@@ -1,11 +1,13 @@
 """The adapters of RoleAdapters on disk: which belong to one base, what our trainer leaves, what is saved and merged."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import tiny_config
 from datasets import Dataset
+from huggingface_hub import constants
 from peft import AutoPeftModelForCausalLM, LoHaConfig, PeftModel, get_peft_model
 from ranking_helpers import DEMONSTRATIONS, RANKINGS, eos_as_pad, make, pairs_of
 from role_helpers import BIAS, EXACT, SIZES, batch, classifier_values, randomise, reward_lora, save_pieces, sft_lora
@@ -16,10 +18,12 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaForCausalLM,
 )
+from trl import ModelConfig
 
 from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl.models.adapter_switching import adapter_parameters
 from instruct_trl.models.reward_loading import classifier_on_sft
+from instruct_trl.pipeline.one_base import load_roles
 
 # Pieces that do not belong together ---------------------------------------------------------------------------------
 
@@ -124,6 +128,8 @@ def test_what_cannot_be_a_role_is_refused(pieces, tmp_path):
         RoleAdapters(pieces / "base", None, pieces / "rm")
     with pytest.raises(ValueError, match="carries adapters already"):
         RoleAdapters(AutoPeftModelForCausalLM.from_pretrained(pieces / "sft"), pieces / "sft", pieces / "rm")
+    with pytest.raises(ValueError, match=r"base '.*sft' carries adapters already.* as sft_adapter"):
+        RoleAdapters(pieces / "sft", None, pieces / "rm", policy_config=sft_lora(), allow_other_base_name=True)
     with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes weights of the base"):
         RoleAdapters(pieces / "base", None, pieces / "rm", policy_config=sft_lora(init_lora_weights="pissa"))
     other = get_peft_model(
@@ -132,6 +138,20 @@ def test_what_cannot_be_a_role_is_refused(pieces, tmp_path):
     other.save_pretrained(tmp_path / "loha")
     with pytest.raises(ValueError, match="is a LoHaConfig"):
         RoleAdapters(pieces / "base", tmp_path / "loha", pieces / "rm")
+
+
+def test_the_recipe_takes_adapters_by_their_names_on_the_hub(pieces, monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    for name in ("sft", "rm"):
+        (cache / f"models--me--{name}" / "refs").mkdir(parents=True)
+        (cache / f"models--me--{name}" / "refs" / "main").write_text("1" * 40)
+        shutil.copytree(pieces / name, cache / f"models--me--{name}" / "snapshots" / ("1" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    given = ModelConfig(lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    expected = RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm").reward(*batch())
+    torch.testing.assert_close(load_roles("me/rm", "me/sft", given, {}).reward(*batch()), expected)
+    with pytest.raises(ValueError, match="me/gone is none, or cannot be read"):
+        load_roles("me/gone", "me/sft", given, {})
 
 
 # Reward adapters of our own trainer ---------------------------------------------------------------------------------

@@ -127,8 +127,6 @@ class RoleAdapters:
 
     def _load_base(self, base: Any, quantization_config: Any) -> Any:
         if not self._by_path:
-            if hasattr(base, "peft_config"):
-                raise ValueError("The base carries adapters already. Merge them, or give the base without them.")
             if quantization_config is not None:
                 raise ValueError("quantization_config is for a base given by name; this one is in memory.")
             model = base
@@ -136,6 +134,12 @@ class RoleAdapters:
             check_model_path(base)
             kwargs = {"quantization_config": quantization_config, **self._model_kwargs}
             model = AutoModelForCausalLM.from_pretrained(base, **{k: v for k, v in kwargs.items() if v is not None})
+        if hasattr(model, "peft_config"):
+            place = f" {str(base)!r}" if self._by_path else ""
+            raise ValueError(
+                f"The base{place} carries adapters already, and roles are made of adapters of their own. Give the base "
+                "without them, and such an adapter as sft_adapter; or merge it into the base."
+            )
         keep_4bit_trainable(model)
         return model
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from instruct_trl.models.reward_loading import is_adapter
+from instruct_trl.models.reward_loading import names_adapter
 from instruct_trl.pipeline.run import reward_path, rewards_with_labeler
 
 if TYPE_CHECKING:
@@ -41,9 +40,9 @@ def models_of(run: Any, args: Any, model_args: Any, policy: str) -> dict[str, An
 
 
 def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) -> Any:
-    """RoleAdapters of a policy (an SFT adapter's folder, or a whole model as base) and a reward adapter's folder.
+    """RoleAdapters of a policy (an SFT adapter, or a whole model as base) and a reward adapter.
 
-    `init` goes to `from_pretrained` of the base.
+    Each is a folder, or a name on the hub. `init` goes to `from_pretrained` of the base.
 
     Raises:
         ValueError: the reward model is not an adapter, or there is neither an SFT adapter nor a LoRA setting.
@@ -53,12 +52,12 @@ def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) 
 
     from instruct_trl import RoleAdapters
 
-    if not is_adapter(reward):
+    if not names_adapter(reward):
         raise ValueError(
-            f"--one_base needs a reward model that is a LoRA adapter; {reward} is none. Train it with recipes/"
-            "reward_model.py --use_peft --lora_task_type SEQ_CLS."
+            f"--one_base needs a reward model that is a LoRA adapter; {reward} is none, or cannot be read. Train it "
+            "with recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS."
         )
-    sft = policy if is_adapter(policy) else None
+    sft = policy if names_adapter(policy) else None
     if sft is None and not model_args.use_peft:
         raise ValueError(f"--one_base on the whole model {policy} needs --use_peft, and its settings (lora_r, ...).")
     quantization = get_quantization_config(model_args)
@@ -70,7 +69,7 @@ def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) 
     return RoleAdapters(
         base,
         sft,
-        Path(reward),
+        reward,
         quantization,
         cast("LoraConfig | None", get_peft_config(model_args)),
         **init,
