@@ -29,10 +29,11 @@ def main(argv: list[str] | None = None) -> str:
 
     from instruct_trl import PPOPtxConfig, PPOPtxTrainer
     from instruct_trl.pipeline import run as pipeline
-    from instruct_trl.pipeline.one_base import models_of
+    from instruct_trl.pipeline.one_base import check_one_base, models_of
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", __doc__, argv)
+    check_one_base(run, model)
     pipeline.prepare_output(args, run, "ppo_ptx")
     policy = pipeline.make_what_is_missing(run, model.model_name_or_path)
 

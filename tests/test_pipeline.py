@@ -172,3 +172,40 @@ def test_own_models_replace_every_stage_before_ppo(tmp_path, monkeypatch):
     run = RunArguments(run_dir=str(tmp_path), dataset_name="mine.jsonl", cpu_threads=1)
     run.reward_model_path = "my-rm"
     assert make_what_is_missing(run, "my-policy") == "my-policy"
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+@pytest.mark.parametrize(
+    ("yamls", "arguments", "says"),
+    [
+        ({}, (), "reward model that is a LoRA adapter; what .*reward_model.yaml trains is none"),
+        ({}, ("--reward_model_path", "whole"), "reward model that is a LoRA adapter; whole is none"),
+        ({"reward_model": "use_peft: true"}, (), "whole model that .*sft.yaml trains needs --use_peft"),
+    ],
+)
+def test_one_base_is_refused_before_anything_is_trained(tmp_path, monkeypatch, yamls, arguments, says, dry):
+    from instruct_trl.recipes import ppo_ptx
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "prepare_output", lambda *_: pytest.fail("the run began"))
+    for name, text in {"ppo_ptx": "one_base: true", **yamls}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        ppo_ptx.main(["--config", "ppo_ptx.yaml", "--cpu_threads", "1", *arguments, *dry])
+
+
+def test_one_base_goes_on_where_the_runs_own_recipes_train_adapters(tmp_path, monkeypatch):
+    from instruct_trl.recipes import ppo_ptx
+
+    class BeganError(Exception):
+        pass
+
+    def begin(*_):
+        raise BeganError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "prepare_output", begin)
+    for name in ("ppo_ptx", "sft", "reward_model"):
+        (tmp_path / f"{name}.yaml").write_text("one_base: true" if name == "ppo_ptx" else "use_peft: true")
+    with pytest.raises(BeganError):
+        ppo_ptx.main(["--config", "ppo_ptx.yaml", "--cpu_threads", "1"])

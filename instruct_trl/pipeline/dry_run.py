@@ -24,6 +24,7 @@ from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
 from instruct_trl.pipeline.memory_report import ACCUMULATION, ROWS, Device, Settings, report, this_device
 from instruct_trl.pipeline.memory_shapes import ModelShape, read_config, without_head
 from instruct_trl.pipeline.memory_trace import Precision
+from instruct_trl.pipeline.one_base import check_one_base
 
 PROMPT_TOKENS = 1024  # where nothing bounds a prompt: the paper's limit
 COMPLETIONS = 4  # K where the data decides it
@@ -131,13 +132,15 @@ def plan_ppo_ptx(device: Device, run: Any, args: Any, model: Any) -> Stage:
 
 def _ppo_models(run: Any, args: Any, model: Any) -> tuple[PPOModels, list[str]]:
     """The models of a PPO run, and what was taken to be so."""
+    one_base = getattr(run, "one_base", False)
+    if one_base:
+        check_one_base(run, model)
     name, default = model.model_name_or_path, run.run / "selected_sft" / "model"
     policy = config_of(name, default)
     reward_path = run.reward_model_path or _existing(run.run / "reward_model")
     reward = read_config(reward_path) if reward_path else policy
     assumed = [] if reward_path else ["the reward model has the policy's size."]
     lora, nf4 = lora_of(model), _nf4(model)
-    one_base = getattr(run, "one_base", False)
     sft = adapter_of(name or _existing(default)) if one_base else None
     if one_base and lora is None and sft is None:
         raise ValueError("--one_base needs --use_peft and its settings (lora_r, ...), or the folder of an SFT adapter.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from instruct_trl.models.reward_loading import names_adapter
-from instruct_trl.pipeline.run import reward_path, rewards_with_labeler
+from instruct_trl.models.reward_loading import is_adapter, names_adapter
+from instruct_trl.pipeline.run import read_yaml, reward_path, rewards_with_labeler
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -39,6 +39,50 @@ def models_of(run: Any, args: Any, model_args: Any, policy: str) -> dict[str, An
     return {"model": None, "reward_funcs": rewards_with_labeler(run, args, roles.reward), "role_adapters": roles}
 
 
+def check_one_base(run: Any, model_args: Any) -> None:
+    """Refuse `one_base` before anything is trained where its pieces will not be adapters.
+
+    Args:
+        run: the recipe's settings.
+        model_args: TRL's ModelConfig.
+
+    Raises:
+        ValueError: the reward model is not an adapter and will not become one; or neither SFT nor PPO has a LoRA.
+    """
+    policy, reward = model_args.model_name_or_path, run.reward_model_path
+    if not run.one_base or (run.dataset_name is not None and None in (policy, reward)):
+        return  # own data need own models: `make_what_is_missing` says so
+    if reward is None and not is_adapter(reward_path(run)):
+        _check_reward(_trains_adapter(run, "reward_model"), f"what {run.config_folder / 'reward_model.yaml'} trains")
+    elif reward is not None:
+        _check_reward(names_adapter(reward), reward)
+    if model_args.use_peft:
+        return
+    if reward is not None and policy is not None:
+        _check_policy(names_adapter(policy), policy)
+    else:
+        stage = "rl_init" if (run.config_folder / "rl_init.yaml").exists() else "sft"
+        _check_policy(_trains_adapter(run, stage), f"that {run.config_folder / stage}.yaml trains")
+
+
+def _trains_adapter(run: Any, stage: str) -> bool:
+    """Whether the run's own YAML of a stage asks for one."""
+    return bool(read_yaml(run.config_folder / f"{stage}.yaml").get("use_peft"))
+
+
+def _check_reward(is_lora: bool, what: str) -> None:
+    if not is_lora:
+        raise ValueError(
+            f"--one_base needs a reward model that is a LoRA adapter; {what} is none, or cannot be read. Train it with "
+            "recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS, and give its folder as --reward_model_path."
+        )
+
+
+def _check_policy(has_adapter: bool, what: str) -> None:
+    if not has_adapter:
+        raise ValueError(f"--one_base on the whole model {what} needs --use_peft, and its settings (lora_r, ...).")
+
+
 def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) -> Any:
     """RoleAdapters of a policy (an SFT adapter, or a whole model as base) and a reward adapter.
 
@@ -52,14 +96,9 @@ def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) 
 
     from instruct_trl import RoleAdapters
 
-    if not names_adapter(reward):
-        raise ValueError(
-            f"--one_base needs a reward model that is a LoRA adapter; {reward} is none, or cannot be read. Train it "
-            "with recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS."
-        )
+    _check_reward(names_adapter(reward), reward)
     sft = policy if names_adapter(policy) else None
-    if sft is None and not model_args.use_peft:
-        raise ValueError(f"--one_base on the whole model {policy} needs --use_peft, and its settings (lora_r, ...).")
+    _check_policy(sft is not None or model_args.use_peft, policy)
     quantization = get_quantization_config(model_args)
     base = policy
     if sft is not None:

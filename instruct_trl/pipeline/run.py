@@ -71,16 +71,19 @@ def demo_folder(run: RunArguments) -> Path:
     from instruct_trl.pipeline.demo_data import DemoDataArguments, build_demo_data
 
     config = run.config_folder / "data.yaml"
-    args = DemoDataArguments(**_read_yaml(config)) if config.exists() else DemoDataArguments()
+    args = DemoDataArguments(**read_yaml(config))
     folder = run.run / "data"
     body = lambda _: build_demo_data(folder, args)  # noqa: E731
     run_stage(folder, "Data", asdict(args), body, resume=False, announce_skip=False)
     return folder
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """What a YAML says; nothing if it is not there."""
     import yaml
 
+    if not path.exists():
+        return {}
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
