@@ -17,6 +17,7 @@ from instruct_trl.data.pairs import end_of_text, pad_rows, tokenize_pair
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_loading import ensure_distinct_pad_token, load_reward_model
 from instruct_trl.models.scores import score_rows
+from instruct_trl.models.value import ValueModel
 
 PROMPTS = ["What is up?", "Hi", "A longer prompt than the others"]
 COMPLETIONS = ["The sky.", "Hello there, how are you?", "No"]
@@ -206,3 +207,26 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
         tokenize_pair(tokenizer, "a", "b")
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_head_is_computed_in_float32(reward_model, weights, autocast):
+    """Against the float32 product of the same hidden states: reward model, and critic."""
+    with torch.no_grad():
+        reward_model.score.weight.mul_(40)  # scores of about 3, where bf16 numbers lie 0.016 apart
+    model = reward_model.to(weights)
+    ids = torch.randint(0, 256, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    seen = []
+    model.score.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = score_rows(model, ids, mask)
+        values = ValueModel(model)(ids, mask)
+    for found, hidden in zip((scores, values[:, -1]), seen, strict=True):
+        expected = hidden[:, -1].double() @ model.score.weight.double().T
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected[:, 0], atol=1e-6, rtol=1e-6)
+    assert "forward" not in vars(model.score)
+    values.sum().backward()
+    assert model.score.weight.grad is not None

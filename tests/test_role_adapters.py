@@ -123,6 +123,23 @@ def test_four_bits(tmp_path, tokenizer):
     )
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_reward_and_value_are_read_off_in_float32(pieces, autocast):
+    """A bf16 base hands over bf16 hidden states; the heads do not round them again."""
+    roles = RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", dtype=torch.bfloat16)
+    ids, mask = batch(side="right")
+    for role in (roles.reward, roles.value):
+        seen = []
+        with torch.no_grad():
+            role.score.weight.mul_(4)
+        role.score.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            found = role.token_scores(ids, mask)
+        expected = seen[0].double() @ role.score.weight.double().T
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected[..., 0] + BIAS, atol=1e-6, rtol=1e-6)
+
+
 # No copy of the base ------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from instruct_trl._upstream import backbone
 from instruct_trl.models.adapter_folders import load_adapter_weights, make_head, read_adapter, save_sequence_adapter
 from instruct_trl.models.adapter_switching import adapter_parameters
+from instruct_trl.models.scores import head_in_float32
 
 if TYPE_CHECKING:
     from instruct_trl.models.role_adapters import RoleAdapters
@@ -96,8 +97,9 @@ class ScalarRole(nn.Module):
         with self.active():
             transformer = backbone(self._roles.model.get_base_model())
             output = transformer(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
-            scores = self.score(output.last_hidden_state[:, -keep:].to(self.score.weight.dtype)).squeeze(-1)
-        return scores.float() + self.config.reward_bias
+            with head_in_float32(self.score):
+                scores = self.score(output.last_hidden_state[:, -keep:]).squeeze(-1)
+        return scores + self.config.reward_bias
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """Write adapter and head in PEFT's format: `load_reward_model`, or PEFT alone on the base, reads it."""

@@ -1,10 +1,13 @@
 """From token rows to scores: the head's output at the last token of each row.
 
-Legend: N rows (one a completion), T tokens.
+Legend: N rows (one a completion), T tokens, H hidden units.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +16,41 @@ from torch import nn
 from instruct_trl._upstream import score_head
 
 
+@contextmanager
+def head_in_float32(head: nn.Module) -> Iterator[None]:
+    """Within, the scalar `head` computes in float32, also under autocast and with weights in half precision.
+
+    bf16 would round it: between 4 and 8 its numbers lie 0.03 apart. The head is still called as a module, so that what
+    gathers its weights (FSDP, DeepSpeed) sees it. A head in half precision that is not one linear layer stays so, and
+    one in ZeRO-3 shards, too.
+    """
+    before = vars(head).get("forward")
+    head.forward = partial(_forward_in_float32, head, head.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def _forward_in_float32(head: nn.Module, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`forward`(hidden) with hidden (..., H)."""
+    weight: Any = getattr(head, "weight", None)
+    weight = next(head.parameters()) if weight is None else weight
+    linear = type(head) is nn.Linear or hasattr(head, "modules_to_save")  # the latter is PEFT's, around a trained head
+    with torch.autocast(hidden.device.type, enabled=False):
+        if weight.dtype == torch.float32:
+            return forward(hidden.float(), *args, **kwargs)
+        if linear and weight.is_floating_point() and not hasattr(weight, "ds_id"):
+            bias: Any = head.bias
+            return nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+        return forward(hidden.to(weight.dtype) if weight.is_floating_point() else hidden, *args, **kwargs)
+
+
 def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """What the scalar `head` gives for every token of `input_ids` (N, T): (N, T), in the model's dtype.
+    """What the scalar `head` gives for every token of `input_ids` (N, T): (N, T), in float32.
 
     The whole model is called, so that wrappers (DDP, FSDP, DeepSpeed, PEFT, autocast) see a forward; the head's output
     is picked up where it leaves the head, before transformers' pooling, which compares tokens with the pad id.
@@ -25,7 +61,8 @@ def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **i
     outputs: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        model(input_ids=input_ids, use_cache=False, **inputs)
+        with head_in_float32(head):
+            model(input_ids=input_ids, use_cache=False, **inputs)
     finally:
         hook.remove()
     if not outputs:

@@ -101,7 +101,7 @@ class ScoringRoute:
         )
         # What the network computes in shows at its head: accelerate's autocast is not visible from outside the model.
         dtypes: list[torch.dtype] = []
-        hook = self.sharing.head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+        hook = self.sharing.head.register_forward_hook(lambda module, args, output: dtypes.append(_precision(args[0])))
         was_training = model.training
         model.eval()
         try:
@@ -118,3 +118,9 @@ class ScoringRoute:
             hook.remove()
             model.train(was_training)
         self._verified = True
+
+
+def _precision(hidden: torch.Tensor) -> torch.dtype:
+    """What the network computes in where it hands over `hidden`."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

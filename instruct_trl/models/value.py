@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from instruct_trl._upstream import backbone, score_head
+from instruct_trl.models.scores import head_in_float32
 
 
 class ValueModel(nn.Module):
@@ -56,7 +57,9 @@ class ValueModel(nn.Module):
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         kwargs = {} if self.config.is_encoder_decoder else {"position_ids": positions, "use_cache": False}
         hidden = backbone(self.classifier)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        values = score_head(self.classifier)(hidden.last_hidden_state[:, -values_to_keep:]).squeeze(-1)
+        head = score_head(self.classifier)
+        with head_in_float32(head):
+            values = head(hidden.last_hidden_state[:, -values_to_keep:]).squeeze(-1)
         return values.float() + getattr(self.config, "reward_bias", 0.0)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
