@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaForCausalLM,
 )
@@ -259,3 +260,24 @@ def test_merge_writes_a_standalone_policy_and_leaves_the_base_alone(pieces, tmp_
     ids, mask = batch()
     expected = roles.policy(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(whole(input_ids=ids, attention_mask=mask).logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_bf16_would_round_away_is_merged_all_the_same(pieces, tmp_path, in_memory):
+    """An update of about a thousandth of a weight; bf16 rounds to 2⁻⁹ of it. The tokenizer lies beside it."""
+    layer = "model.layers.1.self_attn.v_proj"
+    base = AutoModelForCausalLM.from_pretrained(pieces / "base", dtype=torch.bfloat16 if in_memory else torch.float32)
+    before = base.get_submodule(layer).weight.detach().float()
+    roles = RoleAdapters(base if in_memory else pieces / "base", pieces / "sft", pieces / "rm", dtype=torch.bfloat16)
+    own = adapter_parameters(roles.model, "default")
+    for name, parameter in own.items():
+        parameter.data.normal_(std=1e-2 if "lora_A" in name else 1e-4)
+    a, b = (own[f"base_model.model.{layer}.lora_{part}.default.weight"].detach() for part in "AB")
+    update = b @ a * (8 / 4)  # PEFT's lora_alpha over r
+    assert update.abs().max() < before.abs().mean() / 256
+    whole = roles.merge(tmp_path / "whole")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(merged.get_submodule(layer).weight - before, update, atol=1e-8, rtol=1e-3)
+    assert whole.dtype == merged.dtype == torch.float32
+    saved = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    assert saved("hello").input_ids == AutoTokenizer.from_pretrained(pieces / "sft")("hello").input_ids

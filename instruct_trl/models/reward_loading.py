@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from instruct_trl._upstream import keep_4bit_trainable, score_head
@@ -86,6 +87,16 @@ def names_adapter(name: str | Path) -> bool:
         return is_adapter(name)
     try:
         return find_adapter_config_file(str(name)) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def has_tokenizer(name: str) -> bool:
+    """True for a folder, or a name on the hub, beside which a tokenizer was saved."""
+    files = ("tokenizer_config.json", "tokenizer.json")
+    flags = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    try:
+        return bool(name) and any(cached_file(name, file, **flags) is not None for file in files)
     except (OSError, ValueError):
         return False
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instruct_trl._upstream import keep_4bit_trainable
 from instruct_trl.models.adapter_folders import (
@@ -39,7 +39,7 @@ from instruct_trl.models.adapter_folders import (
     same_place,
 )
 from instruct_trl.models.adapter_switching import adapter_parameters, switched
-from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.reward_loading import check_model_path, has_tokenizer
 from instruct_trl.models.roles import ReferenceRole, RewardRole, ValueRole
 
 POLICY, SFT, REWARD, CRITIC = "default", "sft", "reward", "critic"
@@ -253,9 +253,11 @@ class RoleAdapters:
         self.value.save_pretrained(Path(folder, "value"))
 
     def merge(self, folder: str | Path) -> Any:
-        """Write the policy as a standalone model into `folder`; the shared base keeps its weights.
+        """Write the policy as a standalone model in float32 into `folder`; the shared base keeps its weights.
 
-        The base is read again, unquantised, where it came by name, and else copied, for as long as this takes.
+        The base is read again, unquantised, where it came by name, and else copied, for as long as this takes. In bf16
+        most of what an adapter adds would be rounded away. The tokenizer of the SFT adapter, or of the base, is written
+        beside it where there is one.
 
         Returns:
             the merged model, on the CPU.
@@ -265,6 +267,7 @@ class RoleAdapters:
         """
         if self._by_path:
             kwargs = {key: value for key, value in self._model_kwargs.items() if key != "device_map"}
+            kwargs["dtype"] = torch.float32
             base: nn.Module = AutoModelForCausalLM.from_pretrained(self.base_name, **kwargs)
             if getattr(base, "is_quantized", False):
                 raise ValueError(
@@ -276,10 +279,12 @@ class RoleAdapters:
         elif getattr(self.model, "is_quantized", False):
             raise ValueError("A quantised base in memory cannot be merged exactly. Make RoleAdapters from its name.")
         else:
-            merged = copy.deepcopy(self.model)
+            merged = copy.deepcopy(self.model).cpu().float()
             vars(merged.get_base_model()).pop("forward", None)  # a trainer's own, bound to this model
         standalone = merged.merge_and_unload(adapter_names=[POLICY]).cpu()
         standalone.save_pretrained(str(folder))
+        if has_tokenizer(self.tokenizer_path):
+            AutoTokenizer.from_pretrained(self.tokenizer_path).save_pretrained(str(folder))
         return standalone
 
 
