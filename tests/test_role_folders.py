@@ -10,7 +10,18 @@ from datasets import Dataset
 from huggingface_hub import constants
 from peft import AutoPeftModelForCausalLM, LoHaConfig, PeftModel, get_peft_model
 from ranking_helpers import DEMONSTRATIONS, RANKINGS, eos_as_pad, make, pairs_of
-from role_helpers import BIAS, EXACT, SIZES, batch, classifier_values, randomise, reward_lora, save_pieces, sft_lora
+from role_helpers import (
+    BIAS,
+    EXACT,
+    SIZES,
+    batch,
+    classifier_values,
+    randomise,
+    reward_lora,
+    save_pieces,
+    separate_models,
+    sft_lora,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -71,6 +82,8 @@ def test_embeddings_beside_an_adapter_must_be_the_bases_own(pieces):
     key, adapter = "base_model.model.model.embed_tokens.weight", load_file(file)
     save_file(adapter | {key: embedding.bfloat16()}, file)
     RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
+    save_file(adapter | {key: embedding}, file)  # those of a base in float32, beside one in bf16
+    RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", dtype=torch.bfloat16)
     save_file(adapter | {key: embedding.bfloat16() * 1.1}, file)
     with pytest.raises(ValueError, match="sft' carries embeddings that are not those of this base"):
         RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
@@ -83,6 +96,26 @@ def test_an_adapter_on_the_head_is_taken(tmp_path, tokenizer):
     roles = RoleAdapters(root / "base", root / "sft", root / "rm")
     expected = AutoModelForCausalLM.from_pretrained(root / "merged")(input_ids=batch()[0]).logits
     torch.testing.assert_close(roles.reference(input_ids=batch()[0]).logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("on_sft", [False, True])
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_head_or_embedding_that_sft_trained_whole_is_taken(tmp_path, tokenizer, names, on_sft):
+    """By policy and reference, and by reward and critic only where they stand on the SFT adapter."""
+    root = save_pieces(tmp_path, tokenizer, sft=sft_lora(modules_to_save=names), on_sft=on_sft)
+    roles = RoleAdapters(root / "base", root / "sft", root / "rm", reward_on_sft=on_sft)
+    ids, mask = batch()
+    roles.model.eval()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = AutoModelForCausalLM.from_pretrained(root / "merged")(**inputs).logits
+    bare = AutoModelForCausalLM.from_pretrained(root / "base")(**inputs).logits
+    assert (expected - bare).abs().max() > 0.1
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(roles.policy(**inputs).logits, expected, **close)
+    torch.testing.assert_close(roles.reference(**inputs).logits, expected, **close)
+    *_, value = separate_models(root, on_sft)
+    values = roles.value.eval()(ids, mask)[mask == 1]
+    torch.testing.assert_close(values, classifier_values(value, ids, mask)[mask == 1], **close)
 
 
 def test_a_reward_adapter_on_the_merged_sft_model_must_say_so(tmp_path, tokenizer):

@@ -118,7 +118,11 @@ def load_adapter_weights(model: Any, name: str, folder: AdapterFolder) -> None:
         ValueError: a tensor is missing, left over, or of another shape.
     """
     expected = adapter_state(model, name)
-    weights = {key: value for key, value in folder.weights.items() if not _is_embedding(model, key, value, folder.path)}
+    weights = {
+        key: value
+        for key, value in folder.weights.items()
+        if key in expected or not _is_embedding(model, key, value, folder.path)
+    }
     for key in sorted(expected.keys() | weights.keys()):
         shapes = [tuple(part[key].shape) if key in part else None for part in (weights, expected)]
         if shapes[0] != shapes[1]:
@@ -148,8 +152,11 @@ def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
         return False
     ours = weights[key].detach().cpu()
     rows = min(len(ours), len(value))
-    # The file may be coarser than the base: both are compared as the file rounds them.
-    if value.shape[1:] != ours.shape[1:] or not torch.allclose(value[:rows], ours[:rows].to(value.dtype)):
+    # File or base may be coarser than the other: they are compared as the coarser one rounds them.
+    fits = value.shape[1:] == ours.shape[1:] and any(
+        torch.allclose(value[:rows].to(dtype), ours[:rows].to(dtype)) for dtype in (value.dtype, ours.dtype)
+    )
+    if not fits:
         raise ValueError(f"The adapter {path!r} carries embeddings that are not those of this base.")
     return True
 
