@@ -279,6 +279,16 @@ def test_what_was_saved_can_be_taken_up_again(pieces, roles, tmp_path):
     torch.testing.assert_close(third.reward(*batch()), roles.value.eval()(*batch())[:, -1])
 
 
+def test_the_value_folder_says_how_this_base_was_loaded(pieces, tmp_path):
+    """Not how the reward model's was, which may have been trained in 4 bits."""
+    theirs = {"reward_bias": BIAS, "dtype": "float32", "quantization_config": {"load_in_4bit": True}, "note": "kept"}
+    (pieces / "rm" / "reward_config.json").write_text(json.dumps(theirs))
+    roles = RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", dtype=torch.bfloat16)
+    roles.save_pretrained(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "value" / "reward_config.json").read_text())
+    assert saved == {"reward_bias": BIAS, "dtype": "bfloat16", "note": "kept"}
+
+
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_merge_writes_a_standalone_policy_and_leaves_the_base_alone(pieces, tmp_path, in_memory):
     base = AutoModelForCausalLM.from_pretrained(pieces / "base") if in_memory else pieces / "base"

@@ -104,9 +104,8 @@ class ScalarRole(nn.Module):
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """Write adapter and head in PEFT's format: `load_reward_model`, or PEFT alone on the base, reads it."""
         base: Any = self._roles.model.get_base_model()
-        saved: dict[str, Any] = {"dtype": str(base.dtype).removeprefix("torch."), **self._saved}
-        saved |= {"reward_bias": self.config.reward_bias}
-        saved.pop("path", None)
+        saved = {key: value for key, value in self._saved.items() if key not in ("path", "quantization_config")}
+        saved |= {"dtype": str(base.dtype).removeprefix("torch."), "reward_bias": self.config.reward_bias}
         quantization = getattr(base.config, "quantization_config", None)
         if quantization is not None:
             saved["quantization_config"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
