@@ -19,7 +19,9 @@ from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RoleAdapters
 def main(base: str, sft: str, reward: str, prompts: str, texts: str, output: str = "one-base", **settings) -> str:
     """Train; returns the folder of a standalone policy. `settings` override fields of `PPOPtxConfig`."""
     in_4bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    roles = RoleAdapters(base, sft, reward, in_4bit if torch.cuda.is_available() else None)
+    on_gpu = torch.cuda.is_available()  # there the 4-bit base's other weights, and the KV cache, are bf16
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    roles = RoleAdapters(base, sft, reward, in_4bit if on_gpu else None, dtype=dtype)
     sizes = {
         "generation_batch_size": 64,  # episodes an iteration; the paper's 512 is the default
         "local_rollout_forward_batch_size": 8,  # answers generated at once: the KV cache is what fills a small card

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl.pipeline import dry_run, memory_plan
 from instruct_trl.pipeline import memory_arithmetic as arithmetic
@@ -296,3 +296,30 @@ def test_a_saved_adapter_is_planned_as_one_that_trains(home, task_type, checkpoi
     peft_config = dry_run.adapter_of(str(home / "saved"))
     found = trace_pass(tiny_config(), 2, 8, peft_config=peft_config, train=True, checkpointing=checkpointing)
     assert found.gradients == 4 * adapter
+
+
+@pytest.mark.parametrize("kind", ["rotated", "absolute", "adapter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_of_a_generation_under_bf16_is_that_of_a_real_one(kind, dtype):
+    """With autocast where accelerate puts it: on the forward of what was prepared."""
+    if kind == "absolute":
+        config = GPT2Config(vocab_size=258, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=256)
+        model = GPT2LMHeadModel(config).to(dtype)
+    else:
+        config = tiny_config()
+        model = LlamaForCausalLM(config).to(dtype)
+    lora = LoraConfig(r=2, target_modules=ATTENTION, task_type="CAUSAL_LM") if kind == "adapter" else None
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    ids = torch.ones(3, 5, dtype=torch.long)
+    cache = model.eval().generate(
+        input_ids=ids, attention_mask=ids, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True,
+        pad_token_id=257,
+    ).past_key_values  # fmt: skip
+    found = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    role = RoleModel("policy", ModelShape(config), Precision(dtype, autocast=True), lora)
+    assert role.kv_cache(3, 5 + 4 - 1) == found  # nothing follows the last token
+    if lora is not None:
+        without = RoleModel("policy", role.shape, Precision(dtype), lora)
+        assert memory_plan.generation_phase(role, 3, 5, 4) == memory_plan.generation_phase(without, 3, 5, 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -169,16 +169,27 @@ class RoleModel:
         return _TRACED[key]
 
     def kv_cache(self, rows: int, tokens: int) -> int:
-        """Keys and values of `rows` × `tokens` tokens, bf16 under autocast."""
-        shape = self.shape
-        width = 2 if self.precision.autocast else self.precision.weights.itemsize
+        """Keys and values of `rows` × `tokens` tokens.
+
+        Under autocast they are bf16 without RoPE alone: rotated keys stay in float32, and transformers keeps the values
+        in the dtype of the keys. Adapters sample without autocast; see `generation_phase`.
+        """
+        shape, precision = self.shape, self.precision
+        bf16 = precision.autocast and self.peft_config is None and not shape.rotates
+        width = 2 if bf16 else precision.weights.itemsize
         return arithmetic.kv_cache_bytes(
             rows, tokens, shape.layers, shape.kv_heads, shape.head_dim, width, shape.windows
         )
 
 
 def generation_phase(role: RoleModel, rows: int, prompt: int, completion: int) -> Phase:
-    """Sampling: after the prompts (their activations) or at the last token (the full cache), whichever is more."""
+    """Sampling: after the prompts (their activations) or at the last token (the full cache), whichever is more.
+
+    Adapters sample without autocast: accelerate's sits on the PeftModel's forward, and PEFT's `generate` calls the
+    model inside.
+    """
+    if role.peft_config is not None:
+        role = replace(role, precision=replace(role.precision, autocast=False))
     prefill = role.run(rows, prompt)
     sampling = arithmetic.sampling_bytes(rows, role.shape.vocabulary)
     head = _head_copy(role)

@@ -23,6 +23,7 @@ class ModelShape:
         parameters: all, tied weights once.
         matrices: number of parameters of each linear layer that bitsandbytes quantises: all but the head.
         head: parameters of the LM head's matrix (V · H), tied or not; 0 with `score`.
+        rotates: positions enter by rotating queries and keys (RoPE).
     """
 
     def __init__(self, config: Any, score: bool = False):
@@ -34,6 +35,7 @@ class ModelShape:
         heads = text.num_attention_heads
         self.kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
         self.head_dim: int = getattr(text, "head_dim", None) or self.hidden // heads
+        self.rotates = bool(getattr(text, "rope_parameters", None))
         self.context: int | None = getattr(text, "max_position_embeddings", None)
 
     @cached_property
