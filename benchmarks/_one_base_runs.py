@@ -23,15 +23,15 @@ from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import finished_summary, run_stage
 
 
-def lora(args: argparse.Namespace, rank: int) -> list[str]:
+def lora(rank: int, targets: list[str]) -> list[str]:
     """The recipes' options of an adapter."""
     options = ["--use_peft", "--lora_r", str(rank), "--lora_alpha", str(2 * rank)]
-    return [*options, "--lora_target_modules", *args.targets]
+    return [*options, "--lora_target_modules", *targets]
 
 
 def of_reward(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of the reward adapter, on which all pieces build."""
-    return {"rank": args.reward_rank, "targets": args.targets, "rate": args.reward_learning_rate}
+    return {"rank": args.reward_rank, "targets": args.reward_targets, "rate": args.reward_learning_rate}
 
 
 def prepared(args: argparse.Namespace) -> RunArguments:
@@ -59,7 +59,13 @@ def make_reward_model(args: argparse.Namespace) -> None:
         pipeline.run_recipe("sft", run, [*threads, *base], config="rl_init", stage="rl_init")
     adapter, merged = args.folder / "reward_model", args.folder / "reward_model_merged"
     options = ["--model_name_or_path", start(args), "--learning_rate", args.reward_learning_rate, *threads]
-    options += ["--output_dir", str(adapter), "--lora_task_type", "SEQ_CLS", *lora(args, args.reward_rank)]
+    options += [
+        "--output_dir",
+        str(adapter),
+        "--lora_task_type",
+        "SEQ_CLS",
+        *lora(args.reward_rank, args.reward_targets),
+    ]
 
     def body(_: str | None) -> dict[str, Any]:
         model, tokenizer = load_reward_model(adapter)
@@ -93,7 +99,7 @@ def train_one_base(args: argparse.Namespace, rate: str, seed: str) -> None:
     train(
         args,
         folder_of(args, "one_base", rate, seed),
-        [*options, "--one_base", "true", "--dtype", args.dtype, *lora(args, args.rank)],
+        [*options, "--one_base", "true", "--dtype", args.dtype, *lora(args.rank, args.targets)],
     )
 
 

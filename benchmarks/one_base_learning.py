@@ -59,12 +59,13 @@ def arguments() -> argparse.Namespace:
     add("--rank", type=int, default=16, help="of the adapters; alpha is twice that (default: 16)")
     add("--reward_rank", type=int, help="of the reward and the critic's adapter (default: as --rank)")
     add("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="LoRA's (default: attention)")
+    add("--reward_targets", nargs="+", help="of the reward and the critic's adapter (default: as --targets)")
     add("--dtype", default="bfloat16", help="of the one base; adapters are float32 (default: bfloat16)")
     add("--threads", type=int, help="torch threads of each run (default: the cores at hand)")
     add("--piece", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.threads = args.threads or len(os.sched_getaffinity(0))
-    args.reward_rank = args.reward_rank or args.rank
+    args.reward_rank, args.reward_targets = args.reward_rank or args.rank, args.reward_targets or args.targets
     args.folder = args.run_dir / "one_base_learning"
     return args
 
