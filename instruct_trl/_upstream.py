@@ -96,6 +96,7 @@ def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     in_float32 = trainer.args.cast_lm_head_to_fp32
     if in_float32:
         _cast_head_to_float32(ref_model)
+        keep_head_out_of_autocast(trainer, ref_model)
     add_fused_lm_head(ref_model, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(ref_model, trainer.accelerator)
@@ -110,6 +111,15 @@ def _cast_head_to_float32(model: Any) -> None:
     head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
     if model.config.tie_word_embeddings:  # the embedding is float32 now, too
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
+
+
+def keep_head_out_of_autocast(trainer: Any, model: Any) -> None:
+    """Under `cast_lm_head_to_fp32`: the head computes in float32 where it is called, too, as TRL's fused head does.
+
+    TRL casts input and weight, and autocast would cast them back. Called it is where there is no Triton.
+    """
+    head = model.get_output_embeddings()
+    head.forward = torch.autocast(trainer.accelerator.device.type, enabled=False)(head.forward)
 
 
 @contextmanager

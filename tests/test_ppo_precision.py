@@ -66,6 +66,27 @@ def test_a_head_in_float32_is_the_references_too(tmp_path, scorer, tokenizer, ti
     assert roll(trainer)["kl"].abs().max() > 1e-3
 
 
+def test_a_head_in_float32_is_so_under_autocast(tmp_path, policy, scorer, tokenizer):
+    """Against the float32 product of what goes in; policy and reference, rollout and loss."""
+    trainer = make(
+        tmp_path, policy, scorer, tokenizer, cast_lm_head_to_fp32=True, bf16=True, ptx_coef=0.0, total_episodes=16,
+        max_steps=1,
+    )  # fmt: skip
+    found = {"policy": [], "reference": []}
+    for model, calls in zip((policy, trainer.ref_model), found.values(), strict=True):
+
+        def check(module, args, output, calls=calls):
+            exact = torch.nn.functional.linear(args[0].detach().double(), module.weight.detach().double())
+            calls.append((output.dtype, (output.detach() - exact).abs().max().item()))
+
+        model.lm_head.register_forward_hook(check)
+    trainer.train()
+    for calls in found.values():
+        assert calls
+        assert {dtype for dtype, _ in calls} == {FLOAT}
+        assert max(gap for _, gap in calls) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("bf16", "policy_dtype", "reward_dtype", "computed"),
     [

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import tiny_config
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from ppo_helpers import PROMPTS, make
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
 from instruct_trl.trainers.ppo_ptx_setup import check_beside_roles, load_policy_tokenizer, wrap_reward_funcs
@@ -92,11 +93,22 @@ def test_how_the_policy_is_loaded_outlives_the_first_trainer(tmp_path, policy, s
 
 
 def test_vllm_on_a_shared_base_that_it_would_round_is_refused(roles):
-    args = SimpleNamespace(use_vllm=True)
+    args = SimpleNamespace(use_vllm=True, cast_lm_head_to_fp32=False)
     check_beside_roles(roles, args)
     roles.model.bfloat16()
     with pytest.raises(ValueError, match="rounds a base that is not in float32"):
         check_beside_roles(roles, args)
+
+
+def test_a_head_in_float32_is_refused_where_it_cannot_be(tmp_path, policy, scorer, tokenizer, roles):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True rewrites the head of the base"):
+        make(tmp_path, None, None, None, role_adapters=roles, cast_lm_head_to_fp32=True)
+    tied = LlamaForCausalLM(tiny_config(tie_word_embeddings=True))
+    tied.generation_config.eos_token_id = 256
+    lora = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match="does not work with adapters on a model whose head is its embedding"):
+        make(tmp_path, get_peft_model(tied, LoraConfig(**lora)), scorer, tokenizer, cast_lm_head_to_fp32=True)
+    make(tmp_path, get_peft_model(policy, LoraConfig(**lora)), scorer, tokenizer, cast_lm_head_to_fp32=True)
 
 
 def test_a_base_without_a_name_needs_its_tokenizer():

@@ -18,6 +18,7 @@ from accelerate.utils import is_peft_model
 from instruct_trl._upstream import (
     disable_dropout_in_model,
     keep_4bit_trainable,
+    keep_head_out_of_autocast,
     match_adapters_to_precision,
     prepare_reference,
 )
@@ -39,6 +40,7 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     as_upstream_must_see,
     check_beside_roles,
     check_engine_of_roles,
+    check_head_of_adapters,
     check_pretraining,
     check_whole,
     load_policy,
@@ -119,6 +121,7 @@ class PPOPtxTrainer(PPOSaving):
         value_model = resolve_value_model(value_model, reward_funcs, processing_class)
         policy = load_policy(model, args, quantization_config, peft_config)
         with_peft = peft_config is not None or is_peft_model(policy)
+        check_head_of_adapters(args, policy, with_peft)
         ref_model = resolve_reference(policy, ref_model, with_peft)
         train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
         eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
@@ -148,6 +151,8 @@ class PPOPtxTrainer(PPOSaving):
         args, roles = self.args, self.role_adapters
         check_engine(self.accelerator)
         keep_4bit_trainable(self.model)
+        if args.cast_lm_head_to_fp32:
+            keep_head_out_of_autocast(self, self.model)
         match_adapters_to_precision(self.model, args.bf16)
         if roles is not None:
             check_engine_of_roles(self.accelerator)

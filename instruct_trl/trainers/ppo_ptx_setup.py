@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
 from instruct_trl.models.reward import RewardScorer
@@ -69,14 +69,19 @@ def load_policy_tokenizer(model: Any, roles: RoleAdapters | None) -> Any:
 
 
 def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: Any) -> None:
-    """Refuse models, and configs to make them, beside `role_adapters`; and vLLM where it would wear the base down.
+    """Refuse models, and configs to make them, beside `role_adapters`; and what would change the base under them.
 
     Raises:
-        ValueError: one of `given` is not None (nor, as the policy, that of `roles`), or vLLM on a base that is not in
-            float32.
+        ValueError: one of `given` is not None (nor, as the policy, that of `roles`), vLLM on a base that is not in
+            float32, or `cast_lm_head_to_fp32`.
     """
     if roles is None:
         return
+    if args.cast_lm_head_to_fp32:
+        raise ValueError(
+            "cast_lm_head_to_fp32=True rewrites the head of the base, on which all roles of role_adapters stand. Leave "
+            "it off; for logits in float32 load the base with dtype=torch.float32, and set bf16=False."
+        )
     if args.use_vllm and (getattr(roles.model, "is_quantized", False) or roles.model.dtype != torch.float32):
         raise ValueError(
             "use_vllm merges the policy's adapter into the base and takes it out again at each iteration, which rounds "
@@ -88,6 +93,21 @@ def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: 
             f"{', '.join(beside)}= and role_adapters= are given: policy, reference and critic are those of "
             "role_adapters. Leave it out (model=None), and give configs to RoleAdapters."
         )
+
+
+def check_head_of_adapters(args: PPOPtxConfig, policy: Any, with_peft: bool) -> None:
+    """Refuse `cast_lm_head_to_fp32` where upstream fails at it: adapters on a model whose head is its embedding.
+
+    Raises:
+        ValueError: such a policy.
+    """
+    if args.cast_lm_head_to_fp32 and with_peft:
+        config = AutoConfig.from_pretrained(policy) if isinstance(policy, str) else policy.config
+        if config.tie_word_embeddings:
+            raise ValueError(
+                "cast_lm_head_to_fp32=True does not work with adapters on a model whose head is its embedding "
+                "(tie_word_embeddings): upstream does not find the embedding below them. Leave it off."
+            )
 
 
 @contextmanager
