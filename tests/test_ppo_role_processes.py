@@ -103,3 +103,5 @@ def main(root):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if torch.distributed.is_initialized():  # its threads, left running, can abort the exit of a busy machine
+        torch.distributed.destroy_process_group()

@@ -278,3 +278,5 @@ def _train_and_save(path, batch, accumulation, passes):
 
 if __name__ == "__main__":
     _train_and_save(*sys.argv[1:])
+    if torch.distributed.is_initialized():  # its threads, left running, can abort the exit of a busy machine
+        torch.distributed.destroy_process_group()

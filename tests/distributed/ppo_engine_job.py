@@ -175,3 +175,5 @@ def run_recipe(root):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    if torch.distributed.is_initialized():  # its threads, left running, can abort the exit of a busy machine
+        torch.distributed.destroy_process_group()
