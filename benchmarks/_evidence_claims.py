@@ -163,9 +163,9 @@ def _tax_and_gain(lab: Lab, seed: int) -> dict:
     return point
 
 
-def gold_a_prompt(lab: Lab, policy: Path, after: Job, seed: int, split: str = "test") -> list[float]:
-    """The labeler's mean score of `ANSWERS` answers to each prompt: one answer does not tell 5 % of a gain."""
-    scores = gold(answers(lab, policy, after, seed, split, count=ANSWERS))
+def gold_a_prompt(lab: Lab, policy: Path, after: Job, seed: int) -> list[float]:
+    """The labeler's mean score of `ANSWERS` answers to each test prompt: one answer does not tell 5 % of a gain."""
+    scores = gold(answers(lab, policy, after, seed, count=ANSWERS))
     return [statistics.fmean(scores[i : i + ANSWERS]) for i in range(0, len(scores), ANSWERS)]
 
 

@@ -9,7 +9,7 @@ from conftest import tiny_config
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from ppo_helpers import PROMPTS, make
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
 from instruct_trl.trainers.ppo_ptx_setup import check_beside_roles, load_policy_tokenizer, wrap_reward_funcs
@@ -109,6 +109,12 @@ def test_a_head_in_float32_is_refused_where_it_cannot_be(tmp_path, policy, score
     with pytest.raises(ValueError, match="does not work with adapters on a model whose head is its embedding"):
         make(tmp_path, get_peft_model(tied, LoraConfig(**lora)), scorer, tokenizer, cast_lm_head_to_fp32=True)
     make(tmp_path, get_peft_model(policy, LoraConfig(**lora)), scorer, tokenizer, cast_lm_head_to_fp32=True)
+
+
+def test_a_quantised_path_without_adapters_is_refused(tmp_path, policy, scorer, tokenizer):
+    policy.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="quantization_config needs peft_config"):
+        make(tmp_path, str(tmp_path / "policy"), scorer, tokenizer, quantization_config=BitsAndBytesConfig())
 
 
 def test_a_base_without_a_name_needs_its_tokenizer():

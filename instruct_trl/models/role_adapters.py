@@ -256,8 +256,8 @@ class RoleAdapters:
         """Write the policy as a standalone model in float32 into `folder`; the shared base keeps its weights.
 
         The base is read again, unquantised, where it came by name, and else copied, for as long as this takes. In bf16
-        most of what an adapter adds would be rounded away. The tokenizer of the SFT adapter, or of the base, is written
-        beside it where there is one.
+        the small part of what an adapter adds would be rounded away. The tokenizer of the SFT adapter, or of the base,
+        is written beside it where there is one.
 
         Returns:
             the merged model, on the CPU.

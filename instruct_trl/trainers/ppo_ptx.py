@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 
 from instruct_trl._upstream import (
     disable_dropout_in_model,
@@ -40,9 +39,9 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     as_upstream_must_see,
     check_beside_roles,
     check_engine_of_roles,
-    check_head_of_adapters,
     check_pretraining,
     check_whole,
+    has_adapters,
     load_policy,
     load_policy_tokenizer,
     resolve_reference,
@@ -120,8 +119,7 @@ class PPOPtxTrainer(PPOSaving):
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class)
         policy = load_policy(model, args, quantization_config, peft_config)
-        with_peft = peft_config is not None or is_peft_model(policy)
-        check_head_of_adapters(args, policy, with_peft)
+        with_peft = has_adapters(policy, peft_config)
         ref_model = resolve_reference(policy, ref_model, with_peft)
         train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
         eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")

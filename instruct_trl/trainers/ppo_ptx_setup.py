@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
@@ -95,13 +96,13 @@ def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: 
         )
 
 
-def check_head_of_adapters(args: PPOPtxConfig, policy: Any, with_peft: bool) -> None:
+def _check_head_of_adapters(args: PPOPtxConfig, policy: Any) -> None:
     """Refuse `cast_lm_head_to_fp32` where upstream fails at it: adapters on a model whose head is its embedding.
 
     Raises:
         ValueError: such a policy.
     """
-    if args.cast_lm_head_to_fp32 and with_peft:
+    if args.cast_lm_head_to_fp32:
         config = AutoConfig.from_pretrained(policy) if isinstance(policy, str) else policy.config
         if config.tie_word_embeddings:
             raise ValueError(
@@ -142,10 +143,24 @@ def check_engine_of_roles(accelerator: Accelerator) -> None:
         )
 
 
+def has_adapters(model: Any, peft_config: Any) -> bool:
+    """Whether the policy, a path or a model, is or will be a PEFT model."""
+    return peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+
+
 def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_config: Any) -> Any:
-    """A path becomes a float32 model here, so that the reference can be its copy; PEFT policies stay upstream's."""
-    if not isinstance(model, str) or peft_config is not None or quantization_config is not None:
+    """A path becomes a float32 model here, so that the reference can be its copy; PEFT policies stay upstream's.
+
+    Raises:
+        ValueError: the path does not exist; it is to be quantised, and no adapter is there to train; or adapters
+            beside `cast_lm_head_to_fp32` on a tied head.
+    """
+    if has_adapters(model, peft_config):
+        _check_head_of_adapters(args, model)
+    if not isinstance(model, str) or peft_config is not None:
         return model
+    if quantization_config is not None:
+        raise ValueError("quantization_config needs peft_config: quantised weights do not train, adapters on them do.")
     check_model_path(model)
     given: Any = args.model_init_kwargs or {}
     kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **given}
