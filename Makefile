@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN     = .venv/bin
 
-.PHONY: demo demo-long evidence evidence-full test test-fast test-slow check format report clean
+.PHONY: demo demo-long evidence evidence-full evidence-gpu test test-fast test-slow check format report clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ evidence: .venv/installed
 ## Every claim, hours; resumable, and what `make evidence` made is used again
 evidence-full: .venv/installed
 	$(BIN)/python benchmarks/evidence.py --jobs 2 --all
+
+## The same with SmolLM2-135M and larger sizes, for one GPU
+evidence-gpu: .venv/installed
+	$(BIN)/python benchmarks/evidence.py --all --large
 
 ## The whole test suite
 test: .venv/installed-dev

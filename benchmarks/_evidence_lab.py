@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,14 @@ QUICK = Plan(
     base_steps=3, demonstrations=40, validation=10, selection_prompts=8, test_prompts=12, reward_prompts=8,
     reward_test_prompts=4, rl_prompts=40, completions=3, answer_tokens=6, ptx_texts=40, ptx_tokens=12, sft_epochs=2,
     iterations=2, rollout=16, minibatch=8, paper_iterations=1, sweep_iterations=1, long_iterations=2,
+)  # fmt: skip
+
+# For one GPU, not tried: SmolLM2-135M at the learning rates of its demo, sizes nearer to the paper's.
+LARGE = replace(
+    Plan(), model="demo", demonstrations=1500, validation=200, reward_prompts=1000, reward_test_prompts=150,
+    completions=9, ptx_texts=30000, sft_epochs=16, sft_learning_rate=1e-4, reward_learning_rate=1e-4, shots=4,
+    iterations=60, rollout=256, minibatch=64, learning_rate=4e-5, value_learning_rate=1e-4, ptx_learning_rate=4e-5,
+    paper_iterations=20, sweep_iterations=30, long_iterations=200, bf16=True,
 )  # fmt: skip
 
 

@@ -130,13 +130,17 @@ def groups(details: Details, theme: Any) -> Any:
 
 
 def over_optimisation(details: Details, theme: Any) -> Any:
-    """Claim 7: the labeler's and the reward model's score over the run, for β = 0 and 0.02, first seed."""
+    """Claim 7: the labeler's and the reward model's score over the run, for β = 0 and 0.02; thin lines are seeds."""
     from instruct_trl.evaluation.plot_style import new_figure
 
     figure = new_figure(4.6, "Does the labeler's score turn down?")
-    for axes, (beta, rows) in zip(figure.subplots(2, 1, sharex=True), details["histories"][0].items(), strict=True):
+    for axes, beta in zip(figure.subplots(2, 1, sharex=True), details["histories"][0], strict=True):
         for key, color in (("labeler", theme.subject), ("reward_model", theme.baseline)):
-            axes.plot([row[key] for row in rows], color=color, linewidth=1.5, label=key.replace("_", " "))
+            seeds = [[row[key] for row in history[beta]] for history in details["histories"]]
+            for scores in seeds:
+                axes.plot(scores, color=color, linewidth=0.8, alpha=0.35)
+            means = [statistics.fmean(scores) for scores in zip(*seeds, strict=True)]
+            axes.plot(means, color=color, linewidth=2, label=key.replace("_", " "))
         axes.set_ylabel(f"score, β = {beta}")
         axes.grid(True)
     axes.set_xlabel("iterations")

@@ -24,7 +24,7 @@ def report(
 
     kept = add(folder / "results.json", findings, about)
     write_json(folder / "results.json", kept)
-    text = "\n\n".join([findings_table(kept), *other_settings(kept, about["plan"])])
+    text = "\n\n".join([findings_table(kept), *other_settings(kept, about["plan"]), rules()])
     print("\n" + text + "\n")
     for path in draw_all({int(number): row["details"] for number, row in kept.items()}, pictures):
         print(f"Picture: {path}")
@@ -48,6 +48,12 @@ def findings_table(kept: dict[str, dict[str, Any]]) -> str:
         command = f"`python benchmarks/evidence.py --claim {number}`"
         rows.append([f"{number}. {text.title}", text.paper, ours, seeds, command, f"**{verdict}**"])
     return table(["claim", "paper", "ours, 95 % intervals", "seeds", "command", "verdict"], rows)
+
+
+def rules() -> str:
+    """When each claim holds, as a list."""
+    lines = [f"- Claim {number}. {text.rule}" for number, text in CLAIM_TEXTS.items()]
+    return "\n".join(["The rules of the verdicts, for 95 % intervals:", "", *lines])
 
 
 def other_settings(kept: dict[str, dict[str, Any]], plan: dict[str, Any]) -> list[str]:

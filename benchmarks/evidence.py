@@ -3,6 +3,7 @@
     python benchmarks/evidence.py                    # claims 1, 2, 3, 5, 8, 9
     python benchmarks/evidence.py --claim 3          # one claim
     python benchmarks/evidence.py --all              # every claim, hours
+    python benchmarks/evidence.py --all --large      # a larger model and sizes, for one GPU
 
 Everything is made once and kept under `--folder`; run it again after an interruption and it goes on. With `--jobs 2`
 two processes work at the same time, one thread each. Prompts that judge (test) tune nothing.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import OUTPUTS, machine, quiet
-from _evidence_lab import QUICK, Lab, Plan, plan_arguments
+from _evidence_lab import LARGE, QUICK, Lab, Plan, plan_arguments
 
 HOUR = (1, 2, 3, 5, 8, 9)
 
@@ -35,17 +36,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where everything is kept (default: outputs/evidence)")
     parser.add_argument("--pictures", type=Path, help="where pictures go (default: FOLDER/pictures)")
     parser.add_argument("--write", type=Path, help="a document whose table is replaced, between its two markers")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not what comes out")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not what comes out")
+    sizes.add_argument("--large", action="store_true", help="SmolLM2-135M and larger sizes, for one GPU")
     parser.add_argument("--only_seed", type=int, help=argparse.SUPPRESS)
     plan_arguments(parser)
     args = parser.parse_args(argv)
-    args.folder = args.folder or OUTPUTS / ("evidence_quick" if args.quick else "evidence")
+    args.folder = args.folder or OUTPUTS / ("evidence" + "_quick" * args.quick + "_large" * args.large)
     return args
 
 
 def the_plan(args: argparse.Namespace) -> Plan:
     given = {item.name: getattr(args, item.name) for item in fields(Plan)}
-    return replace(QUICK if args.quick else Plan(), **{k: v for k, v in given.items() if v is not None})
+    sizes = QUICK if args.quick else LARGE if args.large else Plan()
+    return replace(sizes, **{k: v for k, v in given.items() if v is not None})
 
 
 def claims() -> dict[int, Any]:

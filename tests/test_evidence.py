@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import _evidence_lab as lab_module  # noqa: E402
 import _evidence_report as report  # noqa: E402
 import _evidence_sweeps as sweeps  # noqa: E402
 import _evidence_verdicts as verdicts  # noqa: E402
-from _evidence_lab import QUICK, Lab, Plan, job_hash  # noqa: E402
+import evidence  # noqa: E402
+from _evidence_lab import LARGE, QUICK, Lab, Plan, job_hash  # noqa: E402
 from _evidence_text import CLAIM_TEXTS  # noqa: E402
 from _evidence_verdicts import Finding, Interval  # noqa: E402
 
@@ -195,6 +197,33 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path):
 def test_every_size_of_the_plan_is_smaller_in_a_quick_run():
     sizes = [name for name in ("base_steps", "test_prompts", "iterations", "ptx_texts", "sft_epochs", "rollout")]
     assert all(getattr(QUICK, name) < getattr(Plan(), name) for name in sizes)
+
+
+def test_a_size_that_is_given_goes_before_a_named_one():
+    args = evidence.parse(["--large", "--iterations", "5"])
+    assert evidence.the_plan(args) == replace(LARGE, iterations=5)
+    assert args.folder.name == "evidence_large"
+    assert evidence.the_plan(evidence.parse([])) == Plan()
+    with pytest.raises(SystemExit):
+        evidence.parse(["--large", "--quick"])
+
+
+@pytest.mark.slow
+def test_the_larger_sizes_leave_reviews_for_every_use():
+    """Each review is used once: what is asked for is at most what there is of the length asked for."""
+    from instruct_trl.pipeline.assets import movie_reviews
+    from instruct_trl.pipeline.demo_data import SENTENCES, DemoDataArguments
+
+    limits = DemoDataArguments()
+    lengths = [len(row["text"].split(" ")) for row in movie_reviews() if row["source"] == SENTENCES]
+    usable = sum(limits.prompt_words + 4 <= length <= limits.max_words for length in lengths)
+    for plan in (Plan(), LARGE):
+        demonstrations, prompts = plan.demonstrations + plan.validation, plan.selection_prompts + plan.test_prompts
+        assert demonstrations + prompts + plan.reward_prompts + plan.reward_test_prompts + plan.rl_prompts <= usable
+
+
+def test_every_claims_rule_is_said():
+    assert [line.split(".")[0] for line in report.rules().splitlines()[2:]] == [f"- Claim {n}" for n in CLAIM_TEXTS]
 
 
 @pytest.mark.slow
