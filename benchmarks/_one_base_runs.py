@@ -96,6 +96,8 @@ def train_full(args: argparse.Namespace, rate: str, seed: str) -> None:
 def train_one_base(args: argparse.Namespace, rate: str, seed: str) -> None:
     """Four roles on one base."""
     options = [*rates(args, rate), "--seed", seed, *reward_path(args, "reward_model")]
+    if args.modules_to_save:
+        options += ["--lora_modules_to_save", *args.modules_to_save]
     train(
         args,
         folder_of(args, "one_base", rate, seed),

@@ -59,6 +59,7 @@ def arguments() -> argparse.Namespace:
     add("--rank", type=int, default=16, help="of the adapters; alpha is twice that (default: 16)")
     add("--reward_rank", type=int, help="of the reward and the critic's adapter (default: as --rank)")
     add("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="LoRA's (default: attention)")
+    add("--modules_to_save", nargs="+", default=[], help="layers of the policy that train whole, e.g. lm_head")
     add("--reward_targets", nargs="+", help="of the reward and the critic's adapter (default: as --targets)")
     add("--dtype", default="bfloat16", help="of the one base; adapters are float32 (default: bfloat16)")
     add("--threads", type=int, help="torch threads of each run (default: the cores at hand)")
@@ -106,8 +107,8 @@ def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
 
 def folder_of(args: argparse.Namespace, arm: str, rate: str, seed: int | str) -> str:
     """Name of a PPO run's folder."""
-    rank = f"_r{args.rank}_{args.dtype}" if arm == "one_base" else ""
-    return f"{arm}{rank}_{rate.replace('/', '_')}_{seed}"
+    adapter = "_".join(["", f"r{args.rank}", args.dtype, *args.modules_to_save]) if arm == "one_base" else ""
+    return f"{arm}{adapter}_{rate.replace('/', '_')}_{seed}"
 
 
 def report(
