@@ -178,7 +178,15 @@ def real_pass(config, rows, tokens, *, autocast=False, peft_config=None, checkpo
 
 @pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=ATTENTION)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        None,
+        LoraConfig(r=2, target_modules=ATTENTION),
+        LoraConfig(r=2, target_modules=ATTENTION, modules_to_save=["lm_head"]),
+    ],
+    ids=["full", "lora", "lora and head"],
+)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_pass_over_shapes_is_a_pass_over_numbers(autocast, peft_config, checkpointing, accumulates):
     config = tiny_config(hidden_size=32, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)

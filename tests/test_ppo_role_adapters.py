@@ -60,9 +60,9 @@ def assert_same_run(one, two, steps=8):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("on_sft", [False, True])
-def test_the_trajectory_is_that_of_four_separate_models(tmp_path, tokenizer, checkpointing, on_sft):
-    root = save_pieces(tmp_path, tokenizer, on_sft=on_sft)
+@pytest.mark.parametrize(("on_sft", "whole"), [(False, None), (True, None), (False, ["lm_head"])])
+def test_the_trajectory_is_that_of_four_separate_models(tmp_path, tokenizer, checkpointing, on_sft, whole):
+    root = save_pieces(tmp_path, tokenizer, on_sft=on_sft, sft=sft_lora(modules_to_save=whole))
     roles = RoleAdapters(root / "base", root / "sft", root / "rm", reward_on_sft=on_sft)
     settings = {"gradient_checkpointing": checkpointing, "ptx_coef": 1.0}
     one = make_roles(root, roles=roles, **settings)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from role_helpers import (
     BIAS,
     EXACT,
@@ -99,6 +99,42 @@ def test_policy_and_critic_may_be_larger_than_what_they_start_from(pieces):
 def test_a_policy_without_room_for_the_sft_adapter_is_refused(pieces, config):
     with pytest.raises(ValueError, match="default adapter cannot start as a copy of sft, which has rank 4"):
         RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", policy_config=sft_lora(**config))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_policy_may_train_its_head_whole_beside_an_sft_adapter_that_does_not(tmp_path, tokenizer, tied):
+    """It starts as the SFT adapter on the base's head; trained, it is what plain PEFT reads and what `merge` writes."""
+    root = save_pieces(tmp_path, tokenizer, tie_word_embeddings=tied)
+    roles = RoleAdapters(root / "base", root / "sft", root / "rm", policy_config=sft_lora(modules_to_save=["lm_head"]))
+    ids, mask = batch()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    roles.model.eval()
+    reference = roles.reference(**inputs).logits
+    torch.testing.assert_close(roles.policy(**inputs).logits, reference, **EXACT)
+    for parameter in adapter_parameters(roles.model, "default").values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    trained = roles.policy(**inputs).logits
+    assert (trained - reference).abs().max() > 0.1
+    torch.testing.assert_close(roles.reference(**inputs).logits, reference, **EXACT)
+    roles.save_pretrained(tmp_path / "out")
+    roles.merge(tmp_path / "whole")
+    saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "policy")
+    for model in (saved, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
+        torch.testing.assert_close(model.eval()(**inputs).logits, trained, **EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_that_is_trained_whole_is_float32_on_a_bf16_base(pieces, autocast):
+    config = sft_lora(modules_to_save=["lm_head"])
+    roles = RoleAdapters(pieces / "base", None, pieces / "rm", policy_config=config, dtype=torch.bfloat16)
+    assert {p.dtype for p in adapter_parameters(roles.model, "default").values()} == {torch.float32}
+    ids, mask = batch()
+    roles.model.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        policy, reference = (
+            role(input_ids=ids, attention_mask=mask).logits for role in (roles.policy, roles.reference)
+        )
+    torch.testing.assert_close(policy.to(torch.bfloat16), reference)
 
 
 def test_four_bits(tmp_path, tokenizer):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
@@ -140,6 +141,17 @@ def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, state_dict=own, adapter_name=name, save_embedding_layers=False)
 
 
+def keep_head_in_float32(model: Any, name: str) -> None:
+    """Where the adapter `name` trains the LM head whole, make its copy of a head in half precision float32.
+
+    A step of the optimizer is smaller than what bf16 tells apart, and would be rounded away.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper) and name in head.modules_to_save:
+        own = head.modules_to_save[name].float()
+        own.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype), *args[1:]))
+
+
 def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
     """True for the base's own embedding or head, which PEFT saves after a resize or below an adapter; not changed."""
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -164,7 +176,8 @@ def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
 def copy_adapter(model: Any, source: str, target: str) -> None:
     """Make the adapter `target` compute what `source` computes; it may have a higher rank and more target modules.
 
-    A's first r rows and B's first r columns are the source's, rescaled; B's other columns are 0.
+    A's first r rows and B's first r columns are the source's, rescaled; B's other columns are 0. What `target` alone
+    trains whole (`modules_to_save`) stays the base's, as PEFT made it.
 
     Raises:
         ValueError: `target` has no room: a lower rank, fewer target modules, or another kind of LoRA.
@@ -175,11 +188,13 @@ def copy_adapter(model: Any, source: str, target: str) -> None:
     if alike and {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}:
         set_peft_model_state_dict(model, theirs, adapter_name=target)
         return
-    tensors = [*theirs.items(), *ours.items()]
+    whole = [key for key in ours.keys() - theirs.keys() if "lora_" not in key]
+    tensors = [*theirs.items(), *((key, value) for key, value in ours.items() if key not in whole)]
     if any(not key.endswith(("lora_A.weight", "lora_B.weight")) or value.dim() != 2 for key, value in tensors):
         raise ValueError(
             f"The {target} adapter has another shape than {source}, from which it starts. That works for LoRA on "
-            "linear layers alone, without DoRA and modules_to_save. Leave its config out to take the same shape."
+            f"linear layers alone, without DoRA, and where {source} has no modules_to_save. Leave its config out to "
+            "take the same shape."
         )
     for layer in layers:
         if source in layer.lora_A:

@@ -33,6 +33,7 @@ from instruct_trl.models.adapter_folders import (
     check_below,
     check_lora,
     copy_adapter,
+    keep_head_in_float32,
     load_adapter_weights,
     make_head,
     read_adapter,
@@ -171,6 +172,7 @@ class RoleAdapters:
         tuner: Any = model.base_model
         tuner.set_adapter([POLICY])
         model.requires_grad_(False)
+        keep_head_in_float32(model, POLICY)
         for parameter in adapter_parameters(model, POLICY).values():
             parameter.requires_grad_(True)
         return model

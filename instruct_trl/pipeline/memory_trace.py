@@ -117,8 +117,9 @@ def trace_pass(
         accumulates: gradients of a pass before are there already and are added to.
     """
     precision = precision or Precision()
+    shapes = meta_model(config, precision.weights, peft_config, precision.adapters)
     with FakeTensorMode():
-        model = _trained_model(config, precision, peft_config, checkpointing and train)
+        model = _trained_model(shapes, checkpointing and train, adapters=peft_config is not None)
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         with LiveBytes(model.parameters()) as live:
@@ -167,8 +168,8 @@ def _fake(model: Any) -> Any:
     return model
 
 
-def _trained_model(config: Any, precision: Precision, peft_config: Any, checkpointing: bool) -> Any:
-    model = _fake(meta_model(config, precision.weights, peft_config, precision.adapters))
+def _trained_model(shapes: Any, checkpointing: bool, adapters: bool) -> Any:
+    model = _fake(shapes)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -176,7 +177,7 @@ def _trained_model(config: Any, precision: Precision, peft_config: Any, checkpoi
     if checkpointing:
         # The random state has no content here either.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        if peft_config is not None:
+        if adapters:
             model.enable_input_require_grads()
     return model
 
