@@ -23,9 +23,9 @@ from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import finished_summary, run_stage
 
 
-def lora(rank: int, targets: list[str]) -> list[str]:
+def lora(rank: int, targets: list[str], alpha: int | None = None) -> list[str]:
     """The recipes' options of an adapter."""
-    options = ["--use_peft", "--lora_r", str(rank), "--lora_alpha", str(2 * rank)]
+    options = ["--use_peft", "--lora_r", str(rank), "--lora_alpha", str(alpha or 2 * rank)]
     return [*options, "--lora_target_modules", *targets]
 
 
@@ -101,7 +101,7 @@ def train_one_base(args: argparse.Namespace, rate: str, seed: str) -> None:
     train(
         args,
         folder_of(args, "one_base", rate, seed),
-        [*options, "--one_base", "true", "--dtype", args.dtype, *lora(args.rank, args.targets)],
+        [*options, "--one_base", "true", "--dtype", args.dtype, *lora(args.rank, args.targets, args.alpha)],
     )
 
 

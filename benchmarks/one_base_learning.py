@@ -56,7 +56,8 @@ def arguments() -> argparse.Namespace:
     add("--full_learning_rates", nargs="+", default=["4e-5"], help="of the whole models (default: 4e-5, the demo's)")
     add("--learning_rates", nargs="+", default=["4e-4"], help="of the adapters (default: 4e-4)")
     add("--reward_learning_rate", default="1e-3", help="of the reward adapter (default: 1e-3)")
-    add("--rank", type=int, default=16, help="of the adapters; alpha is twice that (default: 16)")
+    add("--rank", type=int, default=16, help="of the adapters (default: 16)")
+    add("--alpha", type=int, help="of the policy's adapter (default: twice the rank, as of the others)")
     add("--reward_rank", type=int, help="of the reward and the critic's adapter (default: as --rank)")
     add("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="LoRA's (default: attention)")
     add("--modules_to_save", nargs="+", default=[], help="layers of the policy that train whole, e.g. lm_head")
@@ -107,7 +108,8 @@ def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
 
 def folder_of(args: argparse.Namespace, arm: str, rate: str, seed: int | str) -> str:
     """Name of a PPO run's folder."""
-    adapter = "_".join(["", f"r{args.rank}", args.dtype, *args.modules_to_save]) if arm == "one_base" else ""
+    name = f"_r{args.rank}_a{args.alpha}" if args.alpha else f"_r{args.rank}"
+    adapter = "_".join([name, args.dtype, *args.modules_to_save]) if arm == "one_base" else ""
     return f"{arm}{adapter}_{rate.replace('/', '_')}_{seed}"
 
 
