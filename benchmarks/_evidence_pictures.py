@@ -88,21 +88,48 @@ def tax(details: Details, theme: Any) -> Any:
 
 
 def sweeps(details: Details, theme: Any) -> Any:
-    """Claim 4: the same, means over seeds, each point named."""
+    """Claim 4: the same, means over seeds, along γ and along β; points that lie together share a name."""
     from instruct_trl.evaluation.plot_style import halo, new_figure
 
     figure = new_figure(4.6, "γ, β and the ptx ratio: gain against cost")
     axes = figure.subplots()
-    for name in details["points"][0]:
-        x, y = (statistics.fmean(swept[name][key] for swept in details["points"]) for key in ("rise", "gain"))
-        color = theme.subject if name[0] == "γ" else theme.baseline
-        axes.plot(x, y, "o" if name[0] == "γ" else "s", color=color)
-        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8.5, color=color,
-                      path_effects=halo(theme))  # fmt: skip
+    axes.margins(x=0.12, y=0.08)
+    points = {
+        name: tuple(statistics.fmean(swept[name][key] for swept in details["points"]) for key in ("rise", "gain"))
+        for name in details["points"][0]
+    }
+    for kind, color, marker, beside in (("γ", theme.subject, "o", (6, 4)), ("β", theme.baseline, "s", (7, -11))):
+        line = [name for name in points if ":" not in name and (name[0] == kind or name == "γ 0")]
+        line.sort(key=lambda name: 0.02 if name[0] != kind else float(name[2:]))  # γ 0 is β 0.02
+        axes.plot(*zip(*(points[name] for name in line), strict=True), color=color, linewidth=1, alpha=0.5)
+        own = {name: point for name, point in points.items() if name[0] == kind}
+        axes.plot(*zip(*own.values(), strict=True), marker, color=color)
+        for names in _together(own, apart=(0.06, 0.07)):
+            text = names[0] + "".join(f"; {name[2:]}" for name in names[1:])
+            text += " = β 0.02" if names[0] == "γ 0" else ""
+            axes.annotate(text, own[names[-1]], xytext=beside, textcoords="offset points", fontsize=8.5, color=color,
+                          path_effects=halo(theme))  # fmt: skip
     axes.set_xlabel("rise of the held-out pretraining loss (nats a token)")
     axes.set_ylabel("gain of the labeler's score")
     axes.grid(True)
     return figure
+
+
+def _together(points: dict[str, tuple[float, ...]], apart: tuple[float, float]) -> list[list[str]]:
+    """Names of points in groups: each within `apart` of its group's first."""
+    found: list[list[str]] = []
+    for name, point in points.items():
+        near = (
+            group
+            for group in found
+            if all(abs(a - b) < d for a, b, d in zip(point, points[group[0]], apart, strict=True))
+        )
+        group = next(near, None)
+        if group is None:
+            found.append([name])
+        else:
+            group.append(name)
+    return found
 
 
 def groups(details: Details, theme: Any) -> Any:
