@@ -151,11 +151,16 @@ def test_the_win_rate_is_against_the_reference_role(pieces, tokenizer):
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one(pieces, step):
+@pytest.mark.parametrize("trained_whole", [None, ["lm_head"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(pieces, step, trained_whole):
+    def roles():
+        config = sft_lora(modules_to_save=trained_whole)
+        return RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", policy_config=config)
+
     settings = {"save_strategy": "steps", "save_steps": 1, "ptx_coef": 1.0}
-    whole = make_roles(pieces, **settings)
+    whole = make_roles(pieces, roles=roles(), **settings)
     whole.train()
-    again = make_roles(pieces, "again", **settings)
+    again = make_roles(pieces, "again", roles=roles(), **settings)
     again.train(resume_from_checkpoint=str(pieces / "run" / f"checkpoint-{step}"))
     assert again.model.peft_config.keys() == {"default", "sft", "reward", "critic"}
     for row, other in zip(metrics(again), metrics(whole), strict=True):
@@ -164,8 +169,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pieces, step):
         assert torch.equal(weights(again)[role], expected), role
 
 
-def test_what_a_run_leaves_behind_is_read_by_plain_peft(pieces, tmp_path):
-    trainer = make_roles(pieces, ptx_coef=0.0)
+@pytest.mark.parametrize("trained_whole", [None, ["lm_head"]])
+def test_what_a_run_leaves_behind_is_read_by_plain_peft(pieces, tmp_path, trained_whole):
+    config = sft_lora(modules_to_save=trained_whole)
+    roles = RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", policy_config=config)
+    trainer = make_roles(pieces, roles=roles, ptx_coef=0.0)
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
     ids = torch.tensor([[5, 6, 7, 8]])
