@@ -4,12 +4,14 @@ import importlib
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from trl import ModelConfig
 
 from instruct_trl.pipeline import dry_run, memory_plan
 from instruct_trl.pipeline import memory_arithmetic as arithmetic
@@ -203,6 +205,24 @@ def test_what_does_not_fit_is_told_what_to_do(home, capsys):
 def test_models_that_are_too_large_by_themselves_are_sent_to_one_base(home, capsys):
     out = run(capsys, "ppo_ptx", "--model_name_or_path", "7b", "--dataset_name", "x", "--device_memory_gb", 24)
     assert "the models alone are too large. Do this: hold the four roles on one frozen base" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("one_base", "model", "advice"),
+    [
+        (False, {}, "hold the four roles on one frozen base (see recipes/ppo_ptx_qlora_16gb.yaml)"),
+        (True, {}, "load the base in 4 bits (--load_in_4bit)"),
+        (True, {"load_in_4bit": True, "lora_modules_to_save": ["lm_head"]}, "leave --lora_modules_to_save out"),
+        (None, {}, "train an adapter (--use_peft)"),
+        (None, {"use_peft": True}, "load the base in 4 bits (--load_in_4bit)"),
+        (None, {"use_peft": True, "load_in_4bit": True}, None),
+    ],
+)
+def test_the_last_resort_is_one_that_the_run_has_not_taken(one_base, model, advice):
+    run = SimpleNamespace() if one_base is None else SimpleNamespace(one_base=one_base)
+    expected = "take a smaller model" if advice is None else f"{advice}, or take a smaller model"
+    assert dry_run.last_resort(run, ModelConfig(**model)) == expected
+    assert dry_run.last_resort(run, object()) == "take a smaller model"
 
 
 def fixed(size, phase="update"):

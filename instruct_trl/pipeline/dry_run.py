@@ -21,7 +21,7 @@ from instruct_trl.pipeline.memory_plan import (
     update_phase,
 )
 from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
-from instruct_trl.pipeline.memory_report import ACCUMULATION, ROWS, Device, Settings, report, this_device
+from instruct_trl.pipeline.memory_report import ACCUMULATION, ROWS, SMALLER, Device, Settings, report, this_device
 from instruct_trl.pipeline.memory_shapes import ModelShape, read_config, without_head
 from instruct_trl.pipeline.memory_trace import Precision
 from instruct_trl.pipeline.one_base import check_one_base
@@ -65,7 +65,27 @@ def page(recipe: str, parsed: tuple) -> str:
     """The report of `dry_run`."""
     device = this_device(parsed[0].device_memory_gb)
     stage = STAGES[recipe](device, *parsed)
-    return report(stage.title, stage.make(stage.settings), stage.make, stage.settings, stage.relief, device)
+    plan, resort = stage.make(stage.settings), last_resort(*parsed)
+    return report(stage.title, plan, stage.make, stage.settings, stage.relief, device, resort)
+
+
+def last_resort(run: Any, *others: Any) -> str:
+    """What is left to do where no setting of the batches makes a run fit."""
+    from trl import ModelConfig
+
+    model = next((given for given in others if isinstance(given, ModelConfig)), None)
+    if model is None:
+        return SMALLER
+    one_base, ways = getattr(run, "one_base", None), []  # None: a recipe without four roles
+    if one_base is False:
+        ways.append("hold the four roles on one frozen base (see recipes/ppo_ptx_qlora_16gb.yaml)")
+    elif not (one_base or model.use_peft):
+        ways.append("train an adapter (--use_peft)")
+    elif not model.load_in_4bit:
+        ways.append("load the base in 4 bits (--load_in_4bit)")
+    if model.lora_modules_to_save:
+        ways.append("leave --lora_modules_to_save out")
+    return ", or ".join([*ways, SMALLER])
 
 
 def demo_config() -> Any:

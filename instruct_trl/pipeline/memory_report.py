@@ -10,10 +10,7 @@ from instruct_trl.pipeline.memory_plan import KINDS, MemoryPlan, total
 
 GB = 10**9  # as cards are sold
 CONTEXT, KEPT_FREE = GB // 2, 0.05
-ENOUGH_ONE_BASE = (
-    "hold the four roles on one frozen base (adapters, 4-bit if need be: see recipes/ppo_ptx_qlora_16gb.yaml), or take "
-    "a smaller model"
-)
+SMALLER = "take a smaller model"
 
 
 @dataclass(frozen=True)
@@ -115,9 +112,15 @@ def _lower(value: int | bool) -> int | bool:
 
 
 def report(
-    title: str, plan: MemoryPlan, make: Planner, settings: Settings, relief: Mapping[str, Sequence[str]], device: Device
+    title: str,
+    plan: MemoryPlan,
+    make: Planner,
+    settings: Settings,
+    relief: Mapping[str, Sequence[str]],
+    device: Device,
+    last_resort: str = SMALLER,
 ) -> str:
-    """The page. Its last line begins with 'fits' or 'does not fit'."""
+    """The page. Its last line begins with 'fits' or 'does not fit'; where no setting helps it gives the last resort."""
     lines = [f"Dry run of {title}: configs were read, no weights were downloaded or loaded, nothing was written.", ""]
     lines += [*table_of(plan), "", f"Always there: {gigabytes(plan.resident_size)}. Each phase adds:", *phases_of(plan)]
     lines += ["", *(f"Taken to be so: {sentence}" for sentence in plan.assumptions)]
@@ -126,24 +129,29 @@ def report(
         f"Peak {gigabytes(plan.peak)}, during {plan.peak_phase.name}. Device: {device.name}, "
         f"{gigabytes(device.memory)}; usable {gigabytes(device.usable)} ({reserve})."
     )
-    return "\n".join([*lines, verdict(plan, make, settings, relief, device)])
+    return "\n".join([*lines, verdict(plan, make, settings, relief, device, last_resort)])
 
 
 def verdict(
-    plan: MemoryPlan, make: Planner, settings: Settings, relief: Mapping[str, Sequence[str]], device: Device
+    plan: MemoryPlan,
+    make: Planner,
+    settings: Settings,
+    relief: Mapping[str, Sequence[str]],
+    device: Device,
+    last_resort: str = SMALLER,
 ) -> str:
     """'fits: ...' or 'does not fit: do this: ...'."""
     if plan.peak <= device.usable:
         return f"fits: {gigabytes(device.usable - plan.peak)} to spare"
     over = gigabytes(plan.peak - device.usable)
     if plan.resident_size >= device.usable:
-        return f"does not fit: {over} too much, and the models alone are too large. Do this: {ENOUGH_ONE_BASE}"
+        return f"does not fit: {over} too much, and the models alone are too large. Do this: {last_resort}"
     changed, better = advise(plan, make, settings, relief, device.usable)
     words = ", ".join(f"--{name} {_shown(value)}" for name, value in changed.items())
     if better.peak <= device.usable:
         return f"does not fit: {over} too much. Do this: {words}; the peak is then {gigabytes(better.peak)}"
     tried = f" (even {words} leaves {gigabytes(better.peak)})" if words else ""
-    return f"does not fit: {over} too much{tried}. Do this: {ENOUGH_ONE_BASE}"
+    return f"does not fit: {over} too much{tried}. Do this: {last_resort}"
 
 
 def _shown(value: Any) -> str:
