@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from instruct_trl import RewardScorer, RoleAdapters
-from instruct_trl._upstream import keep_4bit_trainable
+from instruct_trl._upstream import add_fused_lm_head, keep_4bit_trainable
 from instruct_trl.models.adapter_switching import adapter_parameters, adapters_are_on
 
 # Each role is the model it stands for -------------------------------------------------------------------------------
@@ -121,6 +121,30 @@ def test_a_policy_may_train_its_head_whole_beside_an_sft_adapter_that_does_not(t
     saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "policy")
     for model in (saved, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
         torch.testing.assert_close(model.eval()(**inputs).logits, trained, **EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trls_fused_head_is_the_one_of_the_role(pieces, dtype, autocast):
+    """It reads the head's weight and does not call it: the policy's trained copy, and the base's for the reference."""
+    config = sft_lora(modules_to_save=["lm_head"])
+    roles = RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm", policy_config=config, dtype=dtype)
+    for parameter in adapter_parameters(roles.model, "default").values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    add_fused_lm_head(roles.model.get_base_model())
+    roles.model.eval()
+    ids, mask = batch()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    labels = ids.masked_fill(mask == 0, -100)
+    for role in (roles.policy, roles.reference):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            fused = role(**inputs, labels=labels, fused_lm_head=True).log_probs
+            expected = role(**inputs).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scored = labels[:, 1:] != -100
+        rounded = (
+            dtype == torch.bfloat16 and not autocast
+        )  # products in bf16, where a call has float32
+        torch.testing.assert_close(fused[scored], expected[scored], atol=1e-2 if rounded else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
