@@ -141,9 +141,7 @@ def test_trls_fused_head_is_the_one_of_the_role(pieces, dtype, autocast):
             fused = role(**inputs, labels=labels, fused_lm_head=True).log_probs
             expected = role(**inputs).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         scored = labels[:, 1:] != -100
-        rounded = (
-            dtype == torch.bfloat16 and not autocast
-        )  # products in bf16, where a call has float32
+        rounded = dtype == torch.bfloat16 and not autocast  # products in bf16, where a call has float32
         torch.testing.assert_close(fused[scored], expected[scored], atol=1e-2 if rounded else 1e-5, rtol=0)
 
 
