@@ -17,7 +17,7 @@ from instruct_trl.pipeline import dry_run, memory_plan
 from instruct_trl.pipeline import memory_arithmetic as arithmetic
 from instruct_trl.pipeline.memory_plan import MemoryPlan, Phase, RoleModel, total
 from instruct_trl.pipeline.memory_ppo import LAYOUTS, PPOModels, PPOSizes, ppo_plan, ppo_roles
-from instruct_trl.pipeline.memory_report import ACCUMULATION, GB, ROWS, Device, report, this_device
+from instruct_trl.pipeline.memory_report import ACCUMULATION, GB, ROWS, Device, Stage, report, this_device
 from instruct_trl.pipeline.memory_shapes import ModelShape
 from instruct_trl.pipeline.memory_trace import Precision, trace_pass
 
@@ -233,9 +233,9 @@ def fixed(size, phase="update"):
 def test_the_verdict_leaves_room_for_the_driver():
     device = Device("a card", 20 * GB, True)  # 5 % and half a GB stay free
     assert device.usable == 18.5 * GB
-    ok = report("x", fixed(int(8.5 * GB)), fixed, {}, {}, device)
+    ok = report(Stage("x", lambda _: fixed(int(8.5 * GB)), {}, {}), device)
     assert ok.splitlines()[-1] == "fits: 0.0 MB to spare"
-    bad = report("x", fixed(int(8.5 * GB) + 1), fixed, {}, {}, device)
+    bad = report(Stage("x", lambda _: fixed(int(8.5 * GB) + 1), {}, {}), device)
     assert bad.splitlines()[-1].startswith("does not fit: ")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from instruct_trl.pipeline.memory_plan import (
     update_phase,
 )
 from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
-from instruct_trl.pipeline.memory_report import ACCUMULATION, ROWS, SMALLER, Device, Settings, report, this_device
+from instruct_trl.pipeline.memory_report import (
+    ACCUMULATION,
+    ROWS,
+    SMALLER,
+    Device,
+    Settings,
+    Stage,
+    report,
+    this_device,
+)
 from instruct_trl.pipeline.memory_shapes import ModelShape, read_config, without_head
 from instruct_trl.pipeline.memory_trace import Precision
 from instruct_trl.pipeline.one_base import check_one_base
@@ -35,16 +44,6 @@ ROLLOUT = ["local_rollout_forward_batch_size"]
 PPO_RELIEF = {name: ROLLOUT for name in ("generation", "log-probs", "reward", "values")} | {
     name: UPDATE for name in ("pretraining update", "policy update", "value update")
 }
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A recipe to be planned: how its plan follows from the settings that advice may change."""
-
-    title: str
-    make: Callable[[Settings], MemoryPlan]
-    settings: Settings
-    relief: Mapping[str, Sequence[str]]
 
 
 def dry_run(recipe: str, parsed: tuple) -> None:
@@ -65,8 +64,7 @@ def page(recipe: str, parsed: tuple) -> str:
     """The report of `dry_run`."""
     device = this_device(parsed[0].device_memory_gb)
     stage = STAGES[recipe](device, *parsed)
-    plan, resort = stage.make(stage.settings), last_resort(*parsed)
-    return report(stage.title, plan, stage.make, stage.settings, stage.relief, device, resort)
+    return report(replace(stage, last_resort=last_resort(*parsed)), device)
 
 
 def last_resort(run: Any, *others: Any) -> str:

@@ -111,17 +111,30 @@ def _lower(value: int | bool) -> int | bool:
     return True if isinstance(value, bool) else max(1, value // 2)
 
 
-def report(
-    title: str,
-    plan: MemoryPlan,
-    make: Planner,
-    settings: Settings,
-    relief: Mapping[str, Sequence[str]],
-    device: Device,
-    last_resort: str = SMALLER,
-) -> str:
-    """The page. Its last line begins with 'fits' or 'does not fit'; where no setting helps it gives the last resort."""
-    lines = [f"Dry run of {title}: configs were read, no weights were downloaded or loaded, nothing was written.", ""]
+@dataclass(frozen=True)
+class Stage:
+    """A recipe to be planned: how its plan follows from the settings that advice may change.
+
+    Attributes:
+        title: the recipe.
+        make, settings, relief: as `advise` takes them.
+        last_resort: what to do where no setting helps.
+    """
+
+    title: str
+    make: Planner
+    settings: Settings
+    relief: Mapping[str, Sequence[str]]
+    last_resort: str = SMALLER
+
+
+def report(stage: Stage, device: Device) -> str:
+    """The page. Its last line begins with 'fits' or 'does not fit'."""
+    plan = stage.make(stage.settings)
+    lines = [
+        f"Dry run of {stage.title}: configs were read, no weights were downloaded or loaded, nothing was written.",
+        "",
+    ]
     lines += [*table_of(plan), "", f"Always there: {gigabytes(plan.resident_size)}. Each phase adds:", *phases_of(plan)]
     lines += ["", *(f"Taken to be so: {sentence}" for sentence in plan.assumptions)]
     reserve = f"{gigabytes(CONTEXT)} and {KEPT_FREE:.0%} left to driver, libraries and fragmentation"
@@ -129,29 +142,22 @@ def report(
         f"Peak {gigabytes(plan.peak)}, during {plan.peak_phase.name}. Device: {device.name}, "
         f"{gigabytes(device.memory)}; usable {gigabytes(device.usable)} ({reserve})."
     )
-    return "\n".join([*lines, verdict(plan, make, settings, relief, device, last_resort)])
+    return "\n".join([*lines, verdict(plan, stage, device)])
 
 
-def verdict(
-    plan: MemoryPlan,
-    make: Planner,
-    settings: Settings,
-    relief: Mapping[str, Sequence[str]],
-    device: Device,
-    last_resort: str = SMALLER,
-) -> str:
+def verdict(plan: MemoryPlan, stage: Stage, device: Device) -> str:
     """'fits: ...' or 'does not fit: do this: ...'."""
     if plan.peak <= device.usable:
         return f"fits: {gigabytes(device.usable - plan.peak)} to spare"
     over = gigabytes(plan.peak - device.usable)
     if plan.resident_size >= device.usable:
-        return f"does not fit: {over} too much, and the models alone are too large. Do this: {last_resort}"
-    changed, better = advise(plan, make, settings, relief, device.usable)
+        return f"does not fit: {over} too much, and the models alone are too large. Do this: {stage.last_resort}"
+    changed, better = advise(plan, stage.make, stage.settings, stage.relief, device.usable)
     words = ", ".join(f"--{name} {_shown(value)}" for name, value in changed.items())
     if better.peak <= device.usable:
         return f"does not fit: {over} too much. Do this: {words}; the peak is then {gigabytes(better.peak)}"
     tried = f" (even {words} leaves {gigabytes(better.peak)})" if words else ""
-    return f"does not fit: {over} too much{tried}. Do this: {last_resort}"
+    return f"does not fit: {over} too much{tried}. Do this: {stage.last_resort}"
 
 
 def _shown(value: Any) -> str:
