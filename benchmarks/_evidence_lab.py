@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 INSTRUCTION = "Praise this film:"
+DEFAULT_SEEDS = 3
 
 
 def _size(default: Any, text: str) -> Any:

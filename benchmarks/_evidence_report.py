@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import table
+from _evidence_lab import DEFAULT_SEEDS
 from _evidence_text import CLAIM_TEXTS
 from _evidence_verdicts import Finding
 
@@ -45,7 +46,8 @@ def findings_table(kept: dict[str, dict[str, Any]]) -> str:
     for number, text in CLAIM_TEXTS.items():
         row = kept.get(str(number))
         ours, seeds, verdict = (row["measured"], row["seeds"], row["verdict"]) if row else ("", "", "not run")
-        command = f"`python benchmarks/evidence.py --claim {number}`"
+        more = f" --seeds {seeds}" if row and seeds != DEFAULT_SEEDS else ""
+        command = f"`python benchmarks/evidence.py --claim {number}{more}`"
         rows.append([f"{number}. {text.title}", text.paper, ours, seeds, command, f"**{verdict}**"])
     return table(["claim", "paper", "ours, 95 % intervals", "seeds", "command", "verdict"], rows)
 

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _evidence_claims import by_seed, gold_a_prompt
+from _evidence_claims import by_seed, gold_a_prompt, of_policy
 from _evidence_jobs import RANKED_PROMPTS, labeler, rankings, rl_init
 from _evidence_lab import Job, Lab
 from _evidence_ppo import ppo, tax
@@ -208,9 +208,10 @@ def claim_7(lab: Lab) -> Finding:
         turned, kept = turns["0.0"], turns["0.02"] is None
         verdicts.append("cannot tell" if turned is None else "holds" if turned.proxy_rose and kept else "does not")
         histories.append(rows)
-        for beta, turn in turns.items():
-            end = rows[beta][-1]["labeler"]
-            shown.append(f"β {beta}: {'no turn' if turn is None else f'turned at {turn.gold:.2f}'}, ends {end:.2f}")
+        for (beta, run), turn in zip(runs.items(), turns.values(), strict=True):
+            end, pairs = rows[str(beta)][-1]["labeler"], of_policy(lab, run, seed).summary["distinct_2"]
+            turned_at = "no turn" if turn is None else f"turned at {turn.gold:.2f}"
+            shown.append(f"β {beta}: {turned_at}, ends {end:.2f}, {100 * pairs:.1f} % of word pairs distinct")
     return Finding(
         7,
         "by seed: " + "; ".join(shown),

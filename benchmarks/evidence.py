@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import OUTPUTS, machine, quiet
-from _evidence_lab import LARGE, QUICK, Lab, Plan, plan_arguments
+from _evidence_lab import DEFAULT_SEEDS, LARGE, QUICK, Lab, Plan, plan_arguments
 
 HOUR = (1, 2, 3, 5, 8, 9)
 
@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claim", type=int, nargs="+", help="only these claims")
     parser.add_argument("--all", action="store_true", help="every claim, those that take hours too")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of every claim (default: 3)")
+    parser.add_argument("--seeds", type=int, default=DEFAULT_SEEDS, help="seeds of every claim (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at work at the same time (default: 1)")
     parser.add_argument("--folder", type=Path, help="where everything is kept (default: outputs/evidence)")
     parser.add_argument("--pictures", type=Path, help="where pictures go (default: FOLDER/pictures)")

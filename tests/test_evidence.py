@@ -14,6 +14,7 @@ from scipy import stats
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import _evidence_claims as claims  # noqa: E402
 import _evidence_lab as lab_module  # noqa: E402
 import _evidence_report as report  # noqa: E402
 import _evidence_sweeps as sweeps  # noqa: E402
@@ -162,6 +163,22 @@ def test_a_claim_that_was_not_run_says_so_and_a_later_call_keeps_the_others(tmp_
     assert lines[0].endswith("**does not** |")
     assert "two" in lines[1]
     assert all(line.endswith("**not run** |") for line in lines[2:])
+
+
+def test_the_command_of_a_claim_with_more_seeds_names_them(tmp_path):
+    found = [Finding(1, "three", "holds", 3), Finding(3, "six", "holds", 6)]
+    kept = report.add(tmp_path / "none.json", found, {"plan": {}})
+    lines = report.findings_table({str(number): row for number, row in kept.items()}).splitlines()[2:]
+    assert "--claim 1`" in lines[0]
+    assert "--claim 3 --seeds 6`" in lines[2]
+
+
+def test_the_average_of_the_papers_share_of_a_run():
+    """After the paper's 4,000 steps 0.992^4000 of the first weights is left; so it should be after ours."""
+    decay = claims.ema_of_the_papers_share(Lab(Path(), Plan(), [0]))
+    steps = Plan().iterations * Plan().rollout / Plan().minibatch
+    assert decay**steps == pytest.approx(0.992**4000, rel=0.1)  # the decay is rounded to three digits
+    assert claims.ema_of_the_papers_share(Lab(Path(), replace(Plan(), iterations=1000), [0])) == 0.992
 
 
 def test_a_claim_of_an_earlier_call_with_other_settings_says_which():
