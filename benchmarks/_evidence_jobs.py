@@ -140,7 +140,7 @@ def _sft(lab: Lab, folder: Path, seed: int, epochs: int, fraction: float, keep_e
         gradient_accumulation_steps=1,
         residual_dropout=0.0,
         pretraining_fraction=fraction,
-        max_length=max(64, lab.plan.ptx_tokens),
+        max_length=max(64, lab.plan.ptx_tokens) if fraction else 64,
         train_sampling_strategy="group_by_length",
         logging_strategy="no",
         eval_strategy="no",

@@ -54,7 +54,8 @@ class Plan:
     ptx_learning_rate: float = _size(8e-4, "of the policy at that γ")
     ptx_ratio: int = _size(1, "pretraining texts an episode (paper: 8)")
     paper_iterations: int = _size(6, "PPO iterations of the run at γ = 27.8 and 8:1; 0: none")
-    sweep_iterations: int = _size(10, "claim 4: PPO iterations of each setting")
+    sweep_iterations: int = _size(20, "claim 4: PPO iterations of each γ and β")
+    ratio_iterations: int = _size(10, "claim 4: PPO iterations of each ptx ratio")
     long_iterations: int = _size(120, "claim 7: PPO iterations")
     batch: int = _size(100, "answers generated or scored at once; moves the sampling noise, and is in no job's key")
     bf16: bool = _size(False, "bf16 autocast in training")
@@ -63,7 +64,8 @@ class Plan:
 QUICK = Plan(
     base_steps=3, demonstrations=40, validation=10, selection_prompts=8, test_prompts=12, reward_prompts=8,
     reward_test_prompts=4, rl_prompts=40, completions=3, answer_tokens=6, ptx_texts=40, ptx_tokens=12, sft_epochs=2,
-    iterations=2, rollout=16, minibatch=8, paper_iterations=1, sweep_iterations=1, long_iterations=2,
+    iterations=2, rollout=16, minibatch=8, paper_iterations=1, sweep_iterations=2, ratio_iterations=1,
+    long_iterations=2,
 )  # fmt: skip
 
 # For one GPU, not tried: SmolLM2-135M at the learning rates of its demo, sizes nearer to the paper's.
@@ -71,7 +73,7 @@ LARGE = replace(
     Plan(), model="demo", demonstrations=1500, validation=200, reward_prompts=1000, reward_test_prompts=150,
     completions=9, ptx_texts=30000, sft_epochs=16, sft_learning_rate=1e-4, reward_learning_rate=1e-4, shots=4,
     iterations=60, rollout=256, minibatch=64, learning_rate=4e-5, value_learning_rate=1e-4, ptx_learning_rate=4e-5,
-    paper_iterations=20, sweep_iterations=30, long_iterations=200, bf16=True,
+    paper_iterations=20, sweep_iterations=60, ratio_iterations=20, long_iterations=200, bf16=True,
 )  # fmt: skip
 
 

@@ -91,15 +91,16 @@ def sweeps(details: Details, theme: Any) -> Any:
     """Claim 4: the same, means over seeds, along γ and along β; points that lie together share a name."""
     from instruct_trl.evaluation.plot_style import halo, new_figure
 
-    figure = new_figure(4.6, "γ, β and the ptx ratio: gain against cost")
+    figure = new_figure(4.6, "γ and β: gain against cost")
     axes = figure.subplots()
     axes.margins(x=0.12, y=0.08)
     points = {
         name: tuple(statistics.fmean(swept[name][key] for swept in details["points"]) for key in ("rise", "gain"))
         for name in details["points"][0]
+        if name[0] in "γβ"  # the ptx ratios are runs of another length
     }
     for kind, color, marker, beside in (("γ", theme.subject, "o", (6, 4)), ("β", theme.baseline, "s", (7, -11))):
-        line = [name for name in points if ":" not in name and (name[0] == kind or name == "γ 0")]
+        line = [name for name in points if name[0] == kind or name == "γ 0"]
         line.sort(key=lambda name: 0.02 if name[0] != kind else float(name[2:]))  # γ 0 is β 0.02
         axes.plot(*zip(*(points[name] for name in line), strict=True), color=color, linewidth=1, alpha=0.5)
         own = {name: point for name, point in points.items() if name[0] == kind}

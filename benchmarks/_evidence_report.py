@@ -25,7 +25,7 @@ def report(
 
     kept = add(folder / "results.json", findings, about)
     write_json(folder / "results.json", kept)
-    text = "\n\n".join([findings_table(kept), *other_settings(kept, about["plan"]), rules()])
+    text = "\n\n".join([findings_table(kept), *other_settings(kept, about["plan"]), rules(), *samples(kept)])
     print("\n" + text + "\n")
     for path in draw_all({int(number): row["details"] for number, row in kept.items()}, pictures):
         print(f"Picture: {path}")
@@ -56,6 +56,15 @@ def rules() -> str:
     """When each claim holds, as a list."""
     lines = [f"- Claim {number}. {text.rule}" for number, text in CLAIM_TEXTS.items()]
     return "\n".join(["The rules of the verdicts, for 95 % intervals:", "", *lines])
+
+
+def samples(kept: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of claim 1's first prompts with each policy's answer, if it was run."""
+    rows = kept.get("1", {}).get("details", {}).get("samples")
+    if not rows:
+        return []
+    cells = [[" ".join(text.replace("|", "/").split()) for text in row.values()] for row in rows]
+    return ["The first test prompts and what each policy of claim 1 answers, seed 0:\n\n" + table(list(rows[0]), cells)]
 
 
 def other_settings(kept: dict[str, dict[str, Any]], plan: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SHARE_BACK, GAIN_LOST = 2 / 3, 0.05  # claim 3: of the loss's rise, and of the labeler's score
+DISTINCT_KEPT = 0.5  # claim 8: of SFT's share of distinct word pairs
 SWEEP_LOST = 0.2  # claim 4: of the labeler's score; a twentieth of a short run's cannot be told
 
 
@@ -32,8 +33,9 @@ CLAIM_TEXTS = {
     3: ClaimText(
         "PPO raises the held-out pretraining loss; PPO-ptx takes two thirds of it back at ≤ 5 % of the gain",
         "PPO regresses on public NLP sets; PPO-ptx mitigates that without losing preference (section 4.2)",
-        "Holds: PPO's loss rises and PPO-ptx takes back two thirds of that or more in every seed, and the interval of "
-        "its gain in the labeler's score minus 95 % of PPO's lies above 0. Does not: in no seed, or below 0.",
+        "Holds: PPO's loss on the base's samples rises and PPO-ptx takes back two thirds of that or more in every "
+        "seed, and the interval over seeds (t) of its gain in the labeler's score minus 95 % of PPO's lies above 0. "
+        "Does not: in no seed, or below 0.",
     ),
     4: ClaimText(
         "γ gives back what PPO costs, no β does; ptx ratio",
@@ -62,9 +64,10 @@ CLAIM_TEXTS = {
         "passes. Does not: none does, and one can tell.",
     ),
     8: ClaimText(
-        "No seed of claim 1 collapses (labeler's score below SFT's at the end)",
-        "Not in the paper; a well-known re-implementation lost 2 of 4 seeds at 1B",
-        "Holds: the interval of the difference above 0 in every seed. Does not: below 0 in some seed.",
+        "No seed of claim 1 collapses (labeler's score below SFT's at the end, or one phrase)",
+        "Not in the paper; a re-implementation at 1B is said to have lost 2 of 4 seeds",
+        "Holds: in every seed the interval of the difference lies above 0 and half of SFT's share of distinct word "
+        "pairs or more is left. Does not: in some seed the interval lies below 0, or less is left.",
     ),
     9: ClaimText(
         "EMA weights win against raw weights at the end",

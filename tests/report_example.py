@@ -69,6 +69,7 @@ def example_models(win):
             distinct_2=0.3,
             opening="a very fun",
             opening_share=0.4,
+            favourite=("very", 0.9, 0.2),
             length_correlation=-0.2,
             like_length=win_of(52, 48),
             tasks={"boolq": task(0.55, -0.05), "hellaswag": task(0.36, 0.04), "squad": task(0.2, -0.001)},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -171,6 +172,36 @@ def test_the_command_of_a_claim_with_more_seeds_names_them(tmp_path):
     lines = report.findings_table({str(number): row for number, row in kept.items()}).splitlines()[2:]
     assert "--claim 1`" in lines[0]
     assert "--claim 3 --seeds 6`" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("score", "pairs", "verdict"),
+    [(2.0, 0.7, "holds"), (2.0, 0.3, "does not"), (-1.0, 0.7, "does not"), (0.0, 0.7, "cannot tell")],
+)
+def test_a_seed_that_ends_in_one_phrase_has_collapsed_whatever_the_labeler_says(monkeypatch, score, pairs, verdict):
+    """SFT scores 0 ± 1 with 80 % of its word pairs distinct; half of that is 40 %."""
+    noise = [1.0, -1.0] * 50
+
+    def answered(shift, distinct):
+        job = SimpleNamespace(summary={"distinct_2": distinct})
+        job.read = lambda _: {"gold": [shift + value for value in noise]}
+        return job
+
+    monkeypatch.setattr(claims, "ptx_run", lambda *_: None)
+    monkeypatch.setattr(claims, "of_sft", lambda *_: answered(0.0, 0.8))
+    wide = answered(score, pairs)
+    if score == 0:
+        wide.read = lambda _: {"gold": [-value for value in noise]}
+    monkeypatch.setattr(claims, "of_policy", lambda *_: wide)
+    finding = claims.claim_8(Lab(Path(), Plan(), [0]))
+    assert finding.verdict == verdict
+    assert f"{100 * pairs:.0f} % (SFT 80 %)" in finding.measured
+
+
+def test_samples_stand_under_the_table_with_bars_and_line_ends_taken_out():
+    rows = [{"prompt": "a | b", "SFT": " one\ntwo "}]
+    assert "| a / b | one two |" in report.samples({"1": {"details": {"samples": rows}}})[0]
+    assert report.samples({}) == []
 
 
 def test_the_average_of_the_papers_share_of_a_run():

@@ -134,6 +134,7 @@ def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, 
     args = demo_data.DemoDataArguments(**sizes, **rest)
     counts = demo_data.build_demo_data(tmp_path, args)
     assert counts["pretraining_train"] == 15
+    assert counts["labeler_accuracy_prompts"] == 1.0
     assert len(trained["texts"]) == 126  # 180 reviews less 40 used above, less a tenth of the rest held out
     prompts = "".join(path.read_text() for path in tmp_path.glob("*prompts*.jsonl"))
     for text in trained["texts"]:

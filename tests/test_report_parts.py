@@ -7,7 +7,13 @@ from scipy import stats
 
 from instruct_trl.evaluation import more_plots, plots, report_parts
 from instruct_trl.evaluation.gold import best_checkpoint, turning_point
-from instruct_trl.evaluation.hacks import common_opening, duplicate_rate, like_length_win_rate, rank_correlation
+from instruct_trl.evaluation.hacks import (
+    common_opening,
+    duplicate_rate,
+    favourite_word,
+    like_length_win_rate,
+    rank_correlation,
+)
 from instruct_trl.evaluation.judges.base import Reply
 from instruct_trl.evaluation.judges.tally import judged_row, tally_pairs
 from instruct_trl.evaluation.plot_style import LIGHT
@@ -42,12 +48,21 @@ def test_duplicates_and_openings_by_counting():
     assert duplicate_rate([]) == 0.0
 
 
+def test_the_favourite_word_by_counting():
+    """ "and" is in 3 of 4 answers against 1 of 2, "fun" in 2 of 4 against none: twice in one answer counts once."""
+    texts = ["dull and fun", "Fun fun and", "and so", "so"]
+    assert favourite_word(texts, ["so and", "so dull"]) == ("fun", 0.5, 0.0)
+    assert favourite_word(["so"], ["so so", "SO"]) == ("", 0.0, 0.0)
+    assert favourite_word(["", ""], ["so"]) == ("", 0.0, 0.0)
+
+
 def test_hacks_are_named_with_their_numbers():
     text = plain(report_parts.hacks_caption(example_report()))
     assert "answers are 2.00 times as long as SFT's" in text
     assert "distinct word pairs fell from 86 % to 30 %" in text
     assert "among answers of like length it wins 52 %, not 64 %" in text
     assert "answers that begin “a very fun”: 40 %, SFT 5 %" in text
+    assert "“very” is in 90 % of the answers, SFT 20 %" in text
     same = [ModelResult("SFT", mean_length=10.0), ModelResult("PPO-ptx", win_of(60, 40), mean_length=11.0)]
     assert "None of the usual signs" in report_parts.hacks_caption(example_report(models=same))
 

@@ -20,7 +20,8 @@ class ModelResult:
     Units: scores in the judge's own unit; `kl` in `ReportData.kl_unit`; `pretraining_loss` in nats a token;
     `mean_length` in tokens; `eos_rate`, `distinct_1`, `distinct_2`, `repetition`, `duplicates` and `opening_share` from
     0 to 1. Each `_ci` is (low, high), 95 %. `like_length` is the win rate over prompts whose two answers are about
-    equally long, `length_correlation` Spearman's of labeler score and length, `opening` the most common first words.
+    equally long, `length_correlation` Spearman's of labeler score and length, `opening` the most common first words,
+    `favourite` the word that more answers hold than the baseline's, with the share of these and of the baseline's.
     `tasks` is task → the row of `benchmarks.task_table`.
     """
 
@@ -43,6 +44,7 @@ class ModelResult:
     duplicates: float | None = None
     opening: str = ""
     opening_share: float | None = None
+    favourite: tuple[str, float, float] | None = None
     length_correlation: float | None = None
     like_length: WinRate | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -158,6 +158,12 @@ HACK_ROWS: list[tuple[str, Callable[[ModelResult], str]]] = [
         "most common opening",
         lambda m: f"“{m.opening}”\n{percent(m.opening_share)}" if m.opening_share is not None else "",
     ),
+    (
+        "word that more answers have than the baseline's",
+        lambda m: (
+            f"“{m.favourite[0]}”\n{percent(m.favourite[1])}, not {percent(m.favourite[2])}" if m.favourite else ""
+        ),
+    ),
 ]
 
 
@@ -203,6 +209,9 @@ def _signs(model: ModelResult, base: ModelResult) -> list[str]:
         now, before = getattr(model, name), getattr(base, name)
         if now is not None and before is not None and now - before > 0.1:
             signs.append(f"{what}: {percent(now)}, {base.name} {percent(before)}")
+    if model.favourite and model.favourite[1] - model.favourite[2] > 0.3:
+        word, now, before = model.favourite
+        signs.append(f"“{word}” is in {percent(now)} of the answers, {base.name} {percent(before)}")
     if model.eos_rate is not None and base.eos_rate is not None and abs(model.eos_rate - base.eos_rate) > 0.25:
         signs.append(
             f"{percent(model.eos_rate)} of the answers end by themselves, {base.name} {percent(base.eos_rate)}"

@@ -50,18 +50,19 @@ def build_demo_data(folder: Path, args: DemoDataArguments, seed: int = 0) -> dic
     parts = {}
     taken: set[str] = set()
 
-    def take(name: str, pool: list[dict], count: int) -> None:
+    def take(name: str, pool: list[dict], count: int) -> list[dict]:
         rows = [r for r in pool if r["text"] not in taken][:count]
         if len(rows) < count:
             raise ValueError(f"{name}: {count} reviews asked for, only {len(rows)} left. Lower the sizes.")
         taken.update(r["text"] for r in rows)
         pairs = [split(r["text"], args.prompt_words) for r in rows]
         parts[name] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        return rows
 
     take("demonstrations_train", praise, args.n_demonstrations)
     take("demonstrations_test", praise, args.n_validation)
+    judged = take("test_prompts", usable, args.n_test_prompts)
     for name, count in (
-        ("test_prompts", args.n_test_prompts),
         ("selection_prompts", args.n_selection_prompts),
         ("reward_prompts_train", args.n_reward_prompts),
         ("reward_prompts_test", args.n_reward_test_prompts),
@@ -80,13 +81,24 @@ def build_demo_data(folder: Path, args: DemoDataArguments, seed: int = 0) -> dic
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     rest = [r for r in reviews if r["text"] not in taken]
     random.Random(seed).shuffle(rest)
-    return {name: len(rows) for name, rows in parts.items()} | _train_labeler(folder, rest)
+    return {name: len(rows) for name, rows in parts.items()} | _train_labeler(folder, rest, judged)
 
 
-def _train_labeler(folder: Path, reviews: list[dict]) -> dict:
-    """Train on all but a tenth, at most 500, of the reviews that are left; report the accuracy on that tenth."""
+def _train_labeler(folder: Path, reviews: list[dict], judged: list[dict]) -> dict:
+    """Train on all but a tenth, at most 500, of the reviews that are left; report the accuracy on reviews not seen.
+
+    `labeler_accuracy` is that on the tenth, most of them long; `labeler_accuracy_prompts` that on `judged`, the
+    one-sentence reviews that the test prompts begin.
+    """
     held_out = min(500, len(reviews) // 10)
-    texts, labels = [r["text"] for r in reviews], [r["label"] for r in reviews]
+    texts, labels = _columns(reviews)
     labeler = SentimentLabeler.train(texts[:-held_out], labels[:-held_out])
     labeler.save(folder / "labeler.joblib")
-    return {"labeler_accuracy": labeler.accuracy(texts[-held_out:], labels[-held_out:])}
+    return {
+        "labeler_accuracy": labeler.accuracy(texts[-held_out:], labels[-held_out:]),
+        "labeler_accuracy_prompts": labeler.accuracy(*_columns(judged)),
+    }
+
+
+def _columns(reviews: list[dict]) -> tuple[list[str], list[int]]:
+    return [review["text"] for review in reviews], [review["label"] for review in reviews]

@@ -91,12 +91,12 @@ def make_report(
 
 
 def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
+    from instruct_trl.evaluation import hacks
     from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
-    from instruct_trl.evaluation.hacks import common_opening, duplicate_rate, like_length_win_rate, rank_correlation
     from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
 
     row, base = models[name], models[SFT]
-    opening, opening_share = common_opening(row["completions"])
+    opening, opening_share = hacks.common_opening(row["completions"])
     label, reward = bootstrap_mean_ci(row["labeler"]), bootstrap_mean_ci(row["reward"])
     result = ModelResult(
         name,
@@ -111,17 +111,18 @@ def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelRe
         distinct_2=distinct_n(row["completions"], 2),
         repetition=repetition_rate(row["completions"]),
         distinct_1=distinct_n(row["completions"], 1),
-        duplicates=duplicate_rate(row["completions"]),
+        duplicates=hacks.duplicate_rate(row["completions"]),
         opening=opening,
         opening_share=opening_share,
-        length_correlation=rank_correlation(row["labeler"], row["lengths"]),
+        length_correlation=hacks.rank_correlation(row["labeler"], row["lengths"]),
         tasks=tasks,
     )
     if name != SFT:
         difference = bootstrap_mean_difference(row["labeler"], base["labeler"])
         result.win = win_against_sft(models, name)
         scores = (row["labeler"], base["labeler"], row["lengths"], base["lengths"])
-        result.like_length = like_length_win_rate(*scores)
+        result.like_length = hacks.like_length_win_rate(*scores)
+        result.favourite = hacks.favourite_word(row["completions"], base["completions"])
         result.labeler_difference = difference.mean
         result.labeler_difference_ci = (difference.low, difference.high)
     return result
