@@ -86,6 +86,7 @@ def side_by_side(args: argparse.Namespace, numbers: Sequence[int], argv: Sequenc
     """
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     waiting = [(number, seed) for number in numbers for seed in range(args.seeds)]
+    waiting.sort(key=lambda one: one[0] == 5 and one[1] > 0)  # they wait for the learning rates that seed 0 tries
     running: dict[tuple[int, int], subprocess.Popen] = {}
     while waiting or running:
         while waiting and len(running) < args.jobs:
