@@ -114,20 +114,25 @@ def _favourites(judged: Sequence[dict[str, Job]]) -> str:
 
 
 def claim_2(lab: Lab) -> Finding:
-    """The epoch that the reward model keeps is later than the one that the validation loss keeps, and better."""
-    by_rm, by_loss, epochs, curves = [], [], [], []
+    """The epoch that the reward model keeps is later than the one that the validation loss keeps, and better.
+
+    Its win rate against the last epoch says what choosing is worth beside training on.
+    """
+    by_rm, by_loss, last, epochs, curves = [], [], [], [], []
     for seed in lab.seeds:
         choice = selected(lab, seed)
         epochs.append((choice.summary["by_rm"], choice.summary["by_loss"]))
         curves.append(choice.summary["epochs"])
         by_rm.append(gold(of_sft(lab, seed)))
         by_loss.append(gold(of_sft(lab, seed, by="loss")))
+        last.append(gold(of_sft(lab, seed, by="last")))
     rate = pooled_win_rate(by_rm, by_loss)
     verdict = both(in_every_seed([rm > loss for rm, loss in epochs]), by_interval(rate, 0.5))
     shown = ", ".join(f"{rm:.0f} against {loss:.0f}" for rm, loss in epochs)
     return Finding(
         2,
-        f"epoch by RM against by loss: {shown}; win rate of the RM's choice {rate.percent()}",
+        f"epoch by RM against by loss: {shown}; win rate of the RM's choice {rate.percent()}, against the last epoch "
+        f"{pooled_win_rate(by_rm, last).percent()}",
         verdict,
         len(lab.seeds),
         {"epochs": epochs, "curves": curves, "rate": [rate.mean, rate.low, rate.high]},

@@ -279,5 +279,7 @@ def selected(lab: Lab, seed: int) -> Job:
 
 
 def selected_folder(lab: Lab, seed: int, by: str = "rm") -> Path:
-    """The checkpoint that the reward model ('rm') or the validation loss ('loss') keeps."""
-    return sft(lab, seed).folder / selected(lab, seed).summary[by]
+    """The checkpoint that the reward model ('rm') or the validation loss ('loss') keeps, or the 'last'."""
+    choice = selected(lab, seed).summary
+    last = Path(max(choice["epochs"], key=lambda row: row["epoch"])["folder"]).name
+    return sft(lab, seed).folder / {**choice, "last": last}[by]
