@@ -19,10 +19,8 @@ from instruct_trl.pipeline.judging import JudgeArguments
 class EvaluateArguments(RunArguments):
     """What is compared, and by whom."""
 
-    base_model: str | None = field(default=None, metadata={"help": "Default: the demo's SmolLM2."})
-    sft_model: str | None = field(
-        default=None, metadata={"help": "The baseline. Default: <run_dir>/selected_sft/model."}
-    )
+    base_model: str | None = field(default=None, metadata={"help": "Default: the demo's, on its data alone."})
+    sft_model: str | None = field(default=None, metadata={"help": "Baseline; default: <run_dir>/selected_sft/model."})
     ppo_model: str | None = field(default=None, metadata={"help": "Default: <run_dir>/ppo_ptx/policy."})
     other_models: list[str] = field(
         default_factory=list, metadata={"help": "More to compare: NAME=PATH, such as PPO=..."}
@@ -30,6 +28,7 @@ class EvaluateArguments(RunArguments):
     prefixes: list[str] = field(default_factory=list, metadata={"help": "Text put before their prompts: NAME=FILE."})
     other_runs: list[str] = field(default_factory=list, metadata={"help": "Folders of PPO runs to draw: NAME=PATH."})
     reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
+    pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Held-out texts, for a loss on them."})
     labeler: str = field(default="demo", metadata={"help": "The judge: 'demo', or 'module:function' of your own."})
     checkpoint_prompts: str | None = field(
         default=None, metadata={"help": "Score every PPO checkpoint on these prompts: 'demo', or a dataset."}

@@ -1,7 +1,8 @@
 """Step 3: PPO with a critic and pretraining gradients (Eq. 2). The main job: it first does whatever is missing.
 
 accelerate launch recipes/ppo_ptx.py                              # the demo, all stages, ending in a report
-accelerate launch recipes/ppo_ptx.py --model_name_or_path P --reward_model_path R --dataset_name prompts.jsonl
+accelerate launch recipes/ppo_ptx.py --model_name_or_path P --reward_model_path R --dataset_name prompts.jsonl \\
+    --pretraining_dataset_name texts.jsonl                        # or --ptx_coef 0, for plain PPO
 """
 
 from dataclasses import dataclass, field
@@ -39,10 +40,10 @@ def main(argv: list[str] | None = None) -> str:
 
     def body(checkpoint: str | None) -> dict:
         trainer = PPOPtxTrainer(
+            pretraining_dataset=pipeline.pretraining_texts(run, "ptx_coef") if args.ptx_coef else None,
+            train_dataset=pipeline.prompts_for(run, "rl"),
             **models_of(run, args, model, policy),
             args=args,
-            train_dataset=pipeline.prompts_for(run, "rl"),
-            pretraining_dataset=pipeline.pretraining_texts(run) if args.ptx_coef else None,
         )
         pipeline.quiet_progress(trainer, ["episodes", "score", "rewards/labeler/mean", "kl", "ptx_loss"])
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)

@@ -15,7 +15,8 @@ class SFTArguments(RunArguments):
     """Data of `recipes/sft.py`: `prompt` and `completion` columns (or TRL's other SFT formats)."""
 
     pretraining_dataset_name: str | None = field(
-        default=None, metadata={"help": "Texts for pretraining_fraction > 0. Default: the demo's passages of novels."}
+        default=None,
+        metadata={"help": "Texts for pretraining_fraction > 0 (`text`). Default, on the demo's data: its novels."},
     )
 
 
@@ -24,16 +25,16 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
     from trl import ModelConfig, get_peft_config, get_quantization_config
 
     from instruct_trl import InstructSFTConfig, InstructSFTTrainer
+    from instruct_trl.pipeline import run as pipeline
     from instruct_trl.pipeline.assets import base_model
-    from instruct_trl.pipeline.run import demo_or_own, finish_training, prepare_output, quiet_progress
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((SFTArguments, InstructSFTConfig, ModelConfig), "sft", __doc__, argv)
-    prepare_output(args, run, stage)
+    pipeline.prepare_output(args, run, stage)
 
     def body(checkpoint: str | None) -> dict:
-        train, test = demo_or_own(run, "demonstrations")
-        texts = demo_or_own(run, "pretraining", run.pretraining_dataset_name)[0] if args.pretraining_fraction else None
+        texts = pipeline.pretraining_texts(run, "pretraining_fraction") if args.pretraining_fraction else None
+        train, test = pipeline.demo_or_own(run, "demonstrations")
         trainer = InstructSFTTrainer(
             model.model_name_or_path or str(base_model()),
             args,
@@ -43,9 +44,9 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
             peft_config=get_peft_config(model),
             pretraining_dataset=texts,
         )
-        quiet_progress(trainer, ["loss", "eval_loss", "eval_rm_score"])
+        pipeline.quiet_progress(trainer, ["loss", "eval_loss", "eval_rm_score"])
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-        return finish_training(trainer, run.dataset_name)
+        return pipeline.finish_training(trainer, run.dataset_name)
 
     run_stage(Path(args.output_dir), "SFT" if stage == "sft" else "RL init", settings_of(run, args, model), body)
     return args.output_dir

@@ -15,10 +15,12 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import RewardScorer
 from instruct_trl.data.ranking import prepare_ranking_dataset
+from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.evaluation.report import write_report
 from instruct_trl.evaluation.report_data import ModelResult, load_report_data
 from instruct_trl.models.generation import Completion
 from instruct_trl.pipeline import evaluating
+from instruct_trl.pipeline.arguments import default_config
 from instruct_trl.pipeline.evaluating import evaluate_models
 from instruct_trl.pipeline.evaluation_report import make_report
 from instruct_trl.pipeline.sampling import sample_rankings
@@ -182,6 +184,51 @@ def test_a_report_copes_with_a_model_without_kl_loss_and_tasks(tmp_path):
         page = write_report(example_report(models=models), tmp_path).with_name("report.md").read_text()
         assert "| prompted base |" in page
         assert "None" not in page
+
+
+def test_texts_of_ones_own_give_the_pretraining_loss(own, tmp_path, tokenizer):
+    texts = ["so it was", "and so it is"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = replace(own, pretraining_dataset_name="texts.jsonl")
+    folder = run.folder("evaluation")
+    evaluate_models(run, folder)
+    rows = json.loads((folder / "answers.json").read_text())["models"]
+    model = LlamaForCausalLM.from_pretrained("policy")
+    assert rows["SFT"]["pretraining_loss"] == pytest.approx(mean_token_loss(model, tokenizer, texts)[0], rel=1e-5)
+    page = make_report(run, folder).with_suffix(".md").read_text()
+    assert "texts.jsonl" in page
+    evaluate_models(own, folder)
+    assert "pretraining_loss" not in json.loads((folder / "answers.json").read_text())["models"]["SFT"]
+
+
+def test_the_demos_deviations_are_not_told_of_ones_own_data(own, tmp_path):
+    evaluate_models(own, own.folder("evaluation"))
+    folder = default_config("evaluate").parent
+    own._config_folder = folder
+    assert load_of(own).deviations == []
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "deviations.yaml").write_text("- The policy is tiny.\n")
+    own._config_folder = mine
+    assert load_of(own).deviations == ["The policy is tiny."]
+
+
+def test_answers_outlive_a_labeler_that_fails(own, tmp_path):
+    (tmp_path / "failing_labeler.py").write_text(
+        "def score(prompts, completions, **_):\n    return [None if p == 'q2' else 1.0 for p in prompts]\n"
+    )
+    run = SampleArguments(
+        run_dir="run", dataset_name="text.jsonl", labeler="failing_labeler:score", model_name_or_path="policy",
+        num_completions=3, max_completion_length=4, batch_size=4, cpu_threads=1,
+    )  # fmt: skip
+    folder = run.folder("rankings")
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="'q2'.*kept without ranks in .*rankings_unranked_train.jsonl"):
+        sample_rankings(run, folder)
+    kept = [json.loads(line) for line in (folder.parent / "rankings_unranked_train.jsonl").read_text().splitlines()]
+    sample_rankings(replace(run, labeler="none"), folder)
+    unranked = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert kept == unranked
 
 
 def test_rankings_of_messages_are_messages(own, tokenizer):

@@ -23,12 +23,12 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.headers.append(dict(self.headers))
                 if outer.failures:
-                    status, extra = outer.failures.pop(0)
+                    status, extra, *body = outer.failures.pop(0)
                     self.send_response(status)
                     for name, value in extra.items():
                         self.send_header(name, value)
                     self.end_headers()
-                    self.wfile.write(b'{"error": "no such thing"}')
+                    self.wfile.write(body[0] if body else b'{"error": "no such thing"}')
                     return
                 outer.requests.append((self.path, body))
                 content = outer.reply(body["messages"][-1]["content"])
@@ -174,6 +174,15 @@ def test_transient_failures_are_tried_again_after_the_wait_that_is_asked_for(ser
     assert 0.5 <= server.slept[0] <= 1.0
     assert server.slept[1] == 7.0
     assert 2.0 <= server.slept[2] <= 4.0
+
+
+def test_gateways_and_garbage_are_tried_again(server):
+    """520 is a proxy's, 501 a server's that is starting; a reply cut in the middle is no JSON, 0xff is no text."""
+    server.reply = prefers("bright")
+    server.failures = [(520, {}), (501, {}), (200, {}, b'{"choices": ['), (200, {}, b'{"a": "\xff"}')]
+    judge = EndpointJudge(server.url, "j", workers=1)
+    assert compare_models(judge, PROMPTS, ANSWERS, "SFT")["PPO"].outcomes == [1.0, 1.0]
+    assert judge.usage.retries == 4
 
 
 def test_back_off_doubles_up_to_a_minute():

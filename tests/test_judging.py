@@ -94,6 +94,18 @@ def test_two_servers_with_one_models_name_stay_apart(run, monkeypatch):
     assert {row["judge"] for row in result["judged"]} == {"m at localhost:1", "m at localhost:2"}
 
 
+def test_two_models_of_one_server_stay_apart_and_ratings_are_kept_where_no_question_is_put(run, monkeypatch):
+    replies = {"quality": "quality: 6", "Verdict": "Verdict: A"}
+    answer = lambda chat: next(text for word, text in replies.items() if word in chat[-1]["content"])  # noqa: E731
+    monkeypatch.setattr(ChatEndpoint, "ask", lambda self, chats, desc: [answer(chat) for chat in chats])
+    url = "http://localhost:1/v1"
+    judge_answers(run, JudgeArguments(judges=[url], judge_model="m", questions=["likert"]), run.run)
+    judge_answers(run, JudgeArguments(judges=[url], judge_model="n"), run.run)
+    result = judge_answers(run, JudgeArguments(judges=[url], judge_model="m"), run.run)
+    assert [row["judge"] for row in result["judged"]] == ["m at localhost:1"] * 2 + ["n at localhost:1"] * 2
+    assert {(row["judge"], row["mean"]) for row in result["ratings"]} == {("m at localhost:1", 6.0)}
+
+
 def test_tasks_are_added_and_kept(run, monkeypatch):
     run.base_model, run.sft_model, run.ppo_model = "b", "s", "p"
     run.other_models, run.prefixes = ["prompted=b"], ["prompted=shots.txt"]  # no task is asked behind a prefix

@@ -110,6 +110,13 @@ def test_a_file_of_prompts_is_called_trained_on_only_where_it_was(tmp_path, caps
     assert "trained" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("setting", ["ptx_coef", "pretraining_fraction"])
+def test_ones_own_data_needs_texts_of_ones_own(setting):
+    run = SimpleNamespace(dataset_name="mine.jsonl", pretraining_dataset_name=None)
+    with pytest.raises(ValueError, match=f"{setting} > 0 needs --pretraining_dataset_name .* or set --{setting} 0"):
+        pipeline.pretraining_texts(run, setting)
+
+
 def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, monkeypatch):
     reviews = [
         {

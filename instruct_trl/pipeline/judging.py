@@ -68,8 +68,9 @@ def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str,
     """Ask every judge about the answers in `folder`; returns `judged`, `ratings` and `judge_notes`.
 
     What judges said in earlier runs is in `folder/judged.json` and is returned with the rest; asked again, a judge's
-    old result is replaced. Replies of an endpoint are kept in `folder/judges`, people's files are in `folder/people`.
-    Where people have not filled in theirs yet, a note says so and the rest goes on.
+    old result is replaced, its ratings only where questions are put to it again. Replies of an endpoint are kept in
+    `folder/judges`, people's files are in `folder/people`. Where people have not filled in theirs yet, a note says so
+    and the rest goes on.
 
     Raises:
         ValueError: a judge or question that is none, an endpoint without a model's name or key, a file that cannot be
@@ -82,7 +83,12 @@ def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str,
     path = folder / RESULT
     said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in settings.judges:
-        said[name] = _ask(name, run, settings, folder, questions)
+        is_endpoint = name.startswith(("http://", "https://"))  # one server may hold several judges
+        key = f"{name} {settings.judge_model}" if is_endpoint else name
+        now = _ask(name, run, settings, folder, questions)
+        if not questions:
+            now["ratings"] = said.get(key, {}).get("ratings", [])
+        said[key] = now
         write_json(path, said)
     return {part: [row for of in said.values() for row in of[part]] for part in ("judged", "ratings", "judge_notes")}
 

@@ -113,7 +113,8 @@ def rankings(run: RunArguments) -> tuple[Any, Any]:
     folder = run.run / "rankings"
     if not (folder / "train.jsonl").exists():
         raise ValueError(f"{folder} holds no rankings yet. Run recipes/sample.py first, or name a --dataset_name.")
-    return load_split(folder / "train.jsonl"), load_split(folder / "test.jsonl")
+    test = folder / "test.jsonl"  # of the demo's prompts alone: one's own make no held-out rankings
+    return load_split(folder / "train.jsonl"), load_split(test) if test.exists() else None
 
 
 def prompts_for(run: RunArguments, use: str) -> Any:
@@ -146,11 +147,32 @@ def prompts_for(run: RunArguments, use: str) -> Any:
 _HELD_OUT = "Name held-out ones: --dataset_name, or --dataset_test_split."
 
 
-def pretraining_texts(run: Any) -> Any:
-    """Texts of the γ term, with a `text` or `input_ids` column."""
+def pretraining_texts(run: Any, setting: str) -> Any:
+    """Texts of the γ term or of SFT's mix, with a `text` or `input_ids` column.
+
+    Raises:
+        ValueError: one's own data without texts of one's own; names the `setting` that asks for them.
+    """
     if run.pretraining_dataset_name is None and run.dataset_name is not None:
-        raise ValueError("ptx_coef > 0 needs --pretraining_dataset_name (a `text` column); or set --ptx_coef 0.")
+        raise ValueError(f"{setting} > 0 needs --pretraining_dataset_name (a `text` column); or set --{setting} 0.")
     return demo_or_own(run, "pretraining", run.pretraining_dataset_name)[0]
+
+
+def held_out_texts(run: Any) -> list | None:
+    """Texts for the held-out pretraining loss; None on one's own data where none are named.
+
+    Of a dataset the test split, of a file, which has one split, all of it.
+    """
+    if run.pretraining_dataset_name is None and run.dataset_name is not None:
+        return None
+    train, test = demo_or_own(run, "pretraining", run.pretraining_dataset_name)
+    if test is None and not Path(run.pretraining_dataset_name).is_file():
+        PartialState().print(
+            f"== Pretraining loss: {run.pretraining_dataset_name} has no {run.dataset_test_split!r} split. Taking "
+            f"{run.dataset_train_split!r}, which PPO-ptx may be trained on."
+        )
+    rows = train if test is None else test
+    return list(rows["text" if "text" in rows.column_names else "input_ids"])
 
 
 def load_labeler(run: RunArguments, name: str) -> Any:

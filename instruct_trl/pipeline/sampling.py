@@ -11,6 +11,7 @@ import torch
 
 from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.selection import score_answers
+from instruct_trl.models.generation import Completion
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_folder, load_labeler
 
@@ -40,8 +41,10 @@ def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
         splits = {"train": load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)}
     summary: dict[str, Any] = {}
     for offset, (part, dataset) in enumerate(splits.items()):
-        rows, empty = _rank(model, tokenizer, labeler, list(dataset["prompt"]), run, run.seed + offset, part)
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows, groups, empty = _answer(model, tokenizer, list(dataset["prompt"]), run, run.seed + offset, part)
+        if labeler is not None:
+            _rank(labeler, rows, groups, folder.with_name(f"{folder.name}_unranked_{part}.jsonl"))
+        _write(folder / f"{part}.jsonl", rows)
         answers = sum(len(row["completions"]) for row in rows)
         summary |= {f"{part} prompts": len(rows), f"{part} answers": answers, f"{part} empty answers left out": empty}
     return summary
@@ -67,19 +70,39 @@ def sample_answers(
         )
 
 
-def _rank(model: Any, tokenizer: Any, labeler: Any, prompts: list, run: Any, seed: int, part: str) -> tuple[list, int]:
-    """(rows, number of empty answers left out); a prompt with fewer than two answers left is left out with them."""
+def _answer(
+    model: Any, tokenizer: Any, prompts: list, run: Any, seed: int, part: str
+) -> tuple[list[dict], list[list[Completion]], int]:
+    """(rows, each one's answers, number of empty ones left out); a prompt with fewer than two left is left out, too."""
     count = run.num_completions
     answers = sample_answers(model, tokenizer, prompts, run, seed=seed, desc=f"sampling {part}", count=count)
-    rows, empty = [], 0
+    rows, groups, empty = [], [], 0
     for i, prompt in enumerate(prompts):
         group = [answer for answer in answers[i * count : (i + 1) * count] if answer.text.strip()]
         empty += count - len(group)
-        if len(group) < 2:
-            continue
-        completions = [as_completion(Answer(prompt, answer.text)) for answer in group]
-        row = {"prompt": prompt, "completions": completions, "truncated": [a.truncated for a in group]}
-        if labeler is not None:
-            row["ranks"] = ranks_of(score_answers(labeler, [prompt] * len(group), group, "The labeler"))
-        rows.append(row)
-    return rows, empty
+        if len(group) > 1:
+            completions = [as_completion(Answer(prompt, answer.text)) for answer in group]
+            rows.append({"prompt": prompt, "completions": completions, "truncated": [a.truncated for a in group]})
+            groups.append(group)
+    return rows, groups, empty
+
+
+def _rank(labeler: Any, rows: list[dict], groups: list[list[Completion]], kept: Path) -> None:
+    """Add `ranks` by the labeler to every row; where it fails, write the rows without them to `kept`.
+
+    Raises:
+        ValueError: the labeler failed, or did not give one finite number an answer; says where the answers are.
+    """
+    try:
+        for row, group in zip(rows, groups, strict=True):
+            row["ranks"] = ranks_of(score_answers(labeler, [row["prompt"]] * len(group), group, "The labeler"))
+    except Exception as error:
+        _write(kept, [{name: value for name, value in row.items() if name != "ranks"} for row in rows])
+        raise ValueError(
+            f"{error} The answers are kept without ranks in {kept}: add `ranks` to each row and hand the file to "
+            "recipes/reward_model.py, or mend the labeler and run this again, which samples anew."
+        ) from error
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -16,7 +16,9 @@ NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state
 def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
     """Compare the checkpoints, write the table and the picture, copy the best one to `<folder>/model`."""
     from instruct_trl import RewardScorer, select_checkpoint
+    from instruct_trl.evaluation.plot_style import require_matplotlib
 
+    require_matplotlib()
     own = run.dataset_name is not None
     prompts = prompts_for(run, "selection")
     reward_model = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)

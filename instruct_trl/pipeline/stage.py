@@ -69,13 +69,24 @@ def run_stage(
     state.wait_for_everyone()
     state.print(f"== {title}: " + (f"resuming at {checkpoint}" if checkpoint else f"starting ({folder})"), flush=True)
     begin = time.perf_counter()
-    result = body(checkpoint)
+    try:
+        result = body(checkpoint)
+    except BaseException:
+        if state.is_main_process:
+            _forget_a_start(folder)
+        raise
     seconds = time.perf_counter() - begin
     if state.is_main_process:
         write_json(folder / FINISHED, {"settings": settings, "summary": result, "seconds": round(seconds, 1)})
     state.wait_for_everyone()
     state.print(f"== {title}: done in {seconds:.0f} s. {_one_line(result)}", flush=True)
     return result
+
+
+def _forget_a_start(folder: Path) -> None:
+    """Leave no trace of a stage that failed before it wrote anything: other settings may be tried in its folder."""
+    if [path.name for path in folder.iterdir()] == [STARTED]:
+        shutil.rmtree(folder)
 
 
 def _one_line(summary: dict[str, Any]) -> str:

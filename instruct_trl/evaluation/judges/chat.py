@@ -26,7 +26,7 @@ from instruct_trl.evaluation.judges.base import digest
 
 Messages = list[dict[str, str]]
 
-TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+TRANSIENT = {408, 409, 425, 429}  # beside all from 500 on
 LONGEST_WAIT = 60.0  # seconds
 _REMEDIES = {
     400: "The server does not take this request; look at its message and at the model's name",
@@ -245,10 +245,10 @@ class ChatEndpoint:
                 with self._opener.open(request, timeout=self.timeout) as response:
                     return json.load(response)
             except HTTPError as error:
-                if error.code not in TRANSIENT:
+                if error.code not in TRANSIENT and error.code < 500:
                     raise RuntimeError(_refusal(url, error)) from None
                 problem, wait = f"HTTP {error.code}", _retry_after(error)
-            except (OSError, HTTPException, json.JSONDecodeError) as error:
+            except (OSError, HTTPException, ValueError) as error:  # a ValueError: what came is no JSON, or no text
                 problem, wait = f"{type(error).__name__}: {error}", None
             if attempt + 1 < self.attempts:
                 with self._lock:
