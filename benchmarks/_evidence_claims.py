@@ -35,7 +35,7 @@ def ptx_run(lab: Lab, seed: int, **changes: Any) -> Job:
     """PPO-ptx at the γ and the learning rate that validation prompts chose."""
     plan = lab.plan
     own = {"ptx_coef": plan.ptx_coef, "ptx_ratio": plan.ptx_ratio, "learning_rate": plan.ptx_learning_rate}
-    return ppo(lab, seed, **own, **changes)
+    return ppo(lab, seed, iterations=plan.ptx_iterations or plan.iterations, **own, **changes)
 
 
 def gold(job: Job) -> list[float]:
@@ -229,7 +229,7 @@ def claim_8(lab: Lab) -> Finding:
 
 def ema_of_the_papers_share(lab: Lab) -> float:
     """The decay whose average reaches over the same share of our run as the paper's over its 4,000 steps."""
-    steps = lab.plan.iterations * (lab.plan.rollout // lab.plan.minibatch)
+    steps = (lab.plan.ptx_iterations or lab.plan.iterations) * (lab.plan.rollout // lab.plan.minibatch)
     return round(PAPER_EMA ** (PAPER_STEPS / steps), 3)
 
 

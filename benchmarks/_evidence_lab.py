@@ -53,6 +53,7 @@ class Plan:
     ptx_coef: float = _size(0.1, "γ of PPO-ptx, the best of the sweep")
     ptx_learning_rate: float = _size(8e-4, "of the policy at that γ")
     ptx_ratio: int = _size(1, "pretraining texts an episode (paper: 8)")
+    ptx_iterations: int = _size(0, "PPO iterations of PPO-ptx; 0: as many as PPO's")
     paper_iterations: int = _size(6, "PPO iterations of the run at γ = 27.8 and 8:1; 0: none")
     sweep_iterations: int = _size(20, "claim 4: PPO iterations of each γ and β")
     ratio_iterations: int = _size(10, "claim 4: PPO iterations of each ptx ratio")
