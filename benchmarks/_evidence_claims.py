@@ -1,4 +1,4 @@
-"""The claims of `evidence.py`, each a function from jobs to a finding. What a rule says was fixed before the runs."""
+"""The claims of `evidence.py`, each a function from jobs to a finding. docs/evidence.md tells of the rules."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _favourites(judged: Sequence[dict[str, Job]]) -> str:
     shown = []
     for of_seed in judged:
         texts = (of_seed[name].read("answers.json")["answers"] for name in ("PPO-ptx", "SFT"))
-        word, now, before = favourite_word(*texts)
+        word, now, before = favourite_word(*texts) or ("", 0.0, 0.0)
         shown.append(f"“{word}” in {100 * now:.0f} % of answers, SFT {100 * before:.0f} %")
     return "Its favourite word by seed: " + "; ".join(shown)
 
@@ -118,21 +118,24 @@ def claim_2(lab: Lab) -> Finding:
 
     Its win rate against the last epoch says what choosing is worth beside training on.
     """
-    by_rm, by_loss, last, epochs, curves = [], [], [], [], []
+    by_rm, by_loss, epochs, curves = [], [], [], []
+    chosen, last = [], []  # of the seeds where these are not the same checkpoint
     for seed in lab.seeds:
         choice = selected(lab, seed)
         epochs.append((choice.summary["by_rm"], choice.summary["by_loss"]))
         curves.append(choice.summary["epochs"])
         by_rm.append(gold(of_sft(lab, seed)))
         by_loss.append(gold(of_sft(lab, seed, by="loss")))
-        last.append(gold(of_sft(lab, seed, by="last")))
+        if choice.summary["by_rm"] < choice.summary["epochs"][-1]["epoch"]:
+            chosen.append(by_rm[-1])
+            last.append(gold(of_sft(lab, seed, by="last")))
     rate = pooled_win_rate(by_rm, by_loss)
     verdict = both(in_every_seed([rm > loss for rm, loss in epochs]), by_interval(rate, 0.5))
     shown = ", ".join(f"{rm:.0f} against {loss:.0f}" for rm, loss in epochs)
     return Finding(
         2,
-        f"epoch by RM against by loss: {shown}; win rate of the RM's choice {rate.percent()}, against the last epoch "
-        f"{pooled_win_rate(by_rm, last).percent()}",
+        f"epoch by RM against by loss: {shown}; win rate of the RM's choice {rate.percent()}"
+        + (f", against the last epoch, where another, {pooled_win_rate(chosen, last).percent()}" if chosen else ""),
         verdict,
         len(lab.seeds),
         {"epochs": epochs, "curves": curves, "rate": [rate.mean, rate.low, rate.high]},
@@ -142,8 +145,8 @@ def claim_2(lab: Lab) -> Finding:
 def claim_3(lab: Lab) -> Finding:
     """What PPO costs on pretraining text, and what PPO-ptx takes back of it, at which price."""
     points = [_tax_and_gain(lab, seed) for seed in lab.seeds]
-    rises = [p["PPO"]["rise"] for p in points]
-    back = [p["back"] for p in points]
+    rises, rises_real = ([p["PPO"][key] for p in points] for key in ("rise", "rise_real"))
+    back, back_real = ([p[key] for p in points] for key in ("back", "back_real"))
     recovered = in_every_seed([rise > 0 and share >= SHARE_BACK for rise, share in zip(rises, back, strict=True)])
     gained = [p.pop("gains") for p in points]  # a number a prompt
     excess = excess_gain(*([gains[name] for gains in gained] for name in ("PPO-ptx", "PPO", "start")), 1 - GAIN_LOST)
@@ -151,17 +154,22 @@ def claim_3(lab: Lab) -> Finding:
     plain, mixed = ([p[name]["gain"] for p in points] for name in ("PPO", "PPO-ptx"))
     return Finding(
         3,
-        f"PPO: loss on the base's samples {over_seeds(rises).number()} nats up; PPO-ptx at γ = {lab.plan.ptx_coef:g} "
-        f"takes back {over_seeds(back).percent()}, by seed {by_seed(back)}. On reviews by people "
-        f"{over_seeds([p['PPO']['rise_real'] for p in points]).number()} nats up, "
-        f"{over_seeds([p['back_real'] for p in points]).percent()} back, by seed "
-        f"{by_seed([p['back_real'] for p in points])}. Gain by seed: PPO {by_seed(plain)}; PPO-ptx {by_seed(mixed)}; "
+        f"{_lengths(lab)}PPO: loss on the base's samples {over_seeds(rises).number()} nats up; PPO-ptx at "
+        f"γ = {lab.plan.ptx_coef:g} takes back {over_seeds(back).percent()}, by seed {by_seed(back)}. On reviews by "
+        f"people {over_seeds(rises_real).number()} nats up, {over_seeds(back_real).percent()} back, by seed "
+        f"{by_seed(back_real)}. Gain by seed: PPO {by_seed(plain)}; PPO-ptx {by_seed(mixed)}; "
         f"minus 95 % of PPO's {over_seeds(each).number()} over seeds, {excess.number()} for these seeds over prompts. "
         f"γ = 27.8 at 8:1: {_of_the_papers(points)}",
         both(recovered, by_interval(over_seeds(each), 0.0)),
         len(lab.seeds),
         {"points": points},
     )
+
+
+def _lengths(lab: Lab) -> str:
+    """How long each ran, where that differs."""
+    longer, plain = lab.plan.ptx_iterations, lab.plan.iterations
+    return f"PPO-ptx {longer} iterations, PPO {plain}. " if longer not in (0, plain) else ""
 
 
 def _of_the_papers(points: list[dict]) -> str:

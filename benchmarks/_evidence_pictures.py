@@ -97,7 +97,7 @@ def sweeps(details: Details, theme: Any) -> Any:
     points = {
         name: tuple(statistics.fmean(swept[name][key] for swept in details["points"]) for key in ("rise", "gain"))
         for name in details["points"][0]
-        if name[0] in "γβ"  # the ptx ratios are runs of another length
+        if name[0] in "γβ" and ":" not in name  # the ptx ratios are runs of another length
     }
     for kind, color, marker, beside in (("γ", theme.subject, "o", (6, 4)), ("β", theme.baseline, "s", (7, -11))):
         line = [name for name in points if name[0] == kind or name == "γ 0"]

@@ -1,4 +1,4 @@
-"""What each claim of `evidence.py` says, what the paper has, and the rule by which it holds, said before the runs."""
+"""What each claim of `evidence.py` says, what the paper has, and the rule by which it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a claim holds: rules that were written down before the runs, and the intervals they look at.
+"""When a claim holds: the rules, and the intervals they look at.
 
 Legend: S seeds, N prompts.
 """

@@ -142,7 +142,7 @@ def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
             **models_of(run, config, model, start(args)),
             args=config,
             train_dataset=pipeline.prompts_for(run, "rl"),
-            pretraining_dataset=pipeline.pretraining_texts(run),
+            pretraining_dataset=pipeline.pretraining_texts(run, "ptx_coef"),
         )
         peak.start()
         begin = time.perf_counter()

@@ -1,7 +1,9 @@
 """The evaluation of a user's own run, on tiny models: prompts as messages, and whose facts the report shows."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -204,8 +206,10 @@ def test_texts_of_ones_own_give_the_pretraining_loss(own, tmp_path, tokenizer):
 def test_the_demos_deviations_are_not_told_of_ones_own_data(own, tmp_path):
     evaluate_models(own, own.folder("evaluation"))
     folder = default_config("evaluate").parent
-    own._config_folder = folder
-    assert load_of(own).deviations == []
+    assert (folder / "deviations.yaml").exists()
+    for its in (folder, Path(os.path.relpath(folder)), folder.parent / "demo_long"):
+        own._config_folder = its
+        assert load_of(own).deviations == []
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "deviations.yaml").write_text("- The policy is tiny.\n")

@@ -117,6 +117,33 @@ def test_ones_own_data_needs_texts_of_ones_own(setting):
         pipeline.pretraining_texts(run, setting)
 
 
+def test_a_pretraining_loss_on_texts_that_were_trained_on_says_so(tmp_path, capsys, monkeypatch):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(3)))
+    run = RunArguments(run_dir=str(tmp_path / "run"), dataset_name="mine.jsonl", cpu_threads=1)
+    run.pretraining_dataset_name = None
+    assert pipeline.held_out_texts(run) is None
+    run.pretraining_dataset_name = str(tmp_path / "texts.jsonl")
+    assert pipeline.held_out_texts(run) == ["t0", "t1", "t2"]
+    assert capsys.readouterr().out == ""
+    folder = tmp_path / "run" / "ppo_ptx"
+    folder.mkdir(parents=True)
+    (folder / FINISHED).write_text(json.dumps({"settings": {"pretraining_dataset_name": run.pretraining_dataset_name}}))
+    monkeypatch.setattr(pipeline, "HELD_OUT_TEXTS", 2)
+    assert pipeline.held_out_texts(run) == ["t0", "t1"]
+    said = capsys.readouterr().out
+    assert "texts.jsonl holds the texts that ppo_ptx was trained on" in said
+    assert "of 3 texts the first 2" in said
+
+
+def test_rankings_of_ones_own_prompts_are_to_be_named(tmp_path):
+    """They have no held-out part, and the demo's demonstrations must not set their bias."""
+    folder = tmp_path / "rankings"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}) + "\n")
+    with pytest.raises(ValueError, match="--dataset_name .*train.jsonl, and --demonstrations_name"):
+        pipeline.rankings(RunArguments(run_dir=str(tmp_path), cpu_threads=1))
+
+
 def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, monkeypatch):
     reviews = [
         {
@@ -131,7 +158,7 @@ def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, 
 
     def train(texts, labels):
         trained["texts"] = texts
-        return type("L", (), {"save": lambda *_: None, "accuracy": lambda *_: 1.0})()
+        return type("L", (), {"save": lambda *_: None, "accuracy": lambda _, texts, labels: texts})()
 
     monkeypatch.setattr(demo_data, "movie_reviews", lambda: reviews)
     monkeypatch.setattr(demo_data, "book_passages", lambda: [f"passage {i}" for i in range(20)])
@@ -141,7 +168,8 @@ def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, 
     args = demo_data.DemoDataArguments(**sizes, **rest)
     counts = demo_data.build_demo_data(tmp_path, args)
     assert counts["pretraining_train"] == 15
-    assert counts["labeler_accuracy_prompts"] == 1.0
+    asked = [json.loads(line)["prompt"] for line in (tmp_path / "test_prompts.jsonl").read_text().splitlines()]
+    assert [" ".join(text.split()[:4]) for text in counts["labeler_accuracy_prompts"]] == asked
     assert len(trained["texts"]) == 126  # 180 reviews less 40 used above, less a tenth of the rest held out
     prompts = "".join(path.read_text() for path in tmp_path.glob("*prompts*.jsonl"))
     for text in trained["texts"]:

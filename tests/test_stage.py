@@ -60,7 +60,7 @@ def test_a_stage_that_failed_before_it_wrote_anything_takes_other_settings(tmp_p
 
     with pytest.raises(ValueError, match="no such labeler"):
         run_stage(tmp_path / "s", "SFT", {"labeler": "typo"}, mistyped)
-    assert not (tmp_path / "s").exists()
+    assert list((tmp_path / "s").iterdir()) == []
     assert run_stage(tmp_path / "s", "SFT", {"labeler": "right"}, lambda _: {"steps": 1}) == {"steps": 1}
 
 

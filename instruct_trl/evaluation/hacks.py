@@ -67,16 +67,16 @@ def duplicate_rate(texts: Sequence[str]) -> float:
     return 1 - len({" ".join(text.lower().split()) for text in texts}) / len(texts) if texts else 0.0
 
 
-def favourite_word(texts: Sequence[str], baseline: Sequence[str]) -> tuple[str, float, float]:
+def favourite_word(texts: Sequence[str], baseline: Sequence[str]) -> tuple[str, float, float] | None:
     """The word that more of the N answers hold than of the baseline's N: the word, and its share of each.
 
-    A policy that found a word its judge likes puts it into nearly every answer. ("", 0.0, 0.0) where none has gained.
+    A policy that found a word its judge likes puts it into nearly every answer. None where no word has gained.
     """
     now, before = (Counter(word for text in each for word in set(text.lower().split())) for each in (texts, baseline))
     rises = {word: count / len(texts) - before[word] / len(baseline) for word, count in now.items()}
-    word = max(rises, key=rises.__getitem__, default="")
+    word = max(rises, key=lambda word: (rises[word], word), default="")
     if not word or rises[word] <= 0:
-        return "", 0.0, 0.0
+        return None
     return word, now[word] / len(texts), before[word] / len(baseline)
 
 

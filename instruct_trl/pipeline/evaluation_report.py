@@ -91,10 +91,10 @@ def make_report(
 
 
 def _deviations(run: Any) -> list:
-    """Where the run departs from the paper, by the list beside its YAML; the demo's is not of a user's own data."""
-    path = run.config_folder / "deviations.yaml"
-    is_the_demos = run.config_folder == default_config("evaluate").parent
-    if not path.exists() or (is_the_demos and run.dataset_name is not None):
+    """Where the run departs from the paper, by the list beside its YAML; a recipe's own is not of a user's data."""
+    path = (run.config_folder / "deviations.yaml").resolve()
+    is_a_demos = path.is_relative_to(default_config("evaluate").resolve().parents[1])
+    if not path.exists() or (is_a_demos and run.dataset_name is not None):
         return []
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.stage import finished_summary, run_stage
 
+HELD_OUT_TEXTS = 2000  # whose loss is measured
 DEFAULT_OUTPUT = "trainer_output"  # transformers' name for "no output_dir given"
 
 
@@ -113,8 +114,12 @@ def rankings(run: RunArguments) -> tuple[Any, Any]:
     folder = run.run / "rankings"
     if not (folder / "train.jsonl").exists():
         raise ValueError(f"{folder} holds no rankings yet. Run recipes/sample.py first, or name a --dataset_name.")
-    test = folder / "test.jsonl"  # of the demo's prompts alone: one's own make no held-out rankings
-    return load_split(folder / "train.jsonl"), load_split(test) if test.exists() else None
+    if not (folder / "test.jsonl").exists():
+        raise ValueError(
+            f"{folder} holds rankings of your own prompts. Name them: --dataset_name {folder / 'train.jsonl'}, and "
+            "--demonstrations_name, whose scores shall average 0."
+        )
+    return load_split(folder / "train.jsonl"), load_split(folder / "test.jsonl")
 
 
 def prompts_for(run: RunArguments, use: str) -> Any:
@@ -159,19 +164,22 @@ def pretraining_texts(run: Any, setting: str) -> Any:
 
 
 def held_out_texts(run: Any) -> list | None:
-    """Texts for the held-out pretraining loss; None on one's own data where none are named.
+    """Texts for the held-out pretraining loss, at most `HELD_OUT_TEXTS`; None on one's own data where none are named.
 
-    Of a dataset the test split, of a file, which has one split, all of it.
+    Of a dataset the test split, of one that has no such split all of it. A line says so if a stage was trained on it.
     """
-    if run.pretraining_dataset_name is None and run.dataset_name is not None:
+    own = run.pretraining_dataset_name
+    if own is None and run.dataset_name is not None:
         return None
-    train, test = demo_or_own(run, "pretraining", run.pretraining_dataset_name)
-    if test is None and not Path(run.pretraining_dataset_name).is_file():
-        PartialState().print(
-            f"== Pretraining loss: {run.pretraining_dataset_name} has no {run.dataset_test_split!r} split. Taking "
-            f"{run.dataset_train_split!r}, which PPO-ptx may be trained on."
-        )
+    train, test = demo_or_own(run, "pretraining", own)
     rows = train if test is None else test
+    stages = {stage: finished_summary(run.run / stage) or {} for stage in ("sft", "rl_init", "ppo_ptx")}
+    taught = [s for s, made in stages.items() if made.get("settings", {}).get("pretraining_dataset_name") == own]
+    if own and taught and (test is None or (Path(own).expanduser() / "dataset_info.json").is_file()):
+        PartialState().print(f"== Pretraining loss: {own} holds the texts that {', '.join(taught)} was trained on.")
+    if len(rows) > HELD_OUT_TEXTS:
+        PartialState().print(f"== Pretraining loss: of {len(rows):,} texts the first {HELD_OUT_TEXTS:,}.")
+        rows = rows.select(range(HELD_OUT_TEXTS))
     return list(rows["text" if "text" in rows.column_names else "input_ids"])
 
 

@@ -40,13 +40,16 @@ def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
     else:
         splits = {"train": load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)}
     summary: dict[str, Any] = {}
+    ranked: dict[str, list[dict]] = {}  # written when all are: a labeler that fails leaves an empty folder
     for offset, (part, dataset) in enumerate(splits.items()):
         rows, groups, empty = _answer(model, tokenizer, list(dataset["prompt"]), run, run.seed + offset, part)
         if labeler is not None:
             _rank(labeler, rows, groups, folder.with_name(f"{folder.name}_unranked_{part}.jsonl"))
-        _write(folder / f"{part}.jsonl", rows)
+        ranked[part] = rows
         answers = sum(len(row["completions"]) for row in rows)
         summary |= {f"{part} prompts": len(rows), f"{part} answers": answers, f"{part} empty answers left out": empty}
+    for part, rows in ranked.items():
+        _write(folder / f"{part}.jsonl", rows)
     return summary
 
 

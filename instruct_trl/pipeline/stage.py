@@ -72,8 +72,8 @@ def run_stage(
     try:
         result = body(checkpoint)
     except BaseException:
-        if state.is_main_process:
-            _forget_a_start(folder)
+        if state.is_main_process and [path.name for path in folder.iterdir()] == [STARTED]:
+            (folder / STARTED).unlink(missing_ok=True)  # nothing was done: other settings may be tried here
         raise
     seconds = time.perf_counter() - begin
     if state.is_main_process:
@@ -81,12 +81,6 @@ def run_stage(
     state.wait_for_everyone()
     state.print(f"== {title}: done in {seconds:.0f} s. {_one_line(result)}", flush=True)
     return result
-
-
-def _forget_a_start(folder: Path) -> None:
-    """Leave no trace of a stage that failed before it wrote anything: other settings may be tried in its folder."""
-    if [path.name for path in folder.iterdir()] == [STARTED]:
-        shutil.rmtree(folder)
 
 
 def _one_line(summary: dict[str, Any]) -> str:
