@@ -209,8 +209,8 @@ def _tax_and_gain(lab: Lab, seed: int) -> dict:
 
 
 def gold_a_prompt(lab: Lab, policy: Path, after: Job, seed: int) -> list[float]:
-    """The labeler's mean score of `ANSWERS` answers to each test prompt: one answer does not tell 5 % of a gain."""
-    scores = gold(answers(lab, policy, after, seed, count=ANSWERS))
+    """The labeler's mean score of `ANSWERS` answers to each prompt: one answer does not tell 5 % of a gain."""
+    scores = gold(answers(lab, policy, after, seed, lab.plan.judged_on, count=ANSWERS))
     return [statistics.fmean(scores[i : i + ANSWERS]) for i in range(0, len(scores), ANSWERS)]
 
 

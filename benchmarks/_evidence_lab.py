@@ -58,6 +58,7 @@ class Plan:
     sweep_iterations: int = _size(20, "claim 4: PPO iterations of each γ and β")
     ratio_iterations: int = _size(10, "claim 4: PPO iterations of each ptx ratio")
     long_iterations: int = _size(120, "claim 7: PPO iterations")
+    judged_on: str = _size("test", "prompts of claims 3 and 4; 'selection' are those to tune on")
     batch: int = _size(100, "answers generated or scored at once; moves the sampling noise, and is in no job's key")
     bf16: bool = _size(False, "bf16 autocast in training")
 
