@@ -99,17 +99,21 @@ def sweeps(details: Details, theme: Any) -> Any:
         for name in details["points"][0]
         if name[0] in "γβ" and ":" not in name  # the ptx ratios are runs of another length
     }
-    for kind, color, marker, beside in (("γ", theme.subject, "o", (6, 4)), ("β", theme.baseline, "s", (7, -11))):
+    width, height = (max(values) - min(values) for values in zip(*points.values(), strict=True))
+    for kind, color, marker, below in (("γ", theme.subject, "o", 4), ("β", theme.baseline, "s", -11)):
         line = [name for name in points if name[0] == kind or name == "γ 0"]
         line.sort(key=lambda name: 0.02 if name[0] != kind else float(name[2:]))  # γ 0 is β 0.02
         axes.plot(*zip(*(points[name] for name in line), strict=True), color=color, linewidth=1, alpha=0.5)
         own = {name: point for name, point in points.items() if name[0] == kind}
         axes.plot(*zip(*own.values(), strict=True), marker, color=color)
-        for names in _together(own, apart=(0.06, 0.07)):
+        for names in _together(own, apart=(0.05 * width, 0.05 * height)):
             text = names[0] + "".join(f"; {name[2:]}" for name in names[1:])
             text += " = β 0.02" if names[0] == "γ 0" else ""
-            axes.annotate(text, own[names[-1]], xytext=beside, textcoords="offset points", fontsize=8.5, color=color,
-                          path_effects=halo(theme))  # fmt: skip
+            x, y = own[names[-1]]
+            others = (point for name, point in own.items() if name not in names)
+            crowded = any(0 < a - x < 0.12 * width and abs(b - y) < 0.12 * height for a, b in others)
+            axes.annotate(text, (x, y), xytext=(-7 if crowded else 7, below), ha="right" if crowded else "left",
+                          textcoords="offset points", fontsize=8.5, color=color, path_effects=halo(theme))  # fmt: skip
     axes.set_xlabel("rise of the held-out pretraining loss (nats a token)")
     axes.set_ylabel("gain of the labeler's score")
     axes.grid(True)
