@@ -190,7 +190,8 @@ def load_report_data(path: str | Path) -> ReportData:
 def _load_model(entry: dict[str, Any], path: Path) -> ModelResult:
     _check_keys(ModelResult, entry, path)
     values: dict[str, Any] = {
-        key: tuple(value) if key.endswith("_ci") and value else value for key, value in entry.items()
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in entry.items()  # JSON has no tuples
     }
     for name in ("win", "like_length"):
         if values.get(name):
