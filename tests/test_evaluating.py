@@ -217,16 +217,22 @@ def test_the_demos_deviations_are_not_told_of_ones_own_data(own, tmp_path):
     assert load_of(own).deviations == ["The policy is tiny."]
 
 
+def sampling_of(prompts, labeler):
+    """Settings of three answers a prompt, and the stage's empty folder."""
+    run = SampleArguments(
+        run_dir="run", dataset_name=prompts, labeler=labeler, model_name_or_path="policy", num_completions=3,
+        max_completion_length=4, batch_size=4, cpu_threads=1,
+    )  # fmt: skip
+    folder = run.folder("rankings")
+    folder.mkdir(parents=True)
+    return run, folder
+
+
 def test_answers_outlive_a_labeler_that_fails(own, tmp_path):
     (tmp_path / "failing_labeler.py").write_text(
         "def score(prompts, completions, **_):\n    return [None if p == 'q2' else 1.0 for p in prompts]\n"
     )
-    run = SampleArguments(
-        run_dir="run", dataset_name="text.jsonl", labeler="failing_labeler:score", model_name_or_path="policy",
-        num_completions=3, max_completion_length=4, batch_size=4, cpu_threads=1,
-    )  # fmt: skip
-    folder = run.folder("rankings")
-    folder.mkdir(parents=True)
+    run, folder = sampling_of("text.jsonl", "failing_labeler:score")
     with pytest.raises(ValueError, match="'q2'.*kept without ranks in .*rankings_unranked_train.jsonl"):
         sample_rankings(run, folder)
     kept = [json.loads(line) for line in (folder.parent / "rankings_unranked_train.jsonl").read_text().splitlines()]
@@ -236,12 +242,7 @@ def test_answers_outlive_a_labeler_that_fails(own, tmp_path):
 
 
 def test_rankings_of_messages_are_messages(own, tokenizer):
-    run = SampleArguments(
-        run_dir="run", dataset_name="chat.jsonl", labeler="own_labelers:score", model_name_or_path="policy",
-        num_completions=3, max_completion_length=4, batch_size=4, cpu_threads=1,
-    )  # fmt: skip
-    folder = run.folder("rankings")
-    folder.mkdir(parents=True)
+    run, folder = sampling_of("chat.jsonl", "own_labelers:score")
     sample_rankings(run, folder)
     rows = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
     for row in rows:

@@ -133,6 +133,10 @@ def test_a_pretraining_loss_on_texts_that_were_trained_on_says_so(tmp_path, caps
     said = capsys.readouterr().out
     assert "texts.jsonl holds the texts that ppo_ptx was trained on" in said
     assert "of 3 texts the first 2" in said
+    (tmp_path / "other.jsonl").write_text(json.dumps({"body": "t"}) + "\n")
+    run.pretraining_dataset_name = str(tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="other.jsonl has no column 'text' or 'input_ids'; it has 'body'"):
+        pipeline.held_out_texts(run)
 
 
 def test_rankings_of_ones_own_prompts_are_to_be_named(tmp_path):

@@ -167,12 +167,18 @@ def held_out_texts(run: Any) -> list | None:
     """Texts for the held-out pretraining loss, at most `HELD_OUT_TEXTS`; None on one's own data where none are named.
 
     Of a dataset the test split, of one that has no such split all of it. A line says so if a stage was trained on it.
+
+    Raises:
+        ValueError: it has no `text` and no `input_ids` column, or both.
     """
+    from instruct_trl.data.checks import require_columns
+
     own = run.pretraining_dataset_name
     if own is None and run.dataset_name is not None:
         return None
     train, test = demo_or_own(run, "pretraining", own)
     rows = train if test is None else test
+    require_columns(rows, [("text", "input_ids")], f"--pretraining_dataset_name {own}")
     stages = {stage: finished_summary(run.run / stage) or {} for stage in ("sft", "rl_init", "ppo_ptx")}
     taught = [s for s, made in stages.items() if made.get("settings", {}).get("pretraining_dataset_name") == own]
     if own and taught and (test is None or (Path(own).expanduser() / "dataset_info.json").is_file()):

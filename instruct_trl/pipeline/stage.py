@@ -72,7 +72,7 @@ def run_stage(
     try:
         result = body(checkpoint)
     except BaseException:
-        if state.is_main_process and [path.name for path in folder.iterdir()] == [STARTED]:
+        if state.is_main_process and [path.name for path in folder.glob("*")] == [STARTED]:
             (folder / STARTED).unlink(missing_ok=True)  # nothing was done: other settings may be tried here
         raise
     seconds = time.perf_counter() - begin
