@@ -1,6 +1,9 @@
 """A (prompt, completion) pair as tokens: one way, shared by training, scoring and RL.
 
-Legend: N rows (one a completion), T tokens.
+A reward model reads what a policy reads and draws: the prompt up to where the answer begins, the answer as it is, and
+what ends an answer. A chat template that drops or adds words in an answer does not get to do so here.
+
+Legend: N rows (one per completion), T tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 
 Text = str | list[dict[str, Any]]  # plain text, or TRL's conversational messages
+
+_PROBE = "some answer to be found again"
 
 
 def end_of_text(text: str, eos_token: str, truncated: bool = False) -> str:
@@ -26,33 +31,195 @@ def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"tools": tools} if tools else {}), **(example.get("chat_template_kwargs") or {})}
 
 
+def drop_own_bos(tokenizer: Any, text: str) -> str:
+    """`text` less the BOS token that it begins with, as a rendered chat may, where the tokenizer adds one itself."""
+    bos = tokenizer.bos_token
+    if not bos or not text.startswith(bos) or text.startswith(2 * bos):
+        return text
+    doubled = list(tokenizer(text=text)["input_ids"][:2]) == 2 * [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if doubled else text
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer adds, and never a second BOS."""
+    return list(tokenizer(text=drop_own_bos(tokenizer, text))["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, prompt: Text, **kwargs: Any) -> list[int]:
+    """Token ids of a prompt up to where the answer begins, as the policy reads it; `kwargs` go to the chat template.
+
+    Raises:
+        ValueError: the prompt ends in an assistant message that the chat template cannot leave open.
+    """
+    if isinstance(prompt, str):
+        return encode_text(tokenizer, prompt)
+    return _encode_rendered(tokenizer, _opening(tokenizer, prompt, kwargs))
+
+
 def tokenize_pair(
     tokenizer: Any, prompt: Text, completion: Text, *, truncated: bool = False, **kwargs: Any
 ) -> list[int]:
     """Token ids of prompt and completion, tokenised jointly as TRL's RewardTrainer does.
 
     Plain text ends in the EOS token, conversations in whatever the chat template puts there; a completion that was
-    cut at a length limit (`truncated`) ends in its last own token. `kwargs` go to the chat template.
+    cut at a length limit (`truncated`) ends in its last own token. `kwargs` go to the chat template. Where the template
+    would change the words of an answer, the row holds them as they are.
 
     Raises:
         ValueError: plain text and a tokenizer without EOS, or text mixed with messages.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                "The tokenizer has no EOS token, which must end each completion. Set it first, e.g. "
-                "processing_class.eos_token = '</s>' (a token of its vocabulary)."
-            )
-        return tokenizer(text=prompt + end_of_text(completion, tokenizer.eos_token, truncated))["input_ids"]
+        return encode_text(
+            tokenizer, prompt + end_of_text(completion, "" if truncated else _eos_token(tokenizer), truncated)
+        )
     if isinstance(prompt, str) or isinstance(completion, str):
         raise ValueError(
             f"Prompt and completion must both be text or both be lists of messages, got {type(prompt).__name__} and "
             f"{type(completion).__name__}."
         )
+    return _encode_rendered(tokenizer, _conversation(tokenizer, prompt, completion, truncated, kwargs))
+
+
+def tokenize_drawn(
+    tokenizer: Any,
+    prompt: Text,
+    answer_ids: Sequence[int],
+    *,
+    truncated: bool = False,
+    prompt_ids: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> list[int]:
+    """Token ids of a prompt and of the answer that a policy drew to it, which are those that it drew.
+
+    A policy may spell a text by other tokens than the tokenizer would, and draw special ones.
+
+    Args:
+        answer_ids: what was drawn, less the token that ended it.
+        truncated: the answer was cut at a length limit, so nothing ends the row.
+        prompt_ids: what the policy read; encoded from `prompt` if None.
+        kwargs: for the chat template.
+    """
+    start = encode_prompt(tokenizer, prompt, **kwargs) if prompt_ids is None else prompt_ids
+    row = [*start, *answer_ids]
     if truncated:
-        kwargs["continue_final_message"] = True
-    messages = [*prompt, *completion]
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+        return row
+    if isinstance(prompt, str):
+        return [*row, tokenizer.convert_tokens_to_ids(_eos_token(tokenizer))]
+    return [*row, *_encode_rendered(tokenizer, turn_end(tokenizer, prompt, **kwargs))]
+
+
+def plain_answer(completion: Text) -> str | None:
+    """The words of a completion that is a text or one assistant message of text; None for tool calls and dialogues."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or completion[0].get("role") != "assistant":
+        return None
+    message = {name: value for name, value in completion[0].items() if value is not None}
+    return message["content"] if message.keys() == {"role", "content"} and isinstance(message["content"], str) else None
+
+
+def turn_end(tokenizer: Any, prompt: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+    """What the chat template writes after an answer to `prompt`.
+
+    Raises:
+        ValueError: the template leaves the answer out.
+    """
+    text = _render(tokenizer, [*_context(prompt), {"role": "assistant", "content": _PROBE}], kwargs)
+    if _PROBE not in text:
+        raise ValueError(
+            "The chat template does not show the content of an assistant's message, so there is no answer to score. "
+            "Set `tokenizer.chat_template` to one that does."
+        )
+    return text[text.rindex(_PROBE) + len(_PROBE) :]
+
+
+def what_template_rewrites(tokenizer: Any) -> str | None:
+    """One line that says how the chat template changes answers, which rows here keep; None where it does not."""
+    if not tokenizer.chat_template:
+        return None
+    prompt = [{"role": "user", "content": "x"}]
+    answers = {"thoughts before </think>": "<think>\nx\n</think>\n\ny", "blanks around an answer": " y "}
+    changed = [name for name, answer in answers.items() if _as_template_writes(tokenizer, prompt, answer, {}) is None]
+    if not changed:
+        return None
+    return (
+        f"The chat template drops or rewrites {' and '.join(changed)}. The reward model reads answers as they are: the "
+        "template's opening of the turn, the answer, the template's end of the turn."
+    )
+
+
+def _conversation(
+    tokenizer: Any, prompt: list[dict[str, Any]], completion: list[dict[str, Any]], truncated: bool, kwargs: dict
+) -> str:
+    """The rendered messages of a pair, without the end of the last turn if that was cut."""
+    answer = plain_answer(completion)
+    if answer is None:
+        whole = _render(tokenizer, [*prompt, *completion], kwargs)
+        return whole.removesuffix(turn_end(tokenizer, prompt, **kwargs)) if truncated else whole
+    parts = _as_template_writes(tokenizer, prompt, answer, kwargs)
+    if parts is None:
+        parts = _opening(tokenizer, prompt, kwargs) + answer, "" if truncated else turn_end(tokenizer, prompt, **kwargs)
+    return parts[0] if truncated else "".join(parts)
+
+
+def _as_template_writes(
+    tokenizer: Any, prompt: list[dict[str, Any]], answer: str, kwargs: dict
+) -> tuple[str, str] | None:
+    """(up to the answer's end, what follows) as the template renders them; None where it changes the answer's words.
+
+    The template may put blanks before an answer, as older ones do; it may not take any away.
+    """
+    start = _opening(tokenizer, prompt, kwargs)
+    opened = prompt[-1]["content"] if _is_open(prompt) else ""
+    whole = _render(tokenizer, [*_context(prompt), {"role": "assistant", "content": opened + answer}], kwargs)
+    rest = whole.removeprefix(start)
+    blanks = 0 if rest.startswith(answer) else len(rest) - len(rest.lstrip())
+    if not whole.startswith(start) or not rest.startswith(answer, blanks):
+        return None
+    end = len(start) + blanks + len(answer)
+    return whole[:end], whole[end:]
+
+
+def _opening(tokenizer: Any, prompt: Sequence[dict[str, Any]], kwargs: dict) -> str:
+    """The rendered prompt, with the opening of the answer's turn or, if the prompt opened it, as far as it went."""
+    if not _is_open(prompt):
+        return _render(tokenizer, prompt, {**kwargs, "add_generation_prompt": True})
+    try:
+        return _render(tokenizer, prompt, {**kwargs, "continue_final_message": True})
+    except ValueError as error:
+        raise ValueError(
+            f"The prompt ends in an assistant message, {prompt[-1]['content']!r:.80}, which the answer is to continue, "
+            "but the chat template rewrites that message. End the prompt with the user's message, or set a chat "
+            "template that keeps an assistant's words."
+        ) from error
+
+
+def _is_open(prompt: Sequence[dict[str, Any]]) -> bool:
+    """Whether the last message of a prompt is the beginning of the answer."""
+    return len(prompt) > 0 and prompt[-1].get("role") == "assistant" and plain_answer([prompt[-1]]) is not None
+
+
+def _context(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages before the answer's turn."""
+    return list(prompt[:-1] if _is_open(prompt) else prompt)
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], kwargs: dict) -> str:
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+
+
+def _encode_rendered(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what a template rendered, which brings its own special tokens."""
+    return list(tokenizer(text=text, add_special_tokens=False)["input_ids"])
+
+
+def _eos_token(tokenizer: Any) -> str:
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, which must end each completion. Set it first, e.g. "
+            "processing_class.eos_token = '</s>' (a token of its vocabulary)."
+        )
+    return tokenizer.eos_token
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None = None) -> dict[str, torch.Tensor]:

@@ -6,20 +6,11 @@ import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from trl.data_utils import is_conversational
 
 from instruct_trl.data.checks import require_columns
+from instruct_trl.data.pairs import encode_prompt
 
 logger = logging.getLogger(__name__)
-
-
-def prompt_token_ids(prompts: list[Any], tokenizer: Any) -> list[list[int]]:
-    """Token ids of text prompts, or of conversational ones with the chat template's generation prompt."""
-    if is_conversational({"prompt": prompts[0]}):
-        return tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-    return tokenizer(text=prompts)["input_ids"]
 
 
 def filter_prompts(dataset: Any, tokenizer: Any, max_prompt_length: int | None, name: str) -> Any:
@@ -34,7 +25,7 @@ def filter_prompts(dataset: Any, tokenizer: Any, max_prompt_length: int | None, 
         return {k: filter_prompts(part, tokenizer, max_prompt_length, f"{name}[{k}]") for k, part in dataset.items()}
     if isinstance(dataset, IterableDataset):
         limit = max_prompt_length or float("inf")
-        return dataset.filter(lambda row: len(prompt_token_ids([row["prompt"]], tokenizer)[0]) <= limit)
+        return dataset.filter(lambda row: len(encode_prompt(tokenizer, row["prompt"])) <= limit)
     if not isinstance(dataset, Dataset):
         return dataset
     return _filter_rows(dataset, tokenizer, max_prompt_length, name)
@@ -48,7 +39,7 @@ def _filter_rows(dataset: Dataset, tokenizer: Any, max_prompt_length: int | None
             raise ValueError(f"{name}: column `prompt`, row {row} is empty ({prompt!r}). Filter empty prompts out.")
     if max_prompt_length is None or not prompts:
         return dataset
-    lengths = [len(ids) for ids in prompt_token_ids(prompts, tokenizer)]
+    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     kept = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
     if not kept:
         raise ValueError(

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 
 from instruct_trl.data.checks import column_names, require_columns
-from instruct_trl.data.pairs import Text, template_kwargs, tokenize_pair
+from instruct_trl.data.pairs import Text, encode_prompt, template_kwargs, tokenize_pair
 from instruct_trl.data.ranking_collator import RankingCollator as RankingCollator
 from instruct_trl.data.ranking_rows import Ranking as Ranking
 from instruct_trl.data.ranking_rows import parse_ranking as parse_ranking
@@ -118,10 +118,7 @@ def _labels_of(ranking: Ranking, kept: Sequence[int]) -> dict[str, Any]:
 def _prompt_length(tokenizer: Any, prompt: Text, kwargs: dict[str, Any]) -> int:
     if not prompt:  # an implicit prompt cannot be told from its completion
         return 0
-    if isinstance(prompt, str):
-        return len(tokenizer(text=prompt)["input_ids"])
-    kwargs = {**kwargs, "add_generation_prompt": True}
-    return len(tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **kwargs)["input_ids"])
+    return len(encode_prompt(tokenizer, prompt, **kwargs))
 
 
 def prepare_ranking_dataset(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from trl.data_utils import common_prefix_length
 
-from instruct_trl.models.generation import encode_prompt
+from instruct_trl.data.pairs import encode_prompt, encode_text, tokenize_pair
 
 IGNORED = -100
 
@@ -30,7 +30,7 @@ def encode_scored(tokenizer: Any, item: str | list[int] | Pair) -> tuple[list[in
         ValueError: the item is of none of these forms.
     """
     if isinstance(item, str):
-        ids = list(tokenizer(text=item)["input_ids"])
+        ids = encode_text(tokenizer, item)
         return ids, list(ids)
     if isinstance(item, tuple) and len(item) == 2:
         return _encode_pair(tokenizer, *item)
@@ -41,12 +41,7 @@ def encode_scored(tokenizer: Any, item: str | list[int] | Pair) -> tuple[list[in
 
 def _encode_pair(tokenizer: Any, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
     prompt_ids = encode_prompt(tokenizer, prompt)
-    if isinstance(prompt, str):
-        eos = tokenizer.eos_token or ""
-        ends = completion if completion.endswith(eos) else completion + eos
-        ids = list(tokenizer(text=prompt + ends)["input_ids"])
-    else:
-        ids = list(tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"])
+    ids = tokenize_pair(tokenizer, prompt, completion, truncated=tokenizer.eos_token is None)
     start = common_prefix_length(prompt_ids, ids)
     return ids, [IGNORED] * start + ids[start:]
 

@@ -107,7 +107,10 @@ def score_answers(
     """
     completions = [as_completion(Answer(prompt, answer.text)) for prompt, answer in zip(prompts, answers, strict=True)]
     scores = scorer(
-        prompts=list(prompts), completions=completions, completion_ids=[answer.token_ids for answer in answers]
+        prompts=list(prompts),
+        completions=completions,
+        completion_ids=[answer.token_ids for answer in answers],
+        truncated=[answer.truncated for answer in answers],
     )
     if scores is None or len(scores) != len(prompts):
         count = "None" if scores is None else f"{len(scores)} scores"

@@ -11,43 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from instruct_trl.data.endings import ending_ids
+from instruct_trl.data.pairs import encode_prompt as encode_prompt
 
 
 class Completion(NamedTuple):
     """One sampled answer.
 
     Attributes:
-        text: the answer with special tokens stripped.
-        token_ids: its ids, the EOS included when the model ended the answer itself.
-        truncated: True when the answer was cut at the length limit, that is, did not end in EOS.
+        text: the answer as it was drawn, special tokens in it included, without the token that ended it.
+        token_ids: its ids, with the token that ended it if one did.
+        truncated: True when the answer was cut at the length limit: no token of `ending_ids` ended it.
     """
 
     text: str
     token_ids: list[int]
     truncated: bool
-
-
-def require_eos(tokenizer: Any) -> int:
-    """The id of the EOS token.
-
-    Raises:
-        ValueError: the tokenizer has none, so that an answer could neither end nor be seen to be cut.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, so an answer could never end. Set `tokenizer.eos_token` to a token of "
-            "its vocabulary before passing it (or `eos_token` in the config)."
-        )
-    return tokenizer.eos_token_id
-
-
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
-    """Token ids of a text prompt, or of messages with the chat template's opening of the answer, as TRL does it."""
-    if isinstance(prompt, str):
-        return list(tokenizer(text=prompt)["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    )
 
 
 @contextmanager
@@ -77,6 +58,21 @@ def contiguous_head_input(model: Any) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def neutral_generation_config(model: Any) -> Iterator[None]:
+    """Inside, `model.generate` knows no generation config of the model's own.
+
+    transformers fills whatever a call leaves unset from the config that came with the checkpoint: a `min_p`, a
+    `suppress_tokens` of its makers' would shape answers whose log-probs are those of the plain distribution.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
 def generate_completions(
     model: Any,
     tokenizer: Any,
@@ -89,7 +85,7 @@ def generate_completions(
     num_return_sequences: int = 1,
     desc: str | None = None,
 ) -> list[Completion]:
-    """Sample from the model's own distribution: no top-k, top-p or repetition penalty, whatever its config says.
+    """Sample from the model's own distribution, whatever its generation config says, until one of `ending_ids`.
 
     The noise depends on `seed`, the prompts and `batch_size` only, so that two checkpoints answer with the same noise.
     The random state of torch and the train or eval mode of the model are as before afterwards.
@@ -113,62 +109,61 @@ def generate_completions(
             a tokenizer without EOS.
     """
     _check_numbers(max_new_tokens, temperature, batch_size, num_return_sequences)
-    eos = require_eos(tokenizer)
+    ends = ending_ids(tokenizer, model)
     encoded = _encode_all(model, tokenizer, prompts, max_new_tokens)
     rows = [ids for ids in encoded for _ in range(num_return_sequences)]
     # Longest first: little padding in a batch, and a batch that does not fit in memory fails at the start.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     results: dict[int, Completion] = {}
+    config = _sampling_config(tokenizer, ends, max_new_tokens, temperature)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer") as bar:
+        with (
+            torch.no_grad(),
+            neutral_generation_config(model),
+            contiguous_head_input(model),
+            tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer") as bar,
+        ):
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 # A seed of its own for each batch: one that ends early does not shift the noise of those after it.
                 with seeded(seed + start, device):
-                    answers = _generate_batch(model, tokenizer, [rows[i] for i in batch], max_new_tokens, temperature)
+                    answers = _generate_batch(model, config, [rows[i] for i in batch])
                 for i, ids in zip(batch, answers, strict=True):
-                    results[i] = _cut(tokenizer, ids, eos)
+                    results[i] = _cut(tokenizer, ids, next((token for token in ids if token in ends), ends[0]))
                 bar.update(len(batch))
     finally:
         model.train(was_training)
     return [results[i] for i in range(len(rows))]
 
 
-def _generate_batch(
-    model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int, temperature: float
-) -> list[list[int]]:
-    """Answers to B rows, each (T,) with whatever follows the EOS still there."""
+def _sampling_config(tokenizer: Any, ends: list[int], max_new_tokens: int, temperature: float) -> GenerationConfig:
+    """The whole of a call's settings: nothing but the temperature shapes the distribution."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
+
+
+def _generate_batch(model: Any, config: GenerationConfig, rows: list[list[int]]) -> list[list[int]]:
+    """Answers to B rows, each (T,) with whatever follows its end still there."""
     width = max(len(ids) for ids in rows)
     device = next(model.parameters()).device
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows], device=device)  # (B, P)
+    input_ids = torch.tensor(
+        [[config.pad_token_id] * (width - len(ids)) + ids for ids in rows], device=device
+    )  # (B, P)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with contiguous_head_input(model):
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            **sampling,
-        )
+    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
     return output[:, width:].tolist()
 
 
-def _cut(tokenizer: Any, ids: list[int], eos: int) -> Completion:
-    truncated = eos not in ids
-    if not truncated:
-        ids = ids[: ids.index(eos) + 1]
-    return Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, truncated)
+def _cut(tokenizer: Any, ids: list[int], end: int) -> Completion:
+    """The answer up to and with its first token `end`, which its text does not show."""
+    if end not in ids:
+        return Completion(tokenizer.decode(ids), ids, truncated=True)
+    length = ids.index(end)
+    return Completion(tokenizer.decode(ids[:length]), ids[: length + 1], truncated=False)
 
 
 def _check_numbers(max_new_tokens: int, temperature: float, batch_size: int, num_return_sequences: int) -> None:

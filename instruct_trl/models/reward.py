@@ -15,7 +15,8 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer
 
-from instruct_trl.data.pairs import Text, pad_rows, template_kwargs, tokenize_pair
+from instruct_trl.data.endings import ending_ids
+from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwargs, tokenize_drawn, tokenize_pair
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.data.token_budget import fill, rows_cost
 from instruct_trl.models.reward_loading import check_single_label, load_reward_model
@@ -56,6 +57,7 @@ class RewardScorer:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.__name__ = "reward_model"  # TRL logs the reward under this name
         self.batch_size = batch_size
+        self._said = False
         self._owns_device = isinstance(model_or_path, str | Path)
         if self._owns_device:
             self.model, tokenizer = load_reward_model(model_or_path)
@@ -81,45 +83,78 @@ class RewardScorer:
         completions: Sequence[Text],
         completion_ids: Sequence[Sequence[int]] | None = None,
         truncated: Sequence[bool] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
         """Scores, bias included, in the order of the arguments.
 
         Args:
             prompts, completions: plain text, or conversational messages.
-            completion_ids: what was generated, in this tokenizer's ids. One that does not end in EOS was cut at the
-                limit, and is scored without EOS.
-            truncated: the same, said outright, as the `truncated` column of rankings says it; goes first.
-                Where neither is given, every completion is finished.
+            completion_ids: what was generated. Where it is this tokenizer's spelling of the completion, the model reads
+                these very tokens; otherwise it reads the text, and the log says so once.
+            truncated: True for an answer that was cut at the length limit; it is scored without an end. Without
+                `truncated`, an answer was cut if its `completion_ids` do not end in one of `ending_ids`; without both,
+                every completion is finished.
+            prompt_ids: what the policy read. Whoever gives them says that they and `completion_ids` are of this
+                tokenizer and its chat template: the row is then made of these tokens, whatever the text.
             kwargs: TRL's other keywords; `tools` and `chat_template_kwargs` reach the chat template, the rest does not.
 
         Raises:
             ValueError: lengths differ, or a score is NaN or infinite.
         """
         columns = {"completions": completions, "completion_ids": completion_ids, "truncated": truncated}
-        for name, column in columns.items():
+        for name, column in {**columns, "prompt_ids": prompt_ids}.items():
             if column is not None and len(column) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts but {len(column)} {name}: give one for each prompt.")
         if truncated is None:
             truncated = [
                 completion_ids is not None and not self._finished(completion_ids[i]) for i in range(len(prompts))
             ]
-        rows = [
-            tokenize_pair(
-                self.processing_class,
-                prompts[index],
-                completions[index],
-                truncated=truncated[index],
-                **template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)}),
-            )
-            for index in range(len(prompts))
-        ]
+        rows = []
+        for index in range(len(prompts)):
+            pair = prompts[index], completions[index]
+            given = {"truncated": bool(truncated[index])}
+            given |= template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)})
+            ids = None if completion_ids is None else completion_ids[index]
+            rows.append(self._row(*pair, ids, None if prompt_ids is None else prompt_ids[index], given))
         return [score + self.reward_bias for score in self._score(rows, [repr(prompt) for prompt in prompts])]
 
+    def _row(
+        self, prompt: Text, completion: Text, ids: Sequence[int] | None, prompt_ids: Any, given: dict[str, Any]
+    ) -> list[int]:
+        """The tokens that the model reads: those that were drawn, or the text's."""
+        text = plain_answer(completion)
+        if ids is None or (text is None and prompt_ids is None):
+            return tokenize_pair(self.processing_class, prompt, completion, **given)
+        ids = [int(i) for i in ids]
+        if prompt_ids is not None:
+            answer = ids if given["truncated"] else ids[:-1]
+        else:
+            answer = self._spelling(str(text), ids, given["truncated"])
+        if answer is not None:
+            return tokenize_drawn(self.processing_class, prompt, answer, prompt_ids=prompt_ids, **given)
+        self.say_text_is_read("they are not this tokenizer's spelling of the answers")
+        return tokenize_pair(self.processing_class, prompt, completion, **given)
+
+    def _spelling(self, text: str, ids: list[int], truncated: bool) -> list[int] | None:
+        """`ids` less the token that ended the answer, if they spell `text` in this tokenizer's words; else None.
+
+        Upstream's text of an answer lacks its special tokens.
+        """
+        decode = self.processing_class.decode
+        for answer in [ids] if truncated else [ids[:-1], ids]:
+            if text in (decode(answer), decode(answer, skip_special_tokens=True)):
+                return answer
+        return None
+
+    def say_text_is_read(self, reason: str) -> None:
+        """Log once that the model reads answers as text, tokenised anew, and not as the tokens that were drawn."""
+        if not self._said:
+            self._said = True
+            logger.warning("Reward model: it reads the text of answers, not the tokens that were drawn: %s.", reason)
+
     def _finished(self, ids: Sequence[int]) -> bool:
-        config_eos = self.model.config.get_text_config().eos_token_id
-        ends = {self.processing_class.eos_token_id, *(config_eos if isinstance(config_eos, list) else [config_eos])}
-        return len(ids) > 0 and int(ids[-1]) in ends
+        return len(ids) > 0 and int(ids[-1]) in ending_ids(self.processing_class, self.model)
 
     @torch.no_grad()
     def _score(self, rows: list[list[int]], prompts: Sequence[str]) -> list[float]:

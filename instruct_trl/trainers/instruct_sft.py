@@ -12,10 +12,12 @@ from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
+from instruct_trl.data.endings import require_eos
 from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
+from instruct_trl.data.pairs import drop_own_bos
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
-from instruct_trl.models.generation import generate_completions, require_eos
+from instruct_trl.models.generation import generate_completions
 from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
 
 logger = logging.getLogger(__name__)
@@ -109,6 +111,7 @@ class InstructSFTTrainer(SFTTrainer):
     ) -> Any:
         """Upstream's preparation, with what it cuts and drops counted, and the pretraining rows mixed in."""
         prepare = super()._prepare_dataset
+        dataset, formatting_func = _with_one_bos(dataset, formatting_func, self._tokenizer, args.dataset_text_field)
         if not isinstance(dataset, Dataset) or packing or args.max_length is None:
             prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         else:
@@ -209,6 +212,20 @@ def _selection_prompts(reward_model: Any, prompts: Any, eval_dataset: Any, args:
             matches = (args.save_steps / (args.eval_steps or args.save_steps)).is_integer()
         args.load_best_model_at_end = args.load_best_model_at_end or matches
     return checked
+
+
+def _with_one_bos(dataset: Any, formatting_func: Any, tokenizer: Any, text_field: str) -> tuple[Any, Any]:
+    """Texts, or what makes them, without a BOS token of their own where the tokenizer adds one (`drop_own_bos`)."""
+    if tokenizer.bos_token is None:
+        return dataset, formatting_func
+    if formatting_func is not None:
+        return dataset, lambda row: drop_own_bos(tokenizer, formatting_func(row))
+
+    def drop(row: dict[str, Any]) -> dict[str, Any]:
+        texts = {name: row[name] for name in (text_field, "prompt") if isinstance(row.get(name), str)}
+        return {name: drop_own_bos(tokenizer, text) for name, text in texts.items()}
+
+    return dataset.map(drop), None
 
 
 def _log_cut(name: str, whole: Dataset, kept: int, max_length: int) -> None:

@@ -22,11 +22,11 @@ from instruct_trl._upstream import (
     prepare_reference,
 )
 from instruct_trl.callbacks.ema import EMACallback
+from instruct_trl.data.endings import require_eos
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss
-from instruct_trl.models.generation import require_eos
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.critic import Critic
@@ -140,6 +140,8 @@ class PPOPtxTrainer(PPOSaving):
                 environment_factory=environment_factory,
             )
         self.beta, self.role_adapters = args.beta, role_adapters
+        self._settle_endings()
+        self._settle_scorers()
         self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
         self.reference_scores = ReferenceScores() if with_win_rate else None
         say_plan(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,12 @@ FIXED: dict[str, Any] = {
     "top_k": 0,
     "min_p": None,
     "repetition_penalty": 1.0,
+}
+
+# What `generation_kwargs` may hold: how answers are computed. Anything else shapes what they are drawn from.
+ALLOWED_GENERATION_KWARGS = {
+    *("cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "use_cache", "disable_compile"),
+    *("compile_config", "low_memory", "seed", "detokenize"),
 }
 
 
@@ -114,6 +121,7 @@ class PPOPtxConfig(GRPOConfig):
                 )
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "warmup_stable_decay":
             self.lr_scheduler_kwargs = {"min_lr_ratio": 0.1, "num_decay_steps": 0}
+        self._check_generation_kwargs()
         self._check_ranges()
         log_each_iteration = self.logging_steps is None
         if log_each_iteration:
@@ -138,6 +146,17 @@ class PPOPtxConfig(GRPOConfig):
             super().__post_init__()
         finally:
             self.num_generations = num_generations
+
+    def _check_generation_kwargs(self) -> None:
+        """Answers must be drawn from the distribution whose log-probs are computed: the policy's at `temperature`."""
+        given = self.generation_kwargs or {}
+        names = sorted(set(json.loads(given) if isinstance(given, str) else given) - ALLOWED_GENERATION_KWARGS)
+        if names:
+            raise ValueError(
+                f"generation_kwargs holds {', '.join(map(repr, names))}. Answers would come from another distribution "
+                "than the one whose log-probs PPO-ptx computes, or end elsewhere. Remove it: the temperature and the "
+                f"length have settings of their own. Allowed are {', '.join(sorted(ALLOWED_GENERATION_KWARGS))}."
+            )
 
     def _check_ranges(self) -> None:
         for name in ("ptx_coef", "beta", "value_clip", "value_max_grad_norm", "warmup_iterations"):

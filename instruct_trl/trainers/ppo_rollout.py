@@ -12,15 +12,20 @@ import torch
 from trl import GRPOTrainer
 
 from instruct_trl._upstream import EpochSeededRepeatSampler, fused_head_is_compact, unchanged_model
+from instruct_trl.data.endings import ending_ids
+from instruct_trl.data.pairs import encode_prompt, plain_answer
 from instruct_trl.maths.masking import masked_mean, masked_whiten
 from instruct_trl.maths.objectives import explained_variance
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
+from instruct_trl.models.generation import neutral_generation_config
 from instruct_trl.models.logprobs import completion_logps, keeps_logits, positions, takes_positions
+from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.rollout_generation import RolloutGenerate, replaced_generate
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.minibatches import arrange_minibatches, compute_by_length
+from instruct_trl.trainers.ppo_ptx_setup import same_tokens
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
@@ -38,6 +43,7 @@ class PPORollout(GRPOTrainer):
     divergence: DivergenceMonitor
     stopwatch: Stopwatch
     _rewards: torch.Tensor
+    _prompt_ids: list[list[int]] | None  # of the rollout under way; None where a rollout_func made them
     _minibatch: dict[str, Any]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -51,10 +57,42 @@ class PPORollout(GRPOTrainer):
         }
         return EpochSeededRepeatSampler(data_source, **settings)  # type: ignore[arg-type]
 
+    def _settle_endings(self) -> None:
+        """Let an answer end at any of `ending_ids`; upstream does not know the chat template's."""
+        self.eos_token_ids = ending_ids(self._tokenizer, self.accelerator.unwrap_model(self.model))
+        if self.use_vllm:
+            stops = {"stop_token_ids": self.eos_token_ids}
+            self.vllm_generation.generation_kwargs = {**(self.vllm_generation.generation_kwargs or {}), **stops}
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
+    def _settle_scorers(self) -> None:
+        """Find out which reward models can read the policy's own tokens, and say of those that cannot."""
+        template = self.chat_template or self._tokenizer.chat_template
+        self._hand_over_prompt_ids = True
+        for scorer in (func for func in self.reward_funcs if isinstance(func, RewardScorer)):
+            tokenizer = scorer.processing_class
+            if not same_tokens(tokenizer, self._tokenizer):
+                scorer.say_text_is_read("its tokenizer is not the policy's")
+            elif tokenizer.chat_template == template:
+                continue
+            self._hand_over_prompt_ids = False
+
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        """Prompts as everything of ours reads them (`encode_prompt`); upstream's way with images and environments."""
+        if self._is_vlm or self.environment_factories is not None:
+            prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        else:
+            given = {"tools": self.tools or None, "chat_template": self.chat_template}
+            options = self.chat_template_kwargs | {name: value for name, value in given.items() if value is not None}
+            prompt_ids, images, fields = [encode_prompt(self._tokenizer, p, **options) for p in prompts], None, {}
+        self._prompt_ids = prompt_ids
+        return prompt_ids, images, fields
+
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
     ) -> Any:
-        with self.stopwatch("generate"):
+        with self.stopwatch("generate"), neutral_generation_config(self.accelerator.unwrap_model(self.model_wrapped)):
             size = self.args.local_rollout_forward_batch_size
             if self.use_transformers_continuous_batching:
                 with unchanged_model(self.model):
@@ -83,15 +121,24 @@ class PPORollout(GRPOTrainer):
             return [completions[row] for row in in_order], [logps[row] for row in in_order] if logps else None
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
-        # Whether an answer ended is known here, by the policy's own EOS; another tokenizer's would not be found.
-        ends = set(self.eos_token_ids)
-        inputs = [
-            {**row, "truncated": not ids or int(ids[-1]) not in ends}
-            for row, ids in zip(inputs, completion_ids, strict=True)
-        ]
+        # Whether an answer ended is known here, by the policy's own ending ids; another tokenizer's would not be found.
+        ended = [len(ids) > 0 and int(ids[-1]) in self.eos_token_ids for ids in completion_ids]
+        inputs = [{**row, "truncated": not end} for row, end in zip(inputs, ended, strict=True)]
+        if self._hand_over_prompt_ids and self._prompt_ids is not None:
+            inputs = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, self._prompt_ids, strict=True)]
+        drawn = [ids[:-1] if end else ids for ids, end in zip(completion_ids, ended, strict=True)]
+        completions = [self._as_drawn(*answer) for answer in zip(completions, completion_ids, drawn, strict=True)]
         with self.stopwatch("score"), self.accelerator.autocast():
             self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         return self._rewards
+
+    def _as_drawn(self, completion: Any, ids: list[int], drawn: list[int]) -> Any:
+        """A completion with the special tokens in its text, which upstream leaves out."""
+        text = plain_answer(completion)
+        if text is None or text != self._tokenizer.decode(ids, skip_special_tokens=True):
+            return completion  # a tool call or whatever else upstream parsed
+        text = self._tokenizer.decode(drawn)
+        return text if isinstance(completion, str) else [{**completion[0], "content": text}]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -155,6 +202,7 @@ class PPORollout(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # The KL from the reference is always reported, so the reference log-probs are always wanted: beta = 1 for now.
         beta, self.beta = self.beta, 1.0
+        self._prompt_ids = None
         try:
             rollout = super()._generate_and_score_completions(inputs)
         finally:
