@@ -34,7 +34,7 @@ def ending_ids(tokenizer: Any, model: Any = None) -> list[int]:
     Raises:
         ValueError: no EOS token.
     """
-    ids = [require_eos(tokenizer)]
+    ids: list[int | None] = [require_eos(tokenizer)]
     configs = [] if model is None else [getattr(model, "generation_config", None), model.config.get_text_config()]
     for config in configs:
         named = getattr(config, "eos_token_id", None)

@@ -167,8 +167,11 @@ def _as_template_writes(
 ) -> tuple[str, str] | None:
     """(up to the answer's end, what follows) as the template renders them; None where it changes the answer's words.
 
-    The template may put blanks before an answer, as older ones do; it may not take any away.
+    The template may put blanks before an answer, as older ones do; it may not take any away. Of an empty answer nothing
+    can be found.
     """
+    if not answer:
+        return None
     start = _opening(tokenizer, prompt, kwargs)
     opened = prompt[-1]["content"] if _is_open(prompt) else ""
     whole = _render(tokenizer, [*_context(prompt), {"role": "assistant", "content": opened + answer}], kwargs)

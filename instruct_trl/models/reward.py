@@ -127,9 +127,8 @@ class RewardScorer:
         if ids is None or (text is None and prompt_ids is None):
             return tokenize_pair(self.processing_class, prompt, completion, **given)
         ids = [int(i) for i in ids]
-        if prompt_ids is not None:
-            answer = ids if given["truncated"] else ids[:-1]
-        else:
+        answer: list[int] | None = ids if given["truncated"] else ids[:-1]
+        if prompt_ids is None:
             answer = self._spelling(str(text), ids, given["truncated"])
         if answer is not None:
             return tokenize_drawn(self.processing_class, prompt, answer, prompt_ids=prompt_ids, **given)

@@ -84,7 +84,9 @@ class PPORollout(GRPOTrainer):
             prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         else:
             given = {"tools": self.tools or None, "chat_template": self.chat_template}
-            options = self.chat_template_kwargs | {name: value for name, value in given.items() if value is not None}
+            options: Any = {**self.chat_template_kwargs} | {
+                name: value for name, value in given.items() if value is not None
+            }
             prompt_ids, images, fields = [encode_prompt(self._tokenizer, p, **options) for p in prompts], None, {}
         self._prompt_ids = prompt_ids
         return prompt_ids, images, fields

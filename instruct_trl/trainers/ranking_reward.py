@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 from trl import RewardTrainer
+from trl.data_utils import is_conversational
 
 from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head, without_init_kwargs
 from instruct_trl.data.checks import require_columns
-from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair
+from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
 from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
 from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
@@ -119,6 +120,8 @@ class RankingRewardTrainer(RewardTrainer):
         processing_class = processing_class or load_tokenizer(name, args)
         pad_line = prepare_tokenizer(processing_class, args, None if isinstance(loaded, str) else loaded)
         say(args, pad_line)
+        if train_dataset is not None and is_conversational(next(iter(train_dataset), {})):
+            say(args, what_template_rewrites(processing_class))
 
         self.data_reports: dict[str, RankingReport] = {}
         self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `evaluate_rewards`
