@@ -25,7 +25,7 @@ from instruct_trl.pipeline import evaluating
 from instruct_trl.pipeline.arguments import default_config
 from instruct_trl.pipeline.evaluating import evaluate_models
 from instruct_trl.pipeline.evaluation_report import make_report
-from instruct_trl.pipeline.sampling import sample_rankings
+from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers, sample_rankings
 from instruct_trl.pipeline.stage import FINISHED
 
 LABELER = """
@@ -72,7 +72,10 @@ def test_prompts_as_messages_are_answered_judged_and_shown(own):
     assert row["labeler"] == [sum(map(ord, text)) + 0.02 for text in row["completions"]]
     messages = [[{"role": "assistant", "content": text}] for text in row["completions"]]
     cut = [not ended for ended in row["ended"]]
-    assert row["reward"] == pytest.approx(RewardScorer("rm")(data["prompts"], messages, truncated=cut), abs=1e-5)
+    model, tokenizer = load_causal_lm(row["path"])
+    answers = sample_answers(model, tokenizer, data["prompts"], run, seed=run.seed, desc="the same answers again")
+    expected = RewardScorer("rm")(data["prompts"], messages, [answer.token_ids for answer in answers], truncated=cut)
+    assert row["reward"] == pytest.approx(expected, abs=1e-5)
     page = make_report(run, folder).read_text()
     assert "system: Be brief." in page
     assert "user: q0" in page

@@ -69,7 +69,7 @@ class PPORollout(GRPOTrainer):
     def _settle_scorers(self) -> None:
         """Find out which reward models can read the policy's own tokens, and say of those that cannot."""
         template = self.chat_template or self._tokenizer.chat_template
-        self._hand_over_prompt_ids = True
+        self._hand_over_prompt_ids, self._prompt_ids = True, None
         for scorer in (func for func in self.reward_funcs if isinstance(func, RewardScorer)):
             tokenizer = scorer.processing_class
             if not same_tokens(tokenizer, self._tokenizer):
@@ -83,10 +83,8 @@ class PPORollout(GRPOTrainer):
         if self._is_vlm or self.environment_factories is not None:
             prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         else:
-            given = {"tools": self.tools or None, "chat_template": self.chat_template}
-            options: Any = {**self.chat_template_kwargs} | {
-                name: value for name, value in given.items() if value is not None
-            }
+            given: Any = self.chat_template_kwargs | {"tools": self.tools or None, "chat_template": self.chat_template}  # type: ignore[operator]
+            options = {name: value for name, value in given.items() if value is not None}
             prompt_ids, images, fields = [encode_prompt(self._tokenizer, p, **options) for p in prompts], None, {}
         self._prompt_ids = prompt_ids
         return prompt_ids, images, fields
