@@ -127,8 +127,8 @@ def test_messages_go_through_the_chat_template(policy, tokenizer):
     ("prompts", "options", "message"),
     [
         ([], {}, "no prompts"),
-        (["ok", "  "], {}, "Prompt 1 is '  '"),
-        (["ok", []], {}, r"Prompt 1 is \[\]"),
+        (["ok", "  "], {}, r"Prompt 1 is empty \('  '\)"),
+        (["ok", []], {}, r"Prompt 1 is empty \(\[\]\)"),
         (["x" * 125], {}, "Prompt 0 has 125 tokens; with 4 new ones it leaves the model's context of 128"),
         (["ok"], {"temperature": -1}, "temperature must be 0"),
         (["ok"], {"batch_size": 0}, "batch_size must be at least 1"),

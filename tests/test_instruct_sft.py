@@ -294,7 +294,10 @@ def test_settings_out_of_range_are_refused(tmp_path, options, message):
             {"reward_model": lengths, "selection_prompts": Dataset.from_dict({"prompts": PROMPTS})},
             "selection_prompts has no column 'prompt'",
         ),
-        ({"reward_model": lengths, "selection_prompts": ["ok", " "]}, "selection_prompts: `prompt` of row 1 is ' '"),
+        (
+            {"reward_model": lengths, "selection_prompts": ["ok", " "]},
+            "selection_prompts: column 'prompt', row 1 is empty",
+        ),
         ({"reward_model": lengths, "selection_prompts": PROMPTS, "evaluate": None}, "pass an eval_dataset"),
         (
             {"reward_model": lengths, "selection_prompts": PROMPTS, "settings": {"eval_strategy": "no"}},

@@ -76,7 +76,7 @@ def test_settings_that_cannot_hold_are_refused(fraction, data, train, packing, m
     ("columns", "message"),
     [
         ({"texts": ["abc"]}, r"needs a `text` or an `input_ids` column; it has \['texts'\]"),
-        ({"text": ["abc", ""]}, "row 1 has 0 tokens"),
+        ({"text": ["abc", ""]}, r"column 'text', row 1 is empty \(''\)"),
         ({"text": []}, "has no rows"),
     ],
 )

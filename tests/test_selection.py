@@ -152,8 +152,8 @@ def test_no_checkpoints_says_where_it_looked(tmp_path):
     ("prompts", "message"),
     [
         (Dataset.from_dict({"prompts": ["a", "b"]}), "prompts has no column 'prompt'.*rename_column"),
-        (["a", ""], "`prompt` of row 1 is ''"),
-        (["a", None], "`prompt` of row 1 is None"),
+        (["a", ""], r"prompts: column 'prompt', row 1 is empty \(''\)"),
+        (["a", None], r"column 'prompt', row 1 is empty \(None\)"),
         (["a"], "prompts has 1 rows; at least 2"),
     ],
 )

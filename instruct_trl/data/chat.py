@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,41 +10,40 @@ from datasets import Dataset, IterableDataset, Json, LargeList, List, Value
 from jinja2 import TemplateError
 from trl.trainer.utils import remove_none_values
 
+_KWARGS = "chat_template_kwargs"
 CHAT_COLUMNS = (
-    "prompt",
-    "completion",
-    "completions",
-    "chosen",
-    "rejected",
-    "messages",
+    *("prompt", "completion", "completions", "chosen", "rejected", "messages", "conversations"),
     "tools",
-    "chat_template_kwargs",
+    _KWARGS,
 )
 # What a template's own code can raise: raise_exception, and Python's errors on values that it does not expect.
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_REFUSALS = (TemplateError, TypeError, LookupError, AttributeError)
 _JSON_TYPES = ("string", "large_string", "bool", "null", "int", "uint", "float", "double")
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
-    """Token ids of messages under the tokenizer's chat template; `kwargs` go to `apply_chat_template`.
+class TemplateRefusal(ValueError):
+    """A chat template cannot render some messages. `in_row` adds the place."""
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+    """Messages as the tokenizer's chat template writes them; `kwargs` go to `apply_chat_template`.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or its template refuses the messages. `in_row` adds the row.
+        TemplateRefusal: the tokenizer has no chat template, or its template refuses the messages.
     """
-    if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
-        raise ValueError(
-            "These are messages, and the tokenizer has no chat template to render them with. Set "
+    if not (kwargs.get("chat_template") or getattr(tokenizer, "chat_template", None)):
+        raise TemplateRefusal(
+            "these are messages, and the tokenizer has no chat template to render them with. Set "
             "tokenizer.chat_template, or give plain text."
         )
     try:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
-    except _REFUSALS as error:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+    except TEMPLATE_REFUSALS as error:
         roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
-        raise ValueError(
-            f"the chat template refuses the messages with roles {roles}: {error} Give roles, and an order of them, "
-            "that the template accepts; drop the row; or set another tokenizer.chat_template."
+        raise TemplateRefusal(
+            f"the chat template refuses messages with the roles {roles}: {error} Give roles, and an order of them, that "
+            "the template accepts; drop the row; or set another tokenizer.chat_template."
         ) from error
-    return list(encoded["input_ids"])
 
 
 @contextmanager
@@ -64,7 +63,7 @@ def as_written(value: Any) -> Any:
     """
     if isinstance(value, list) and len({frozenset(item) for item in value if isinstance(item, Mapping)}) > 1:
         return value
-    return remove_none_values(value) if isinstance(value, list | Mapping) else value
+    return _without_nulls(value)
 
 
 def without_padding(dataset: Any) -> Any:
@@ -77,7 +76,7 @@ def without_padding(dataset: Any) -> Any:
     features = getattr(dataset, "features", None)
     if not isinstance(dataset, Dataset | IterableDataset) or features is None or _transforms(dataset):
         return dataset
-    padded = [name for name in CHAT_COLUMNS if name in features and _has_struct(features[name])]
+    padded = [name for name in CHAT_COLUMNS if name in features and _needs_care(name, features[name])]
     if not padded:
         return dataset
     as_json = features.copy()
@@ -90,7 +89,21 @@ def without_padding(dataset: Any) -> Any:
 
 
 def _drop_nulls(example: Mapping[str, Any], columns: list[str]) -> dict[str, Any]:
-    return {name: example[name] and remove_none_values(example[name]) for name in columns}
+    rows = {name: _without_nulls(example[name]) for name in columns}
+    if _KWARGS in rows:
+        rows[_KWARGS] = rows[_KWARGS] or {}
+    return rows
+
+
+def _needs_care(name: str, feature: Any) -> bool:
+    """Whether a column holds padded structs, or template arguments: a row without any has a null, upstream needs {}."""
+    return _has_struct(feature) or (name == _KWARGS and isinstance(feature, Json))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return remove_none_values(value)
+    return remove_none_values(value) if isinstance(value, Mapping) else value
 
 
 def _transforms(dataset: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from instruct_trl.data.checks import check_pretraining_row, check_rows
+
 
 def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_dataset: Any, packing: bool) -> None:
     """Refuse settings under which `fraction` could not be what is trained on.
@@ -45,7 +47,7 @@ def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
     A text is taken as it is, without EOS: a passage cut from a longer document does not end there.
 
     Raises:
-        ValueError: no rows; neither column; a text or a list of ids too short to hold a next token.
+        ValueError: no rows; neither column; a text or a list of ids that is missing, or too short to hold a next token.
     """
     columns = dataset.column_names
     if len(dataset) == 0:
@@ -54,6 +56,7 @@ def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
         raise ValueError(
             f"pretraining_dataset needs a `text` or an `input_ids` column; it has {columns}. Rename one of them."
         )
+    check_rows(dataset, check_pretraining_row)
     encode: Callable[[dict[str, Any]], list[int]] = (
         (lambda row: list(row["input_ids"]))
         if "input_ids" in columns

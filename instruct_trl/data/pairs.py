@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from instruct_trl.data.chat import TemplateRefusal, as_written, render
+
 Text = str | list[dict[str, Any]]  # plain text, or TRL's conversational messages
 
 _PROBE = "some answer to be found again"
@@ -25,10 +27,13 @@ def end_of_text(text: str, eos_token: str, truncated: bool = False) -> str:
 
 
 def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row's `tools` and `chat_template_kwargs` columns hand to the chat template, as in TRL's RewardTrainer."""
+    """What a row's `tools` and `chat_template_kwargs` columns hand to the chat template, as in TRL's RewardTrainer.
+
+    Nulls are Arrow's and go (`as_written`), except in tools that are a JSON string.
+    """
     tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {**({"tools": tools} if tools else {}), **(example.get("chat_template_kwargs") or {})}
+    tools = json.loads(tools) if isinstance(tools, str) else as_written(tools)
+    return {**({"tools": tools} if tools else {}), **(as_written(example.get("chat_template_kwargs")) or {})}
 
 
 def drop_own_bos(tokenizer: Any, text: str) -> str:
@@ -49,11 +54,11 @@ def encode_prompt(tokenizer: Any, prompt: Text, **kwargs: Any) -> list[int]:
     """Token ids of a prompt up to where the answer begins, as the policy reads it; `kwargs` go to the chat template.
 
     Raises:
-        ValueError: the prompt ends in an assistant message that the chat template cannot leave open.
+        ValueError: the chat template refuses the prompt, or cannot leave open the assistant message that it ends in.
     """
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt)
-    return _encode_rendered(tokenizer, _opening(tokenizer, prompt, kwargs))
+    return _encode_rendered(tokenizer, _opening(tokenizer, as_written(prompt), kwargs))
 
 
 def tokenize_pair(
@@ -66,7 +71,8 @@ def tokenize_pair(
     would change the words of an answer, the row holds them as they are.
 
     Raises:
-        ValueError: plain text and a tokenizer without EOS, or text mixed with messages.
+        ValueError: plain text and a tokenizer without EOS, text mixed with messages, or messages that the chat
+            template refuses.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
         return encode_text(
@@ -77,7 +83,8 @@ def tokenize_pair(
             f"Prompt and completion must both be text or both be lists of messages, got {type(prompt).__name__} and "
             f"{type(completion).__name__}."
         )
-    return _encode_rendered(tokenizer, _conversation(tokenizer, prompt, completion, truncated, kwargs))
+    written = as_written(prompt), as_written(completion)
+    return _encode_rendered(tokenizer, _conversation(tokenizer, *written, truncated, kwargs))
 
 
 def tokenize_drawn(
@@ -105,7 +112,7 @@ def tokenize_drawn(
         return row
     if isinstance(prompt, str):
         return [*row, tokenizer.convert_tokens_to_ids(_eos_token(tokenizer))]
-    return [*row, *_encode_rendered(tokenizer, turn_end(tokenizer, prompt, **kwargs))]
+    return [*row, *_encode_rendered(tokenizer, turn_end(tokenizer, as_written(prompt), **kwargs))]
 
 
 def plain_answer(completion: Text) -> str | None:
@@ -189,6 +196,8 @@ def _opening(tokenizer: Any, prompt: Sequence[dict[str, Any]], kwargs: dict) -> 
         return _render(tokenizer, prompt, {**kwargs, "add_generation_prompt": True})
     try:
         return _render(tokenizer, prompt, {**kwargs, "continue_final_message": True})
+    except TemplateRefusal:
+        raise
     except ValueError as error:
         raise ValueError(
             f"The prompt ends in an assistant message, {prompt[-1]['content']!r:.80}, which the answer is to continue, "
@@ -208,7 +217,7 @@ def _context(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], kwargs: dict) -> str:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+    return render(tokenizer, messages, **kwargs)
 
 
 def _encode_rendered(tokenizer: Any, text: str) -> list[int]:

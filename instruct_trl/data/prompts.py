@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from instruct_trl.data.checks import require_columns
+from instruct_trl.data.chat import in_row, without_padding
+from instruct_trl.data.checks import check_text, kind_of, require_columns
 from instruct_trl.data.pairs import encode_prompt
 
 logger = logging.getLogger(__name__)
@@ -16,30 +18,50 @@ logger = logging.getLogger(__name__)
 def filter_prompts(dataset: Any, tokenizer: Any, max_prompt_length: int | None, name: str) -> Any:
     """Check the `prompt` column; drop prompts of more than `max_prompt_length` tokens, with one line that counts them.
 
-    A streamed dataset is filtered as it flows, so its drops cannot be counted beforehand.
+    A streamed dataset is checked and filtered as it flows, so its drops cannot be counted beforehand. Messages come
+    back without the nulls that Arrow added.
 
     Raises:
-        ValueError: no `prompt` column, an empty prompt, or none short enough.
+        ValueError: no `prompt` column, a prompt that is empty or no text, one that the chat template refuses, text
+            among messages, or none short enough.
     """
     if isinstance(dataset, dict):
         return {k: filter_prompts(part, tokenizer, max_prompt_length, f"{name}[{k}]") for k, part in dataset.items()}
-    if isinstance(dataset, IterableDataset):
-        limit = max_prompt_length or float("inf")
-        return dataset.filter(lambda row: len(encode_prompt(tokenizer, row["prompt"])) <= limit)
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
+    require_columns(dataset, ["prompt"], name)
+    dataset = without_padding(dataset)
+    if isinstance(dataset, IterableDataset):
+        kwargs = {"tokenizer": tokenizer, "limit": max_prompt_length, "name": name}
+        return dataset.filter(_fits, with_indices=True, fn_kwargs=kwargs)
     return _filter_rows(dataset, tokenizer, max_prompt_length, name)
 
 
+def _fits(row: Mapping[str, Any], index: int, tokenizer: Any, limit: int | None, name: str) -> bool:
+    length = _checked_length(row.get("prompt"), tokenizer, f"{name}: column 'prompt', row {index}")
+    return limit is None or length <= limit
+
+
+def _checked_length(prompt: Any, tokenizer: Any, place: str) -> int:
+    """Tokens of a prompt, which is refused if it is no text, or if the chat template refuses it."""
+    check_text(prompt, place)
+    with in_row(place):
+        return len(encode_prompt(tokenizer, prompt))
+
+
 def _filter_rows(dataset: Dataset, tokenizer: Any, max_prompt_length: int | None, name: str) -> Dataset:
-    require_columns(dataset, ["prompt"], name)
     prompts = list(dataset["prompt"])
+    lengths = []
     for row, prompt in enumerate(prompts):
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise ValueError(f"{name}: column `prompt`, row {row} is empty ({prompt!r}). Filter empty prompts out.")
+        place = f"{name}: column 'prompt', row {row}"
+        lengths.append(_checked_length(prompt, tokenizer, place))
+        if type(prompt) is not type(prompts[0]):
+            raise ValueError(
+                f"{place} is {kind_of(prompt)}, and row 0 is {kind_of(prompts[0])}. Make all of them plain text, or "
+                "all of them lists of messages."
+            )
     if max_prompt_length is None or not prompts:
         return dataset
-    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     kept = [row for row, length in enumerate(lengths) if length <= max_prompt_length]
     if not kept:
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 
+from instruct_trl.data.chat import in_row
 from instruct_trl.data.checks import column_names, require_columns
 from instruct_trl.data.pairs import Text, encode_prompt, template_kwargs, tokenize_pair
 from instruct_trl.data.ranking_collator import RankingCollator as RankingCollator
@@ -68,8 +69,11 @@ def tokenize_ranking(
     max_prompt_length: int | None,
     where: str,
     use_margins: bool = False,
+    margins: bool = False,
 ) -> dict[str, Any]:
     """Tokens of one row's completions, those longer than the limits left out and counted.
+
+    `margins`: whether the dataset has margins, so that each row must. The other arguments: `prepare_ranking_dataset`.
 
     Returns:
         `input_ids` (a list of K token lists, empty if the row is to be dropped), `ranks` (K, dense; empty where the
@@ -77,7 +81,21 @@ def tokenize_ranking(
         on), `weight`, `labeler` (only if it was there), and the counters `long_prompt`, `overlong_rows`,
         `dropped_pairs`, `tied` (no untied pair among what was kept).
     """
-    ranking = parse_ranking(example, f"{where}, row {index}", use_margins)
+    place = f"{where}, row {index}"
+    ranking = parse_ranking(example, place, use_margins)
+    if (ranking.margins is not None) != margins:
+        raise ValueError(
+            f"{place} has {'no' if margins else 'a'} 'margin', unlike the rows before it. Give all rows one, or none; "
+            "0 is none."
+        )
+    with in_row(place):
+        return _tokens_of(ranking, example, tokenizer, max_length, max_prompt_length)
+
+
+def _tokens_of(
+    ranking: Ranking, example: Mapping[str, Any], tokenizer: Any, max_length: int | None, max_prompt_length: int | None
+) -> dict[str, Any]:
+    """What `tokenize_ranking` returns, of a row that is checked."""
     kwargs = template_kwargs(example)
     result: dict[str, Any] = {"input_ids": [], "ranks": [], "pairs": [], "weight": ranking.weight}
     result |= {"long_prompt": False, "overlong_rows": 0, "dropped_pairs": 0, "tied": False}
@@ -164,6 +182,7 @@ def prepare_ranking_dataset(
             "max_prompt_length": max_prompt_length,
             "where": where,
             "use_margins": use_margins,
+            "margins": use_margins or "margin" in columns,
         },
         "remove_columns": columns,
         "features": _features(columns, use_margins),
@@ -204,6 +223,11 @@ def _has_rows(example: Mapping[str, Any]) -> bool:
 def _check_columns(dataset: Any, columns: Sequence[str], where: str, use_margins: bool) -> None:
     if "chosen" in columns or "rejected" in columns:
         require_columns(dataset, ["chosen", "rejected"], where)
+        if "completions" in columns:
+            raise ValueError(
+                f"{where} has 'completions' beside 'chosen' and 'rejected', and each says which answer is better. "
+                "Remove 'completions' (with 'ranks', 'scores' or 'pairs'), or remove 'chosen' and 'rejected'."
+            )
         source = "margin"
     else:
         require_columns(dataset, ["prompt", "completions", ("ranks", "scores", "pairs")], where)

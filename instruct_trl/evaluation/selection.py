@@ -11,13 +11,15 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from instruct_trl.data.checks import require_columns
+from instruct_trl.data.chat import as_written
+from instruct_trl.data.checks import check_demonstration, check_rows, check_text, require_columns
 from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.models.generation import Completion, generate_completions
@@ -80,20 +82,16 @@ def as_prompts(prompts: Any, name: str = "prompts") -> list[Prompt]:
     """The prompts of a list, or of a dataset's `prompt` column.
 
     Raises:
-        ValueError: no such column; a prompt that is empty; fewer than two, so that there is no standard error.
+        ValueError: no such column; a prompt that is empty or no text; fewer than two, which have no standard error.
     """
     if hasattr(prompts, "column_names"):
         require_columns(prompts, ["prompt"], name)
         prompts = [row["prompt"] for row in prompts]
-    prompts = list(prompts)
+    prompts = [as_written(prompt) for prompt in prompts]
     if len(prompts) < 2:
         raise ValueError(f"{name} has {len(prompts)} rows; at least 2 are needed for a mean with a standard error.")
     for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, (str, list)) or len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
-            raise ValueError(
-                f"{name}: `prompt` of row {row} is {prompt!r}; expected a text or a list of messages, not empty. "
-                "Filter such rows out."
-            )
+        check_text(prompt, f"{name}: column 'prompt', row {row}")
     return prompts
 
 
@@ -180,6 +178,7 @@ def _validation_pairs(dataset: Any) -> list[Any] | None:
         return None
     if hasattr(dataset, "column_names"):
         require_columns(dataset, ["prompt", "completion"], "validation_dataset")
+    dataset = check_rows(dataset, partial(check_demonstration, where="validation_dataset"))
     return [(row["prompt"], row["completion"]) for row in dataset]
 
 

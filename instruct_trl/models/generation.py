@@ -13,6 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from instruct_trl.data.chat import in_row
+from instruct_trl.data.checks import check_text
 from instruct_trl.data.endings import ending_ids
 from instruct_trl.data.pairs import encode_prompt as encode_prompt
 
@@ -184,11 +186,9 @@ def _encode_all(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_toke
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     encoded = []
     for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, (str, list)) or len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
-            raise ValueError(
-                f"Prompt {row} is {prompt!r}; expected a text or a list of messages that is not empty. Drop the row."
-            )
-        ids = encode_prompt(tokenizer, prompt)
+        check_text(prompt, f"Prompt {row}")
+        with in_row(f"Prompt {row}"):
+            ids = encode_prompt(tokenizer, prompt)
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
                 f"Prompt {row} has {len(ids)} tokens; with {max_new_tokens} new ones it leaves the model's context of "

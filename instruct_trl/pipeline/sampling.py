@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from instruct_trl.data.chat import as_written
+from instruct_trl.data.checks import require_columns
 from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion
@@ -42,7 +44,9 @@ def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     ranked: dict[str, list[dict]] = {}  # written when all are: a labeler that fails leaves an empty folder
     for offset, (part, dataset) in enumerate(splits.items()):
-        rows, groups, empty = _answer(model, tokenizer, list(dataset["prompt"]), run, run.seed + offset, part)
+        require_columns(dataset, ["prompt"], f"the {part} prompts")
+        prompts = [as_written(prompt) for prompt in dataset["prompt"]]
+        rows, groups, empty = _answer(model, tokenizer, prompts, run, run.seed + offset, part)
         if labeler is not None:
             _rank(labeler, rows, groups, folder.with_name(f"{folder.name}_unranked_{part}.jsonl"))
         ranked[part] = rows

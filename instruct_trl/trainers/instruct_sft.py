@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
+from instruct_trl.data.demonstrations import check_sft_dataset, checked_formatting, refusals_named
 from instruct_trl.data.endings import require_eos
 from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
 from instruct_trl.data.pairs import drop_own_bos
@@ -109,20 +110,38 @@ class InstructSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Any:
-        """Upstream's preparation, with what it cuts and drops counted, and the pretraining rows mixed in."""
-        prepare = super()._prepare_dataset
-        dataset, formatting_func = _with_one_bos(dataset, formatting_func, self._tokenizer, args.dataset_text_field)
-        if not isinstance(dataset, Dataset) or packing or args.max_length is None:
-            prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        """Upstream's preparation of checked rows, with what it cuts and drops counted; pretraining rows mixed in."""
+        where = f"the {dataset_name} dataset"
+        if formatting_func is None:
+            dataset = check_sft_dataset(dataset, self._tokenizer, self.chat_template, args.dataset_text_field, where)
         else:
-            whole_args = copy.copy(args)
-            whole_args.max_length, whole_args.shuffle_dataset = None, False
-            whole = prepare(dataset, processing_class, whole_args, packing, formatting_func, dataset_name)
-            # Tokenised by now, so that this call does nothing but cut, drop and shuffle.
-            prepared = prepare(whole, processing_class, args, packing, None, dataset_name)
-            _log_cut(dataset_name, whole, len(prepared), args.max_length)
+            formatting_func = checked_formatting(formatting_func)
+        dataset, formatting_func = _with_one_bos(dataset, formatting_func, self._tokenizer, args.dataset_text_field)
+        with refusals_named(dataset, self._tokenizer, self.chat_template, where):
+            prepared = self._tokenized(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if dataset_name == "train" and getattr(args, "pretraining_fraction", 0) > 0:
             prepared = self._mix(prepared, processing_class, args)
+        return prepared
+
+    def _tokenized(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable[[dict[str, Any]], str] | None,
+        dataset_name: str,
+    ) -> Any:
+        """Upstream's preparation; what it cuts and drops is logged."""
+        prepare = super()._prepare_dataset
+        if not isinstance(dataset, Dataset) or packing or args.max_length is None:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        whole_args = copy.copy(args)
+        whole_args.max_length, whole_args.shuffle_dataset = None, False
+        whole = prepare(dataset, processing_class, whole_args, packing, formatting_func, dataset_name)
+        # Tokenised by now, so that this call does nothing but cut, drop and shuffle.
+        prepared = prepare(whole, processing_class, args, packing, None, dataset_name)
+        _log_cut(dataset_name, whole, len(prepared), args.max_length)
         return prepared
 
     def _mix(self, demonstrations: Dataset, processing_class: Any, args: Any) -> Dataset:

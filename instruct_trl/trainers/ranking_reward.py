@@ -14,7 +14,8 @@ from trl import RewardTrainer
 from trl.data_utils import is_conversational
 
 from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head, without_init_kwargs
-from instruct_trl.data.checks import require_columns
+from instruct_trl.data.chat import in_row
+from instruct_trl.data.checks import check_demonstration, require_columns
 from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
 from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
@@ -302,14 +303,16 @@ class RankingRewardTrainer(RewardTrainer):
             The bias: minus the mean score.
 
         Raises:
-            ValueError: missing columns, no row that fits, or a score that is NaN or infinite.
+            ValueError: missing columns, a row without text, no row that fits, or a score that is NaN or infinite.
         """
         where = "the demonstrations"
         require_columns(demonstrations, ["prompt", "completion"], where)
-        rows = [
-            tokenize_pair(self.processing_class, row["prompt"], row["completion"], **template_kwargs(row))
-            for row in demonstrations
-        ]
+        rows = []
+        for index, row in enumerate(demonstrations):
+            check_demonstration(row, index, where)
+            with in_row(f"{where}, row {index}"):
+                pair = (row["prompt"], row["completion"])
+                rows.append(tokenize_pair(self.processing_class, *pair, **template_kwargs(row)))
         kept = [row for row in rows if self.args.max_length is None or len(row) <= self.args.max_length]
         if not kept:
             raise ValueError(f"{where}: none of {len(rows)} rows fits max_length={self.args.max_length} tokens.")
