@@ -41,7 +41,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], **kwargs: Any) ->
     except TEMPLATE_REFUSALS as error:
         roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
         raise TemplateRefusal(
-            f"the chat template refuses messages with the roles {roles}: {error} Give roles, and an order of them, that "
+            f"the chat template refuses messages with the roles {roles}: {error} Give roles, and an order, that "
             "the template accepts; drop the row; or set another tokenizer.chat_template."
         ) from error
 

@@ -169,9 +169,9 @@ def held_out_texts(run: Any) -> list | None:
     Of a dataset the test split, of one that has no such split all of it. A line says so if a stage was trained on it.
 
     Raises:
-        ValueError: it has no `text` and no `input_ids` column, or both.
+        ValueError: it has no `text` and no `input_ids` column, or both; or a row without text.
     """
-    from instruct_trl.data.checks import require_columns
+    from instruct_trl.data.checks import check_pretraining_row, check_rows, require_columns
 
     own = run.pretraining_dataset_name
     if own is None and run.dataset_name is not None:
@@ -186,6 +186,7 @@ def held_out_texts(run: Any) -> list | None:
     if len(rows) > HELD_OUT_TEXTS:
         PartialState().print(f"== Pretraining loss: of {len(rows):,} texts the first {HELD_OUT_TEXTS:,}.")
         rows = rows.select(range(HELD_OUT_TEXTS))
+    check_rows(rows, check_pretraining_row)
     return list(rows["text" if "text" in rows.column_names else "input_ids"])
 
 

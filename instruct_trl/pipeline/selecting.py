@@ -26,7 +26,7 @@ def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
         result = select_checkpoint(
             run.sft_path or str(run.run / "sft"),
             reward_model,
-            list(prompts["prompt"]),
+            prompts,
             validation_dataset=None if own else demo_or_own(run, "demonstrations")[1],
             max_new_tokens=run.max_completion_length,
             temperature=run.temperature,
