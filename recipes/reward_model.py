@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> str:
 
     from instruct_trl import RankingRewardConfig
     from instruct_trl.pipeline.rewarding import labelers_left_out, reward_trainer, write_page
-    from instruct_trl.pipeline.run import demo_or_own, finish_training, prepare_output, rankings
+    from instruct_trl.pipeline.run import evaluate_held_out, finish_training, further_rows, prepare_output, rankings
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((RewardArguments, RankingRewardConfig, ModelConfig), "reward_model", __doc__, argv)
@@ -41,13 +41,14 @@ def main(argv: list[str] | None = None) -> str:
         train, test = rankings(run)
         base, demo = model.model_name_or_path or str(run.run / "sft"), run.dataset_name is None
         folds = labelers_left_out(base, args, model, train, run.labeler_folds) if run.labeler_folds else None
+        evaluate_held_out(args, test)
         trainer = reward_trainer(base, args, model, train, test)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
         if run.demonstrations_name or demo:
-            trainer.normalize(demo_or_own(run, "demonstrations", run.demonstrations_name)[0])
+            trainer.normalize(further_rows(run, "demonstrations", run.demonstrations_name)[0])
         metrics = trainer.evaluate() if test is not None else {}
         if metrics:
-            write_page(trainer, args.output_dir, demo, folds)
+            write_page(trainer, args.output_dir, demo, folds, train, test)
         shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
         return finish_training(trainer, run.dataset_name) | shown
 

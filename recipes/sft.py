@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
     def body(checkpoint: str | None) -> dict:
         texts = pipeline.pretraining_texts(run, "pretraining_fraction") if args.pretraining_fraction else None
         train, test = pipeline.demo_or_own(run, "demonstrations")
+        pipeline.evaluate_held_out(args, test)
         trainer = InstructSFTTrainer(
             model.model_name_or_path or str(base_model()),
             args,

@@ -18,6 +18,8 @@ ECE_FINE = 0.05
 FOLD_LOSS_LIMIT = 0.05
 """Loss of accuracy on new labelers above which the page warns, if it is clear; the paper's is 0.028."""
 FEW_PROMPTS = 100
+OVERLAP_LIMIT = 0.05
+"""Share of held-out rows with prompts that were trained on above which the page gives no verdict."""
 
 
 def rate_text(row: dict[str, Any]) -> str:
@@ -27,7 +29,16 @@ def rate_text(row: dict[str, Any]) -> str:
 
 
 def headline(metrics: Metrics) -> tuple[Verdict, str]:
-    """Whether the reward model agrees with the labeler more often than a coin, and how often."""
+    """Whether the reward model agrees with the labeler more often than a coin, and how often.
+
+    There is no verdict where too many of the rows were trained on.
+    """
+    seen = metrics.get("trained_on")
+    if seen and seen["rows"] > OVERLAP_LIMIT * seen["of"]:
+        return "missing", (
+            f"No verdict: {seen['rows']:,} of the {seen['of']:,} rows of the test split have prompts that are also in "
+            "the training rows, so they are not held out."
+        )
     low, high = metrics["low"], metrics["high"]
     interval = f" (95{NBSP}% interval {percent_range(low, high)})" if low is not None else ""
     pairs = f"{percent(metrics['pair_accuracy'])} of {metrics['n_pairs']:,} held-out pairs{interval}"
@@ -235,7 +246,12 @@ def folds_caption(folds: Metrics) -> str:
 
 def warnings(metrics: Metrics) -> list[str]:
     """What is wrong with this reward model or with its measurement, and what to do, one sentence or two each."""
-    found = [*_accuracy_warnings(metrics), *_length_warnings(metrics), *_calibration_warnings(metrics)]
+    found = [
+        *_overlap_warnings(metrics),
+        *_accuracy_warnings(metrics),
+        *_length_warnings(metrics),
+        *_calibration_warnings(metrics),
+    ]
     for name, row in metrics["by_labeler"].items():
         if row["high"] is not None and row["high"] < 0.5:
             rate = percent(row["accuracy"])
@@ -250,6 +266,16 @@ def warnings(metrics: Metrics) -> list[str]:
             "labelers, and report the accuracy on new ones."
         )
     return found
+
+
+def _overlap_warnings(metrics: Metrics) -> list[str]:
+    seen = metrics.get("trained_on")
+    if not seen:
+        return []
+    return [
+        f"{seen['rows']:,} of the {seen['of']:,} rows of the test split have prompts that are also in the training "
+        "rows. What this page says of them is not said of held-out prompts. Put other prompts into the test split."
+    ]
 
 
 def _accuracy_warnings(metrics: Metrics) -> list[str]:

@@ -43,6 +43,7 @@ def write_reward_report(
     title: str,
     notes: Sequence[str] = (),
     labeler_folds: Metrics | None = None,
+    trained_on: tuple[int, int] | None = None,
 ) -> Metrics:
     """Write report.md, report.html, metrics.json and pictures/*.png into `folder`, which is made if missing.
 
@@ -54,9 +55,11 @@ def write_reward_report(
         title: of the page.
         notes: anything a reader must know, one sentence each.
         labeler_folds: what `cross_validate_labelers` gave.
+        trained_on: (how many of the rows have a prompt that was trained on, all rows), if it is any. The page then
+            warns, and gives no verdict where it is more than one row in twenty.
 
     Returns:
-        `reward_metrics(records)` with `labeler_folds` (or None) and `warnings`, the page's warnings.
+        `reward_metrics(records)` with `labeler_folds` and `trained_on` (or None), and `warnings`, the page's warnings.
 
     Raises:
         ValueError: bad records (`reward_pairs.pair_table`), or no pair in any of them.
@@ -65,6 +68,7 @@ def write_reward_report(
     require_matplotlib()
     folder = Path(folder)
     metrics = {**reward_metrics(records), "labeler_folds": labeler_folds}
+    metrics["trained_on"] = {"rows": trained_on[0], "of": trained_on[1]} if trained_on and trained_on[0] else None
     metrics["warnings"] = captions.warnings(metrics)
     pictures = draw_reward_pictures(metrics, records, folder / "pictures")
     document = _document(metrics, pictures, title, notes)
@@ -93,7 +97,10 @@ def _document(metrics: Metrics, pictures: Pictures, title: str, notes: Sequence[
 
 def _key_figures(metrics: Metrics) -> list[tuple[str, str]]:
     figures = [
-        (percent(metrics["pair_accuracy"]), "of held-out pairs ordered right"),
+        (
+            percent(metrics["pair_accuracy"]),
+            f"of {'the test split’s' if metrics['trained_on'] else 'held-out'} pairs ordered right",
+        ),
         (number(metrics["calibration"]["ece"]), "expected calibration error (0 is perfect)"),
     ]
     length = metrics["length"]

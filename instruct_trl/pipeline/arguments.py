@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ class RunArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if there is one."})
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on. Default: test, else validation or its like, where there is one."},
+    )
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads torch may use on a CPU. Default: all cores, shared among processes."}
     )
@@ -72,11 +77,12 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
         description: for `--help`.
         argv: arguments, default the command line's.
 
+    A `~` that begins a path is the home, whether a shell expanded it or not.
+
     Raises:
-        ValueError: the config file does not exist, or holds a key that nothing knows.
+        ValueError: the config file does not exist, is no mapping in YAML, or holds a key that nothing knows.
         SystemExit: with `--dry_run`, after its report, as with `--help`.
     """
-    import yaml
     from trl import TrlParser
 
     quiet_upstream()
@@ -84,7 +90,11 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in argv:
         argv = ["--config", str(default_config(recipe)), *argv]
-    config = Path(argv[argv.index("--config") + 1])
+    place = argv.index("--config") + 1
+    if place == len(argv):
+        raise ValueError("--config names no file. Give it a YAML file, or leave it out.")
+    config = Path(argv[place]).expanduser()
+    argv[place] = str(config)
     parser = TrlParser(
         dataclass_types,
         prog=f"recipes/{recipe}.py",
@@ -95,11 +105,11 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     if not config.is_file():
         raise ValueError(f"The config {config} does not exist. Recipes have theirs in {default_config(recipe).parent}.")
     known = {action.dest for action in parser._actions} | {"env"}
-    for key in yaml.safe_load(config.read_text(encoding="utf-8")) or {}:
-        if key not in known:
-            close = get_close_matches(key, known, n=1)
-            raise ValueError(f"{config}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+    settings = read_yaml(config, known)
+    if not settings:  # TRL's parser wants a mapping
+        del argv[place - 1 : place + 1]
     parsed = parser.parse_args_and_config(argv)
+    _expand_home(parsed)
     parsed[0]._config_folder = config.parent
     _load_as_asked(parsed)
     if getattr(parsed[0], "dry_run", False):
@@ -108,6 +118,57 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
         dry_run(recipe, parsed)
         raise SystemExit(0)
     return parsed
+
+
+def load_yaml(path: Path) -> Any:
+    """What a YAML file says; None if it is empty.
+
+    Raises:
+        ValueError: it is not UTF-8 or no YAML; names file and, where known, line.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        raise ValueError(f"{path}{line}: broken YAML, {problem}. Write one `key: value` per line.") from error
+
+
+def read_yaml(path: Path, known: Collection[str] | None = None) -> dict[str, Any]:
+    """The mapping that a YAML file holds; an empty one if the file is empty or not there.
+
+    Raises:
+        ValueError: as `load_yaml`; or it holds a list or a bare word, or a key that is none of `known`.
+    """
+    content = load_yaml(path) if path.exists() else None
+    if not isinstance(content, dict | None):
+        kind = "a list" if isinstance(content, list) else f"the value {content!r}"
+        raise ValueError(f"{path} holds {kind} where settings should be. Write one `key: value` per line.")
+    for key in content or {}:
+        if known is not None and key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            raise ValueError(f"{path}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+    return content or {}
+
+
+def _expand_home(parsed: tuple) -> None:
+    """`~/…` in a YAML, or after `=`, where no shell expands it, means what it means on a command line."""
+    for part in parsed:
+        for item in fields(part):
+            value = getattr(part, item.name)
+            if isinstance(value, str) and value.startswith("~"):
+                setattr(part, item.name, expanduser(value))
+            elif isinstance(value, list):  # of paths, or of NAME=PATH
+                setattr(part, item.name, [_expand_entry(entry) for entry in value])
+
+
+def _expand_entry(entry: Any) -> Any:
+    return "=".join(map(expanduser, entry.split("=", 1))) if isinstance(entry, str) else entry
 
 
 def _load_as_asked(parsed: tuple) -> None:
@@ -148,7 +209,7 @@ def default_config(recipe: str) -> Path:
 
 def settings_of(*parts: Any) -> dict[str, Any]:
     """What a stage's output depends on: the settings that differ from their defaults, less the run's own paths."""
-    from dataclasses import MISSING, fields
+    from dataclasses import MISSING
 
     volatile = {
         "output_dir",

@@ -13,7 +13,8 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion, encode_prompt
-from instruct_trl.pipeline.loading import load_split
+from instruct_trl.pipeline.held_out import note_trained_on, prompts_to_judge
+from instruct_trl.pipeline.loading import load_split, load_splits
 from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import write_json
@@ -34,6 +35,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
     own = run.dataset_name is not None
     prompts = list(prompts_for(run, "test")["prompt"])
+    trained_on = note_trained_on(run, prompts)
     prefixes = read_prefixes(run, prompts)
     texts = held_out_texts(run)
     if PartialState().num_processes > 1:
@@ -45,7 +47,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
         answers[name] = measured | {"path": path, "labeler": score_answers(labeler, prompts, sampled, "The labeler")}
         with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
             answers[name]["reward"] = score_answers(scorer, prompts, sampled)
-    result: dict[str, Any] = {"prompts": prompts, "models": answers}
+    result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": trained_on}
     if not own:
         result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
     if run.checkpoint_prompts is not None:
@@ -96,7 +98,7 @@ def _check_checkpoints(run: Any) -> None:
     """Refuse `checkpoint_prompts` before anything is sampled, where it could not be done.
 
     Raises:
-        ValueError: the demo's prompts beside a dataset of the user's, or a run without checkpoints.
+        ValueError: the demo's prompts beside a dataset of the user's, a run without checkpoints, or no such dataset.
     """
     if run.checkpoint_prompts is None:
         return
@@ -110,6 +112,8 @@ def _check_checkpoints(run: Any) -> None:
             f"checkpoint_prompts: {ppo_folder(run)} holds no checkpoint-* folders. Train with save_strategy "
             "'steps', save_steps and save_total_limit, or leave the option off."
         )
+    if run.checkpoint_prompts != "demo":
+        load_splits(run.checkpoint_prompts)
 
 
 def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str, Any]]:
@@ -117,7 +121,7 @@ def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str
     from instruct_trl.evaluation.gold import score_checkpoints
 
     own = None if run.checkpoint_prompts == "demo" else run.checkpoint_prompts
-    prompts = prompts_for(run, "selection") if own is None else load_split(own)
+    prompts = prompts_for(run, "selection") if own is None else prompts_to_judge(run, own)
     return score_checkpoints(
         ppo_folder(run),
         labeler,

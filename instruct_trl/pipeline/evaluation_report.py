@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 
 from instruct_trl.evaluation.judges.base import as_text
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
-from instruct_trl.pipeline.arguments import default_config
+from instruct_trl.pipeline.arguments import default_config, load_yaml
 from instruct_trl.pipeline.evaluating import SFT, other_logs, ppo_folder, training_log, win_against_sft
 from instruct_trl.pipeline.stage import finished_summary
 
@@ -78,6 +77,7 @@ def make_report(
         checkpoints=data.get("checkpoints", []),
         **(judged or {}),
         reward_model=data.get("reward_model", {}),
+        trained_on=data.get("trained_on") or "",
         selection_picture=selection if selection.exists() else None,
         samples=_samples(data),
         settings={name: (finished_summary(stages[name]) or {}).get("settings", {}) for name in STAGES},
@@ -96,7 +96,7 @@ def _deviations(run: Any) -> list:
     is_a_demos = path.is_relative_to(default_config("evaluate").resolve().parents[1])
     if not path.exists() or (is_a_demos and run.dataset_name is not None):
         return []
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return load_yaml(path) or []
 
 
 def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from instruct_trl.pipeline.held_out import overlap
 from instruct_trl.pipeline.run import quiet_progress
 
 STAND_IN = (
@@ -62,20 +63,27 @@ def labelers_left_out(model: Any, args: Any, model_args: Any, train: Any, n_fold
     return result
 
 
-def write_page(trainer: Any, folder: str, demo: bool, folds: dict[str, Any] | None) -> None:
-    """`<folder>/evaluation/report.html` from the trainer's last evaluation, and a line that says where it is."""
+def write_page(
+    trainer: Any, folder: str, demo: bool, folds: dict[str, Any] | None, train: Any = None, test: Any = None
+) -> None:
+    """`<folder>/evaluation/report.html` from the trainer's last evaluation, and a line that says where it is.
+
+    With `train` and `test` the page says how many rows of `test` have a prompt that is trained on.
+    """
     from instruct_trl.evaluation.reward_report import write_reward_report
 
     if not trainer.accelerator.is_main_process:
         return
     pages = Path(folder, "evaluation")
+    repeated = overlap(train, test)
     try:
         write_reward_report(
             trainer.evaluation_records,
             pages,
-            title="Reward model on held-out rankings",
+            title=f"Reward model on {'the test split' if repeated else 'held-out rankings'}",
             notes=[STAND_IN] if demo else [],
             labeler_folds=folds,
+            trained_on=(repeated, len(test)) if repeated else None,
         )
     except ImportError as error:
         print(f"No page on the evaluation was written. {error}")

@@ -10,7 +10,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from instruct_trl.pipeline.arguments import RunArguments
+from instruct_trl.pipeline.arguments import RunArguments, read_yaml
+from instruct_trl.pipeline.held_out import overlap, overlap_note, prompts_to_judge, say_held_out
+from instruct_trl.pipeline.loading import held_out_split, load_split, load_splits, pick_split
 from instruct_trl.pipeline.stage import finished_summary, run_stage
 
 HELD_OUT_TEXTS = 2000  # whose loss is measured
@@ -67,48 +69,89 @@ def finish_training(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
 
 def demo_folder(run: RunArguments) -> Path:
     """The demo's datasets and labeler, made at the first call."""
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
     from instruct_trl.pipeline.demo_data import DemoDataArguments, build_demo_data
 
-    config = run.config_folder / "data.yaml"
-    args = DemoDataArguments(**read_yaml(config))
+    known = [item.name for item in fields(DemoDataArguments)]
+    args = DemoDataArguments(**read_yaml(run.config_folder / "data.yaml", known))
     folder = run.run / "data"
     body = lambda _: build_demo_data(folder, args)  # noqa: E731
     run_stage(folder, "Data", asdict(args), body, resume=False, announce_skip=False)
     return folder
 
 
-def read_yaml(path: Path) -> dict:
-    """What a YAML says; nothing if it is not there."""
-    import yaml
+def demo_or_own(run: RunArguments, name: str) -> tuple[Any, Any]:
+    """(train, test) of the user's dataset, or of the demo's `name`; test is None where nothing is held out.
 
-    if not path.exists():
-        return {}
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    Of a user's dataset, lines say which split is held out, or that none is, and how many of its prompts are trained on.
+
+    Raises:
+        ValueError: a split that is asked for is not there, or the two are the same.
+    """
+    if run.dataset_name is None:
+        return _demo_rows(run, name)
+    splits, split = load_splits(run.dataset_name, run.dataset_config), run.dataset_train_split
+    train = pick_split(splits, split, run.dataset_name)
+    found = held_out_split(splits, run.dataset_test_split, split, run.dataset_name)
+    if found is None:
+        PartialState().print(
+            f"== Data: There is no test split in {run.dataset_name} (only {', '.join(splits)}): nothing is held out, "
+            "and nothing will be evaluated. Put rows aside as a split test, or name one: --dataset_test_split."
+        )
+        return train, None
+    if found == split:
+        raise ValueError(
+            f"--dataset_test_split {found} is the split that is trained on, so nothing would be held out. Name another "
+            "split, or none."
+        )
+    say_held_out(run, found)
+    test = pick_split(splits, found, run.dataset_name)
+    note = overlap_note(overlap(train, test), len(test))
+    if note:
+        PartialState().print(f"== Data: {note}")
+    return train, test
 
 
-def demo_or_own(run: RunArguments, name: str, own: str | None = None) -> tuple[Any, Any]:
-    """(train, test) of the user's dataset, or of the demo's `name`; test is None where a user's has no such split."""
-    from instruct_trl.pipeline.loading import load_split
+def _demo_rows(run: RunArguments, name: str) -> tuple[Any, Any]:
+    folder = demo_folder(run)
+    return load_split(folder / f"{name}_train.jsonl"), load_split(folder / f"{name}_test.jsonl")
 
-    own = own or (run.dataset_name if name != "pretraining" else None)
+
+def further_rows(run: RunArguments, name: str, own: str | None) -> tuple[Any, Any]:
+    """The same of a dataset beside the main one, `own`, or the demo's `name`; no line is said.
+
+    Its splits are those of the main one where it has them, else those of the usual names, else its only one.
+    """
     if own is None:
-        folder = demo_folder(run)
-        return load_split(folder / f"{name}_train.jsonl"), load_split(folder / f"{name}_test.jsonl")
-    train = load_split(own, run.dataset_train_split, run.dataset_config)
-    if Path(own).is_file():
-        return train, None
-    try:
-        return train, load_split(own, run.dataset_test_split, run.dataset_config)
-    except ValueError:
-        return train, None
+        return _demo_rows(run, name)
+    splits = load_splits(own, run.dataset_config)
+    names = [run.dataset_train_split, "train", *(splits if len(splits) == 1 else [])]
+    split = next((split for split in names if split in splits), run.dataset_train_split)
+    asked = run.dataset_test_split if run.dataset_test_split in splits else None
+    found = held_out_split(splits, asked, split, own)
+    train = pick_split(splits, split, own)
+    return train, None if found in (None, split) else pick_split(splits, found, own)
+
+
+def evaluate_held_out(args: Any, test: Any) -> None:
+    """Where nothing is held out, switch evaluation during training off.
+
+    Raises:
+        ValueError: a checkpoint is to be chosen by it.
+    """
+    if test is not None:
+        return
+    if args.load_best_model_at_end or args.save_strategy == "best":
+        raise ValueError(
+            "There is no test split: nothing is held out, by which the best checkpoint could be chosen "
+            "(load_best_model_at_end, save_strategy 'best'). Give a test split, or switch these off."
+        )
+    args.eval_strategy, args.eval_on_start = "no", False
 
 
 def rankings(run: RunArguments) -> tuple[Any, Any]:
     """(train, test) rankings: the user's, or those that recipes/sample.py wrote into the run."""
-    from instruct_trl.pipeline.loading import load_split
-
     if run.dataset_name is not None:
         return demo_or_own(run, "rankings")
     folder = run.run / "rankings"
@@ -125,31 +168,13 @@ def rankings(run: RunArguments) -> tuple[Any, Any]:
 def prompts_for(run: RunArguments, use: str) -> Any:
     """Rows with a `prompt` column: the user's, or the demo's for this use ('rl', 'selection', 'test').
 
-    Of a user's dataset RL takes the train split, every other use the test split. Where there is none, the train split
-    stands in, and a line says so; of a file, which has one split, it is said if PPO was trained on that file.
+    Of a user's dataset RL takes the train split, every other use the held-out one (`prompts_to_judge`).
     """
-    from instruct_trl.pipeline.loading import load_split
-
     if run.dataset_name is None:
         return load_split(demo_folder(run) / f"{use}_prompts.jsonl")
-    path, missing = Path(run.dataset_name).expanduser(), None
-    one_split = path.is_file() or (path / "dataset_info.json").is_file()
-    if use != "rl" and not one_split:
-        try:
-            return load_split(run.dataset_name, run.dataset_test_split, run.dataset_config)
-        except ValueError as error:
-            missing = error
-    train = load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)
-    ppo = (finished_summary(run.run / "ppo_ptx") or {}).get("settings", {})
-    if missing is not None:
-        split = run.dataset_train_split
-        PartialState().print(f"== Prompts: {missing} Taking {split!r}, which PPO may be trained on. {_HELD_OUT}")
-    elif use != "rl" and ppo.get("dataset_name") == run.dataset_name:
-        PartialState().print(f"== Prompts: {run.dataset_name} holds those that PPO was trained on. {_HELD_OUT}")
-    return train
-
-
-_HELD_OUT = "Name held-out ones: --dataset_name, or --dataset_test_split."
+    if use == "rl":
+        return load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)
+    return prompts_to_judge(run, run.dataset_name)
 
 
 def pretraining_texts(run: Any, setting: str) -> Any:
@@ -160,7 +185,7 @@ def pretraining_texts(run: Any, setting: str) -> Any:
     """
     if run.pretraining_dataset_name is None and run.dataset_name is not None:
         raise ValueError(f"{setting} > 0 needs --pretraining_dataset_name (a `text` column); or set --{setting} 0.")
-    return demo_or_own(run, "pretraining", run.pretraining_dataset_name)[0]
+    return further_rows(run, "pretraining", run.pretraining_dataset_name)[0]
 
 
 def held_out_texts(run: Any) -> list | None:
@@ -176,12 +201,12 @@ def held_out_texts(run: Any) -> list | None:
     own = run.pretraining_dataset_name
     if own is None and run.dataset_name is not None:
         return None
-    train, test = demo_or_own(run, "pretraining", own)
+    train, test = further_rows(run, "pretraining", own)
     rows = train if test is None else test
     require_columns(rows, [("text", "input_ids")], f"--pretraining_dataset_name {own}")
     stages = {stage: finished_summary(run.run / stage) or {} for stage in ("sft", "rl_init", "ppo_ptx")}
     taught = [s for s, made in stages.items() if made.get("settings", {}).get("pretraining_dataset_name") == own]
-    if own and taught and (test is None or (Path(own).expanduser() / "dataset_info.json").is_file()):
+    if own and taught and test is None:
         PartialState().print(f"== Pretraining loss: {own} holds the texts that {', '.join(taught)} was trained on.")
     if len(rows) > HELD_OUT_TEXTS:
         PartialState().print(f"== Pretraining loss: of {len(rows):,} texts the first {HELD_OUT_TEXTS:,}.")
