@@ -89,25 +89,8 @@ def test_own_prompts_that_judge_are_of_the_test_split(tmp_path, capsys):
     assert [prompts_for(run, use)["prompt"][0] for use in uses] == ["train", "test", "test"]
     assert prompts_for(replace(run, dataset_test_split="dev"), "test")["prompt"][0] == "dev"
     assert "Prompts" not in capsys.readouterr().out
-    assert prompts_for(replace(run, dataset_test_split="gone"), "test")["prompt"][0] == "train"
-    out = capsys.readouterr().out
-    assert "has no split 'gone'" in out
-    assert "Taking 'train', which PPO may be trained on" in out
-
-
-def test_a_file_of_prompts_is_called_trained_on_only_where_it_was(tmp_path, capsys):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
-    run = RunArguments(run_dir=str(tmp_path), dataset_name=str(tmp_path / "one.jsonl"), cpu_threads=1)
-    assert prompts_for(run, "test")["prompt"][0] == "one"
-    assert "trained" not in capsys.readouterr().out
-    (tmp_path / "ppo_ptx").mkdir()
-    (tmp_path / "ppo_ptx" / FINISHED).write_text(json.dumps({"settings": {"dataset_name": run.dataset_name}}))
-    assert prompts_for(run, "test")["prompt"][0] == "one"
-    assert "one.jsonl holds those that PPO was trained on" in capsys.readouterr().out
-    prompts_for(replace(run, dataset_name=str(tmp_path / "two.jsonl")), "test")
-    prompts_for(run, "rl")
-    assert "trained" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no split 'tst', only train, test, dev. Did you mean 'test'?"):
+        prompts_for(replace(run, dataset_test_split="tst"), "test")
 
 
 @pytest.mark.parametrize("setting", ["ptx_coef", "pretraining_fraction"])

@@ -78,6 +78,47 @@ def test_a_config_that_does_not_exist(tmp_path):
         main(["--config", str(tmp_path / "gone.yaml")])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- seed: 1\n", "c.yaml holds a list where settings should be"),
+        (b"hello\n", "c.yaml holds the value 'hello'"),
+        (b"seed: 1\nnum_completions: [1\nrun_dir: x\n", "c.yaml, line 3, column 8: broken YAML"),
+        (b"seed: 1\n\trun_dir: x\n", "c.yaml, line 2, column 1: broken YAML"),
+        ("labeler: schön:score\n".encode("latin-1"), "c.yaml is not UTF-8 .* Save it as UTF-8"),
+        (b"1: 2\n", "c.yaml: unknown key 1"),
+    ],
+)
+def test_a_yaml_that_holds_no_settings(tmp_path, content, message):
+    from instruct_trl.recipes.sample import main
+
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        main(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_an_empty_yaml_leaves_the_defaults_and_a_config_needs_a_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    (run,) = parse_recipe((RunArguments,), "sample", "", ["--config", str(tmp_path / "c.yaml"), "--cpu_threads", "1"])
+    assert run.run_dir == RunArguments.run_dir
+    with pytest.raises(ValueError, match="--config names no file"):
+        parse_recipe((RunArguments,), "sample", "", ["--config"])
+
+
+def test_a_home_is_the_home_wherever_a_path_is_named(tmp_path, monkeypatch):
+    from instruct_trl.recipes.evaluate import EvaluateArguments
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("dataset_name: ~/d.jsonl\nother_models: [A=~/a, B=b~/c]\nsft_model: ~/sft\n")
+    argv = ["--config=~/c.yaml", "--cpu_threads", "1", "--checkpoint_prompts", "~/p.jsonl"]
+    (run,) = parse_recipe((EvaluateArguments,), "evaluate", "", argv)
+    home = str(tmp_path)
+    assert (run.dataset_name, run.sft_model, run.checkpoint_prompts) == (
+        f"{home}/d.jsonl", f"{home}/sft", f"{home}/p.jsonl",
+    )  # fmt: skip
+    assert run.other_models == [f"A={home}/a", "B=b~/c"]
+
+
 def test_own_prompts_need_own_models(tmp_path):
     from instruct_trl.recipes.ppo_ptx import main
 

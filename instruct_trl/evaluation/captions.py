@@ -47,9 +47,21 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
 
 
+OVERLAP_LIMIT = 0.05
+"""Share of prompts that were trained on above which a page gives no verdict."""
+
+
 def headline(data: ReportData) -> tuple[Verdict, str]:
-    """The run's verdict and its sentence: did the headline model beat the baseline, by the labeler?"""
-    model = data.headline_model
+    """The run's verdict and its sentence: did the headline model beat the baseline, by the labeler?
+
+    There is no verdict where more than `OVERLAP_LIMIT` of the prompts were trained on.
+    """
+    model, seen = data.headline_model, data.trained_on
+    if seen and seen["rows"] > OVERLAP_LIMIT * seen["of"]:
+        return (
+            "missing",
+            f"{seen['rows']:,} of the {seen['of']:,} prompts were trained on, so this report gives no verdict.",
+        )
     if model.win is None or model.name == data.baseline:
         return (
             "missing",

@@ -99,7 +99,7 @@ def _document(data: ReportData, pictures: Pictures, selection: Path | None) -> D
     subject = data.headline_model.name
     opening: list[Block] = [
         Headline(verdict, sentence, _key_figures(data)),
-        *([Text(f"Warning. {data.trained_on}", tone="headline worse")] if data.trained_on else []),
+        *([Text(f"Warning. {data.trained_on['note']}", tone="headline worse")] if data.trained_on else []),
         Text(report_parts.who_judged(data), tone="note"),
     ]
     sections = [

@@ -85,7 +85,7 @@ class ReportData:
         deviations: from the paper, one sentence each; numbered in the report.
         timings: stage → seconds, in the order they ran.
         notes: anything a reader must know.
-        trained_on: a sentence on prompts that were trained on, shown beside the verdict; "" where there are none.
+        trained_on: `rows` prompts `of` all that were trained on, and a sentence on them, `note`; {} if none are known.
         command: the command line that made the run.
         environment: machine and versions.
         kl_reference: the model that `kl` of `models` is measured from.
@@ -113,7 +113,7 @@ class ReportData:
     deviations: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    trained_on: str = ""
+    trained_on: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     kl_reference: str = "SFT"

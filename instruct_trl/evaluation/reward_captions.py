@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from instruct_trl.evaluation.captions import NBSP, Verdict, number, percent, percent_range
+from instruct_trl.evaluation.captions import NBSP, OVERLAP_LIMIT, Verdict, number, percent, percent_range
 
 Metrics = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
@@ -18,8 +18,6 @@ ECE_FINE = 0.05
 FOLD_LOSS_LIMIT = 0.05
 """Loss of accuracy on new labelers above which the page warns, if it is clear; the paper's is 0.028."""
 FEW_PROMPTS = 100
-OVERLAP_LIMIT = 0.05
-"""Share of held-out rows with prompts that were trained on above which the page gives no verdict."""
 
 
 def rate_text(row: dict[str, Any]) -> str:
@@ -36,8 +34,8 @@ def headline(metrics: Metrics) -> tuple[Verdict, str]:
     seen = metrics.get("trained_on")
     if seen and seen["rows"] > OVERLAP_LIMIT * seen["of"]:
         return "missing", (
-            f"No verdict: {seen['rows']:,} of the {seen['of']:,} rows of the test split have prompts that are also in "
-            "the training rows, so they are not held out."
+            f"{seen['rows']:,} of the {seen['of']:,} rows of the test split have prompts that are also in the training "
+            "rows, so this page gives no verdict."
         )
     low, high = metrics["low"], metrics["high"]
     interval = f" (95{NBSP}% interval {percent_range(low, high)})" if low is not None else ""

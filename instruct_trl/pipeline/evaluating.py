@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion, encode_prompt
-from instruct_trl.pipeline.held_out import note_trained_on, prompts_to_judge
+from instruct_trl.pipeline.held_out import prompts_to_judge, trained_on
 from instruct_trl.pipeline.loading import load_split, load_splits
 from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
@@ -35,7 +35,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
     own = run.dataset_name is not None
     prompts = list(prompts_for(run, "test")["prompt"])
-    trained_on = note_trained_on(run, prompts)
+    seen = trained_on(run, prompts)
     prefixes = read_prefixes(run, prompts)
     texts = held_out_texts(run)
     if PartialState().num_processes > 1:
@@ -47,7 +47,7 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
         answers[name] = measured | {"path": path, "labeler": score_answers(labeler, prompts, sampled, "The labeler")}
         with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
             answers[name]["reward"] = score_answers(scorer, prompts, sampled)
-    result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": trained_on}
+    result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": seen}
     if not own:
         result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
     if run.checkpoint_prompts is not None:

@@ -77,7 +77,7 @@ def make_report(
         checkpoints=data.get("checkpoints", []),
         **(judged or {}),
         reward_model=data.get("reward_model", {}),
-        trained_on=data.get("trained_on") or "",
+        trained_on=data.get("trained_on") or {},
         selection_picture=selection if selection.exists() else None,
         samples=_samples(data),
         settings={name: (finished_summary(stages[name]) or {}).get("settings", {}) for name in STAGES},

@@ -91,30 +91,29 @@ def overlap_note(count: int, rows: int) -> str | None:
     )
 
 
-def note_trained_on(run: Any, prompts: Sequence[Any]) -> str | None:
-    """Print and return how many of the user's prompts some stage of this run was trained on; None if none is known.
+def trained_on(run: Any, prompts: Sequence[Any]) -> dict[str, Any] | None:
+    """How many of the user's prompts this run was trained on, which a line says; None if none are known to be.
 
     Known are the datasets that the run's stages, and the models given in their place, were trained on, where they can
     still be read.
+
+    Returns:
+        `rows`, so many `of` all prompts, and a sentence, `note`.
     """
     if run.dataset_name is None:
-        return None  # the demo's data are parted by itself
+        return None  # the demo parts its own data
     keys = _keys(prompts)
-    found: set[str] = set()
-    names = []
-    for name, settings in _trainings(run).items():
-        shared = _trained_keys(settings) & set(keys)
-        found |= shared
-        names += [name] if shared else []
+    shared = {name: _trained_keys(settings) & set(keys) for name, settings in _trainings(run).items()}
+    found = set().union(*shared.values())
     if not found:
         return None
-    count = sum(key in found for key in keys)
+    count, names = sum(key in found for key in keys), [name for name, some in shared.items() if some]
     note = (
         f"{count:,} of {len(keys):,} prompts are also in the training rows of {', '.join(names)}, so what is said of "
-        "them is not said of new prompts. Name held-out prompts: --dataset_name, or --dataset_test_split."
+        "them is not said of new prompts. Name held-out ones: --dataset_name, or --dataset_test_split."
     )
     PartialState().print(f"== Prompts: {note}")
-    return note
+    return {"rows": count, "of": len(keys), "note": note}
 
 
 def _trainings(run: Any) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from instruct_trl.pipeline.held_out import note_trained_on
+from instruct_trl.pipeline.held_out import trained_on
 from instruct_trl.pipeline.run import demo_or_own, prompts_for
 
 NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*")
@@ -22,7 +22,7 @@ def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
     require_matplotlib()
     own = run.dataset_name is not None
     prompts = list(prompts_for(run, "selection")["prompt"])
-    note = note_trained_on(run, prompts)
+    seen = trained_on(run, prompts)
     reward_model = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=run.bf16):
         result = select_checkpoint(
@@ -36,8 +36,8 @@ def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
             seed=run.seed,
             output_dir=str(folder),
         )
-    if note:
+    if seen:
         with (folder / "selection.md").open("a", encoding="utf-8") as page:
-            page.write(f"\nNot held out: {note}\n")
+            page.write(f"\nNot held out: {seen['note']}\n")
     shutil.copytree(result.best, folder / "model", ignore=NOT_OF_THE_MODEL, dirs_exist_ok=True)
     return {"checkpoint": Path(result.best).name}
