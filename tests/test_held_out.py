@@ -169,3 +169,38 @@ def test_sft_does_not_evaluate_on_its_training_rows(tmp_path, tokenizer, monkeyp
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [row for row in log if "eval_loss" in row] == []
     assert "There is no test split in rows" in capsys.readouterr().out
+
+
+def test_the_page_says_how_many_rows_were_trained_on_and_calls_them_not_held_out(tmp_path):
+    from instruct_trl.evaluation.reward_report import write_reward_report
+
+    rows = [{"rewards": [1.0, 0.0], "pairs": [[0, 1]], "lengths": [3, 4], "prompt_length": 5} for _ in range(8)]
+    metrics = write_reward_report(rows, tmp_path, title="t", trained_on=(2, 8))
+    assert metrics["trained_on"] == {"rows": 2, "of": 8}
+    page = (tmp_path / "report.md").read_text()
+    assert "2 of the 8 rows of the test split have prompts that are also in the training rows" in page
+    assert "of held-out pairs" not in page
+
+
+def test_a_selection_on_prompts_that_were_trained_on_says_so(tmp_path, run, monkeypatch):
+    import instruct_trl
+    from instruct_trl.pipeline.selecting import select_and_copy
+
+    prompts("a", "b", "c").to_json(tmp_path / "d.jsonl")
+    for name in ("run/sft", "out", "best"):
+        (tmp_path / name).mkdir(parents=True)
+    settings = {"settings": {"dataset_name": str(tmp_path / "d.jsonl")}}
+    (tmp_path / "run" / "sft" / FINISHED).write_text(json.dumps(settings))
+    (tmp_path / "out" / "selection.md").write_text("# Which\n")
+    monkeypatch.setattr(instruct_trl, "RewardScorer", lambda *_, **__: None)
+    monkeypatch.setattr(instruct_trl, "select_checkpoint", lambda *_, **__: SimpleNamespace(best=tmp_path / "best"))
+    own = SimpleNamespace(
+        run=run.run, dataset_name=str(tmp_path / "d.jsonl"), dataset_config=None, dataset_test_split=None,
+        dataset_train_split="train", reward_model_path="rm", sft_path=None, batch_size=1, bf16=False, seed=0,
+        max_completion_length=1, temperature=1.0,
+    )  # fmt: skip
+    select_and_copy(own, tmp_path / "out")
+    assert (
+        "Not held out: 3 of 3 prompts are also in the training rows of sft"
+        in (tmp_path / "out/selection.md").read_text()
+    )

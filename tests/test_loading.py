@@ -142,6 +142,12 @@ def test_a_folder_without_splits_is_refused(tmp_path, files, message):
         load_splits(folder)
 
 
+def test_a_file_below_a_folder_called_train_may_have_any_name(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "test_questions.jsonl").write_text(LINES)
+    assert list(load_splits(tmp_path)) == ["train"]
+
+
 def test_a_file_of_a_folder_that_is_not_read_is_said(tmp_path, capsys):
     for name in ("train", "tset"):
         (tmp_path / f"{name}.jsonl").write_text(LINES)

@@ -163,12 +163,8 @@ def _expand_home(parsed: tuple) -> None:
             value = getattr(part, item.name)
             if isinstance(value, str) and value.startswith("~"):
                 setattr(part, item.name, expanduser(value))
-            elif isinstance(value, list):  # of paths, or of NAME=PATH
-                setattr(part, item.name, [_expand_entry(entry) for entry in value])
-
-
-def _expand_entry(entry: Any) -> Any:
-    return "=".join(map(expanduser, entry.split("=", 1))) if isinstance(entry, str) else entry
+            elif isinstance(value, list) and any("~" in str(entry) for entry in value):  # of paths, or of NAME=PATH
+                setattr(part, item.name, ["=".join(map(expanduser, str(entry).split("=", 1))) for entry in value])
 
 
 def _load_as_asked(parsed: tuple) -> None:

@@ -140,12 +140,13 @@ def _read_folder(path: Path, config: str | None) -> dict[str, Any]:
                 "copy it whole."
             ) from error
         return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+    config = config if (path / "README.md").is_file() else None  # which is where a folder names its configurations
     files = _files_of_splits(path, config)
     kinds = {FILE_TYPES.get(file.suffix.lower()) for found in files.values() for file in found}
     if len(kinds) == 1 and None not in kinds:  # each by itself: a test split may have columns of its own
         return {split: _read_files(found) for split, found in files.items()}
     try:
-        return dict(datasets.load_dataset(str(path), config))
+        return dict(datasets.load_dataset(str(path.resolve()), config))
     except Exception as error:
         raise _no_data(path, error) from error
 
@@ -158,26 +159,30 @@ def _files_of_splits(path: Path, config: str | None) -> dict[str, list[Path]]:
     """
     import datasets
 
-    there = [file for file in sorted(path.iterdir()) if file.suffix.lower() in FILE_TYPES]
-    pattern = glob.escape(str(path.resolve()))
-    by_type = pattern != str(path.resolve()) and there  # a name with brackets, which datasets takes for a pattern
+    full = str(path.resolve())
+    kind = next((k for file in sorted(path.rglob("*")) if (k := FILE_TYPES.get(file.suffix.lower()))), None)
     try:
-        if by_type:
-            builder = datasets.load_dataset_builder(FILE_TYPES[there[0].suffix.lower()], data_dir=pattern)
+        if kind is not None and glob.escape(full) != full:  # brackets, which datasets takes for a pattern
+            builder = datasets.load_dataset_builder(kind, data_dir=glob.escape(full))
         else:
-            builder = datasets.load_dataset_builder(str(path), config)
+            builder = datasets.load_dataset_builder(full, config)
     except Exception as error:
         raise _no_data(path, error) from error
     files = {str(split): [Path(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
-    _refuse_held_out_names(files)
+    _refuse_held_out_names(path, files)
+    _say_unread(path, files)
+    return files
+
+
+def _say_unread(path: Path, files: Mapping[str, list[Path]]) -> None:
     read = {file.resolve() for found in files.values() for file in found}
+    there = [file for file in sorted(path.iterdir()) if file.suffix.lower() in FILE_TYPES]
     left = [f.name for f in there if f.resolve() not in read and not f.name.startswith((".", "dataset_info"))]
     if left:
         PartialState().print(
             f"== Data: {path} also holds {', '.join(left[:5])}, which is not read: its splits are {', '.join(files)}. "
             "Name files train, validation and test."
         )
-    return files
 
 
 def _no_data(path: Path, error: Exception) -> ValueError:
@@ -188,9 +193,9 @@ def _no_data(path: Path, error: Exception) -> ValueError:
     )
 
 
-def _refuse_held_out_names(files: Mapping[str, list[Path]]) -> None:
+def _refuse_held_out_names(path: Path, files: Mapping[str, list[Path]]) -> None:
     for file in files.get("train", []):
-        meant = _NAMED_HELD_OUT.match(file.stem)
+        meant = _NAMED_HELD_OUT.match(file.stem) if file.parent == path.resolve() else None  # train/test_1 is one's own
         if meant:
             raise ValueError(
                 f"{file} would be read as training rows, since no split is recognised in its name. Rename it "
