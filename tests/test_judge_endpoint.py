@@ -6,7 +6,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from instruct_trl.evaluation.judges import EndpointJudge, compare_models, find_questions, rate_models
+from instruct_trl.evaluation.judges import (
+    Answer,
+    EndpointJudge,
+    Pair,
+    compare_models,
+    find_questions,
+    rate_models,
+    wording,
+)
 from instruct_trl.evaluation.judges import chat as chat_module
 from instruct_trl.evaluation.judges.chat import ReplyCache, back_off
 
@@ -67,6 +75,7 @@ def prefers(word):
 
 PROMPTS = ["p", "q"]
 ANSWERS = {"SFT": ["dull 1", "dull 2"], "PPO": ["bright 1", "bright 2"]}
+PAIRS = [Pair(Answer("r", "bright 1"), Answer("r", "dull 1"))]
 
 
 def test_a_fair_judge_wins_in_both_orders(server):
@@ -223,6 +232,87 @@ def test_no_server_and_not_a_chat_server(server):
         compare_models(EndpointJudge("http://127.0.0.1:9/v1", "j", attempts=2), PROMPTS, ANSWERS, "SFT")
     with pytest.raises(ValueError, match="give a URL such as"):
         EndpointJudge("localhost:8000", "j")
+
+
+def test_what_is_no_chat_api_is_named_and_said_what_would_be(server):
+    def message(**kwargs):
+        with pytest.raises(
+            RuntimeError, match=f"{server.url}.*choices.0..message.content.*usually ends in /v1"
+        ) as error:
+            compare_models(EndpointJudge(server.url, "j", workers=1, attempts=2, **kwargs), PROMPTS, ANSWERS, "SFT")
+        return str(error.value)
+
+    server.failures = [(200, {}, b"\n<!doctype html><p>Log in")] * 9
+    assert "a web page" in message()
+    assert server.slept == []  # another try would show the same page
+    server.failures = [(200, {}, b"ok")] * 2
+    assert "no JSON ('ok')" in message()
+    server.failures = []
+    for raw in (
+        {"error": "busy"},
+        {"choices": []},
+        ["x"],
+        {"choices": [{"message": {"content": [1]}}]},
+        {"choices": 3},
+    ):
+        server.raw = raw
+        assert "not as the chat API does" in message()
+    server.raw = {"choices": [{"message": {"content": "Verdict: A"}}], "usage": "none"}
+    assert compare_models(EndpointJudge(server.url, "j"), PROMPTS, ANSWERS, "SFT")["PPO"].outcomes == [0.5, 0.5]
+
+
+def test_a_key_that_the_server_sends_back_is_kept_out_of_errors_and_cache(server, tmp_path):
+    key = "sk-0123456789"
+    judge = EndpointJudge(server.url, "j", api_key=key, cache=tmp_path / "replies.jsonl", workers=1)
+    server.reply = lambda text: f"Your key is {key}.\nVerdict: A"
+    assert compare_models(judge, PROMPTS[:1], {n: a[:1] for n, a in ANSWERS.items()}, "SFT")["PPO"].outcomes == [0.5]
+    assert key not in (tmp_path / "replies.jsonl").read_text()
+    for failure in (
+        (401, {}, b"z" * 495 + key.encode()),
+        (200, {}, f"<p>{key}".encode()),
+        (200, {}, f'["{key}"]'.encode()),
+    ):
+        server.failures = [failure]
+        with pytest.raises(RuntimeError) as error:
+            judge.compare(PAIRS)
+        assert key[:5] not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "finish"),
+    [
+        ("<think>Perhaps Verdict: A. But wait, B", "stop"),
+        ("<think>No.</think>\n<think>Perhaps\nVerdict: A", "stop"),
+        ("[THINK]Verdict: A", None),
+        ("Verdict: A? On reflection, answer", "length"),
+        (None, "length"),
+    ],
+)
+def test_a_reply_that_was_cut_is_no_verdict_and_that_is_said(server, tmp_path, capsys, content, finish):
+    server.raw = {"choices": [{"message": {"content": content}, "finish_reason": finish}]}
+    for _ in range(2):  # asked, and from the cache
+        judge = EndpointJudge(server.url, "j", both_orders=False, max_tokens=9, cache=tmp_path / "replies.jsonl")
+        assert [(reply.value, reply.said) for reply in judge.compare(PAIRS)] == [(None, wording.CUT)]
+        assert "1 replies were cut at max_tokens=9" in capsys.readouterr().out
+        (rated,) = judge.rate([PAIRS[0].answer], find_questions(["likert"]))
+        assert (rated["quality"].value, rated["quality"].said) == (None, wording.CUT)
+        assert judge.cut == 2
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>Verdict: A</think>Verdict: B",
+        "Verdict: A, I thought.\n</think>\n\nVerdict: B",
+        "[THINK]Verdict: A[/THINK]\nVerdict: B",
+        "Answer A shows its <think> mark.\nVerdict: B",
+    ],
+)
+def test_thoughts_that_are_closed_are_not_the_verdict(server, content):
+    server.raw = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+    (reply,) = EndpointJudge(server.url, "j").compare(PAIRS)
+    assert (reply.value, reply.flipped) == (0.5, True)  # B, whichever answer it is
 
 
 def test_all_questions_in_one_request_an_answer(server):

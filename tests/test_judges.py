@@ -177,7 +177,7 @@ def test_ratings_line_by_line():
         (lambda: Pair(Answer("p", "a"), Answer("q", "a")), "two answers to one prompt"),
         (
             lambda: compare_models(ScoreJudge(lambda **_: [1.0], "short"), PROMPTS, ANSWERS, "SFT"),
-            "'short' gave 1 numbers for 10 answers",
+            "'short' gave 1 scores for 10 answers",
         ),
     ],
 )

@@ -13,7 +13,8 @@ from instruct_trl.evaluation.report_data import ModelResult, ReportData, load_re
 from instruct_trl.pipeline import sampling
 from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
 from instruct_trl.pipeline.evaluating import evaluate_models, model_paths, name_and_path
-from instruct_trl.pipeline.judging import JudgeArguments, judge_answers, make_judge
+from instruct_trl.pipeline.judging import JudgeArguments, check_judges, judge_answers, make_judge
+from instruct_trl.pipeline.trying import try_judges
 
 
 @pytest.fixture
@@ -77,6 +78,11 @@ def test_people_are_waited_for_and_then_counted(run):
 @pytest.mark.parametrize(
     ("judge", "changes", "message"),
     [
+        ("localhost:8000/v1", {}, "There is no judge 'localhost:8000/v1'.*a URL such as http"),
+        ("ftp://server/v1", {}, "'ftp://server/v1'; give a URL such as"),
+        ("http://localhost:port/v1", {}, "'http://localhost:port/v1'; give a URL such as"),
+        ("http://localhost:9/v1", {"judge_model": "m", "judge_key": "sk-5ec2e7"}, "never the key itself"),
+        ("nowhere:score", {}, "--judges nowhere:score: no such function"),
         ("somebody", {}, "There is no judge 'somebody'. Give 'reward_model', 'people'"),
         ("http://localhost:9/v1", {}, "needs a model's name: --judge_model"),
         ("http://localhost:9/v1", {"judge_model": "m", "judge_key": "NO_SUCH_KEY"}, "no variable 'NO_SUCH_KEY'"),
@@ -87,9 +93,53 @@ def test_a_judge_that_cannot_be_made_says_what_to_set(run, judge, changes, messa
         make_judge(judge, run, replace(JudgeArguments(), **changes), run.run)
 
 
+@pytest.mark.parametrize(
+    "start", ["http://me:pa/ss@", "HTTPS://me:pass@", "https://[me:pass@", "me:pass@", "ftp://pass@"]
+)
+def test_a_password_in_a_url_is_refused_and_shown_nowhere(run, start, capsys):
+    with pytest.raises(ValueError) as error:
+        judge_answers(run, JudgeArguments(judges=[f"{start}localhost:2/v1"], judge_model="m"), run.run)
+    text = str(error.value) + capsys.readouterr().out
+    assert "pa" not in text.replace("password", "")
+    assert "--judge_key" in text or "There is no judge 'localhost:2/v1'" in text
+    assert [path.name for path in run.run.iterdir()] == ["answers.json"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"judge_prompts": 0}, "--judge_prompts is 0; it must be a whole number, at least 1"),
+        ({"judge_workers": -2}, "--judge_workers is -2"),
+        ({"judge_price_in": float("nan")}, "--judge_price_in is nan; it must be a number, at least 0.0"),
+        ({"questions": ["humour"], "judges": ["people"]}, "no question 'humour'"),
+        ({"questions": ["likert"], "judges": ["reward_model", "mine:score"]}, "name an endpoint or people"),
+    ],
+)
+def test_settings_out_of_range_are_refused_as_they_are_read(settings, message):
+    with pytest.raises(ValueError, match=message):
+        JudgeArguments(**settings)
+
+
+def test_every_judge_is_looked_at_before_one_is_asked(run, tmp_path, monkeypatch):
+    (tmp_path / "a_judge.py").write_text("def score(prompts, completions, **_):\n    return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    (judge,) = check_judges(run, JudgeArguments(judges=["people", "a_judge:score"]), tmp_path)
+    for judges, message in (
+        (["people", "mystery"], "no judge 'mystery'"),
+        (["people", "reward_model"], "no model folder '.*reward_model'"),
+        (["people", "a_judge:scores"], "has no 'scores'. Did you mean a_judge:score?"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_judges(run, JudgeArguments(judges=judges), tmp_path)
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+    with pytest.raises(ValueError, match="'score' gave 1 scores for 2 answers.*trial.*Nothing was sampled"):
+        try_judges([judge], [[{"role": "user", "content": "hi"}]])
+
+
 def test_two_servers_with_one_models_name_stay_apart(run, monkeypatch):
     monkeypatch.setattr(ChatEndpoint, "ask", lambda self, chats, desc: ["Verdict: A"] * len(chats))
-    urls = ["http://localhost:1/v1", "http://me:secret@localhost:2/v1"]
+    urls = ["http://localhost:1/v1", "http://localhost:2/v1"]
     result = judge_answers(run, JudgeArguments(judges=urls, judge_model="m"), run.run)
     assert {row["judge"] for row in result["judged"]} == {"m at localhost:1", "m at localhost:2"}
 

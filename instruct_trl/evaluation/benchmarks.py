@@ -55,6 +55,19 @@ def require_lm_eval() -> None:
         ) from error
 
 
+def check_hub_tasks(names: Sequence[str]) -> None:
+    """Refuse a task that lm-eval does not know.
+
+    Raises:
+        ValueError: names the task.
+    """
+    with _quiet("lm_eval"):
+        known = _task_manager().all_tasks if names else []
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -85,11 +98,9 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    check_hub_tasks([task for task in tasks if isinstance(task, str)])
     with _quiet("lm_eval"):
         manager = _task_manager()
-        unknown = [task for task in tasks if isinstance(task, str) and task not in manager.all_tasks]
-        if unknown:
-            raise ValueError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
         judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         output = simple_evaluate(
             judged,

@@ -22,6 +22,7 @@ from instruct_trl.data.chat import as_written
 from instruct_trl.data.checks import check_demonstration, check_rows, check_text, require_columns
 from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.language_modeling import mean_token_loss
+from instruct_trl.evaluation.score_values import one_number_each
 from instruct_trl.models.generation import Completion, generate_completions
 
 Prompt = str | list[dict[str, Any]]
@@ -78,18 +79,19 @@ def as_scorer(reward_model: Any, processing_class: Any = None, batch_size: int =
     return reward_model
 
 
-def as_prompts(prompts: Any, name: str = "prompts") -> list[Prompt]:
+def as_prompts(prompts: Any, name: str = "prompts", least: int = 2) -> list[Prompt]:
     """The prompts of a list, or of a dataset's `prompt` column.
 
     Raises:
-        ValueError: no such column; a prompt that is empty or no text; fewer than two, which have no standard error.
+        ValueError: no such column; a prompt that is empty or no text; fewer than `least` (one has no standard error).
     """
     if hasattr(prompts, "column_names"):
         require_columns(prompts, ["prompt"], name)
         prompts = [row["prompt"] for row in prompts]
     prompts = [as_written(prompt) for prompt in prompts]
-    if len(prompts) < 2:
-        raise ValueError(f"{name} has {len(prompts)} rows; at least 2 are needed for a mean with a standard error.")
+    if len(prompts) < least:
+        why = " for a mean with a standard error" if least > 1 else ""
+        raise ValueError(f"{name} has {len(prompts)} rows; at least {least} are needed{why}.")
     for row, prompt in enumerate(prompts):
         check_text(prompt, f"{name}: column 'prompt', row {row}")
     return prompts
@@ -110,16 +112,15 @@ def score_answers(
         completion_ids=[answer.token_ids for answer in answers],
         truncated=[answer.truncated for answer in answers],
     )
-    if scores is None or len(scores) != len(prompts):
-        count = "None" if scores is None else f"{len(scores)} scores"
-        raise ValueError(f"{name} gave {count} for {len(prompts)} answers.")
-    for row, score in enumerate(scores):
+    finite: list[float] = []
+    for row, score in enumerate(one_number_each(scores, len(prompts), name)):
         if score is None or not math.isfinite(score):
             asked, answer = (f"{str(text):.60}" for text in (prompts[row], answers[row].text))
             raise ValueError(
                 f"{name} gave {score} for prompt {row} ({asked!r}), answer {answer!r}: it must give a finite number."
             )
-    return [float(score) for score in scores]
+        finite.append(score)
+    return finite
 
 
 def mean_and_standard_error(scores: Sequence[float]) -> tuple[float, float]:

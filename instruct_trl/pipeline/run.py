@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from instruct_trl.pipeline.arguments import RunArguments, read_yaml
+from instruct_trl.pipeline.functions import load_function
 from instruct_trl.pipeline.held_out import overlap, overlap_note, prompts_to_judge, say_held_out
 from instruct_trl.pipeline.loading import held_out_split, load_split, load_splits, pick_split
 from instruct_trl.pipeline.stage import finished_summary, run_stage
@@ -215,14 +215,12 @@ def held_out_texts(run: Any) -> list | None:
     return list(rows["text" if "text" in rows.column_names else "input_ids"])
 
 
-def load_labeler(run: RunArguments, name: str) -> Any:
-    """The demo's labeler, or the function that 'module:function' names.
+def load_labeler(run: RunArguments, name: str, option: str = "labeler") -> Any:
+    """The demo's labeler, or the function that 'module:function' names; `option` is the setting that names it.
 
     Raises:
-        ValueError: not of that form, nothing of that name, an async function, or the demo's on a user's own data.
+        ValueError: the demo's on a user's own data, or whatever `load_function` finds.
     """
-    from trl.trainer.utils import is_async_callable
-
     if name == "demo" and run.dataset_name is not None:
         raise ValueError(
             "The demo's labeler judges film reviews. For your own data name yours: --labeler module:function."
@@ -231,15 +229,7 @@ def load_labeler(run: RunArguments, name: str) -> Any:
         from instruct_trl.pipeline.labeler import SentimentLabeler
 
         return SentimentLabeler.load(demo_folder(run) / "labeler.joblib")
-    module, _, function = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # a module beside the user's data, as TRL's scripts allow for reward functions
-    try:
-        labeler = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--labeler {name}: no such function; name one as 'module:function' ({error}).") from error
-    if is_async_callable(labeler):
-        raise ValueError(f"--labeler {name} is async; a labeler is an ordinary function. Wrap it with asyncio.run.")
-    return labeler
+    return load_function(name, option)
 
 
 def reward_path(run: Any) -> str:

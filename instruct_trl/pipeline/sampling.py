@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from instruct_trl.data.chat import as_written
-from instruct_trl.data.checks import require_columns
 from instruct_trl.evaluation.judges.base import Answer, as_completion
-from instruct_trl.evaluation.selection import score_answers
+from instruct_trl.evaluation.selection import as_prompts, score_answers
 from instruct_trl.models.generation import Completion
+from instruct_trl.models.reward_loading import check_model_path
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_folder, load_labeler
+from instruct_trl.pipeline.trying import try_labeler
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:
@@ -34,19 +34,22 @@ def load_causal_lm(path: str) -> tuple[Any, Any]:
 
 def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
     """Write `train.jsonl` and `test.jsonl` with `prompt`, `completions`, `truncated` and, with a labeler, `ranks`."""
-    model, tokenizer = load_causal_lm(run.model_name_or_path or str(run.run / "sft"))
     labeler = None if run.labeler == "none" else load_labeler(run, run.labeler)
+    path = run.model_name_or_path or str(run.run / "sft")
+    check_model_path(path)
     if run.dataset_name is None:
         data = demo_folder(run)
         splits = {part: load_split(data / f"reward_prompts_{part}.jsonl") for part in ("train", "test")}
     else:
         splits = {"train": load_split(run.dataset_name, run.dataset_train_split, run.dataset_config)}
+    prompts = {part: as_prompts(dataset, f"The {part} split", least=1) for part, dataset in splits.items()}
+    model, tokenizer = load_causal_lm(path)
+    if labeler is not None:
+        try_labeler(labeler, prompts["train"], tokenizer, run.labeler)
     summary: dict[str, Any] = {}
     ranked: dict[str, list[dict]] = {}  # written when all are: a labeler that fails leaves an empty folder
-    for offset, (part, dataset) in enumerate(splits.items()):
-        require_columns(dataset, ["prompt"], f"the {part} prompts")
-        prompts = [as_written(prompt) for prompt in dataset["prompt"]]
-        rows, groups, empty = _answer(model, tokenizer, prompts, run, run.seed + offset, part)
+    for offset, (part, asked) in enumerate(prompts.items()):
+        rows, groups, empty = _answer(model, tokenizer, asked, run, run.seed + offset, part)
         if labeler is not None:
             _rank(labeler, rows, groups, folder.with_name(f"{folder.name}_unranked_{part}.jsonl"))
         ranked[part] = rows

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from instruct_trl.evaluation.selection import as_prompts, find_checkpoints
+from instruct_trl.models.reward_loading import check_model_path
 from instruct_trl.pipeline.held_out import trained_on
-from instruct_trl.pipeline.run import demo_or_own, prompts_for
+from instruct_trl.pipeline.run import demo_or_own, prompts_for, reward_path
 
 NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*")
 
@@ -21,12 +23,15 @@ def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
 
     require_matplotlib()
     own = run.dataset_name is not None
-    prompts = list(prompts_for(run, "selection")["prompt"])
+    sft = run.sft_path or str(run.run / "sft")
+    find_checkpoints(sft)
+    check_model_path(reward_path(run))
+    prompts = as_prompts(prompts_for(run, "selection"), "The prompts of the selection")
     seen = trained_on(run, prompts)
-    reward_model = RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size)
+    reward_model = RewardScorer(reward_path(run), batch_size=run.batch_size)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=run.bf16):
         result = select_checkpoint(
-            run.sft_path or str(run.run / "sft"),
+            sft,
             reward_model,
             prompts,
             validation_dataset=None if own else demo_or_own(run, "demonstrations")[1],

@@ -17,17 +17,19 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from tqdm.auto import tqdm
 
 from instruct_trl.evaluation.judges.base import digest
+from instruct_trl.evaluation.judges.replies import NoJson, parse_body, read_entry, was_cut
 
 Messages = list[dict[str, str]]
 
 TRANSIENT = {408, 409, 425, 429}  # beside all from 500 on
 LONGEST_WAIT = 60.0  # seconds
+_SHORTEST_SECRET = 6  # characters; a shorter key is a placeholder such as "x", and a part of any reply
 _REMEDIES = {
     400: "The server does not take this request; look at its message and at the model's name",
     401: "Set the API key",
@@ -114,7 +116,8 @@ class ReplyCache:
     def _read(self, line: str) -> None:
         try:
             entry = json.loads(line)
-            self.replies[entry["key"]] = entry
+            if isinstance(entry["content"], str):
+                self.replies[entry["key"]] = entry
         except (json.JSONDecodeError, KeyError, TypeError):
             return  # half a line; the reply is asked for again
 
@@ -135,6 +138,32 @@ class _NoRedirect(HTTPRedirectHandler):
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+def check_url(url: str) -> SplitResult:
+    """The parts of a server's URL, refused where it could not be asked or holds a secret; no secret is in the message.
+
+    Raises:
+        ValueError: not an http(s) URL up to /v1, or one that holds a user, a password or a query.
+    """
+    if "@" in url:
+        raise ValueError(
+            "The judge's URL holds a user or a password (something before an @). It would stand in reports and logs: "
+            "give the URL without it, put the key into an environment variable, and name that: --judge_key VARIABLE."
+        )
+    if "?" in url or "#" in url:
+        raise ValueError(
+            f"The judge's URL {url.split('?')[0].split('#')[0]!r} is followed by a query (? or #), which is not "
+            "sent. Give it up to /v1; put a key into an environment variable, and name that: --judge_key VARIABLE."
+        )
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or half an IPv6 address
+        valid = False
+    if not valid:
+        raise ValueError(f"base_url is {url!r}; give a URL such as http://localhost:8000/v1.")
+    return parts
 
 
 class ChatEndpoint:
@@ -169,9 +198,7 @@ class ChatEndpoint:
         price_in: float = 0.0,
         price_out: float = 0.0,
     ):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url is {base_url!r}; give a URL such as http://localhost:8000/v1.")
+        parts = check_url(base_url)
         if workers < 1 or attempts < 1 or timeout <= 0:
             raise ValueError(f"workers, attempts and timeout must be above 0, got {workers}, {attempts}, {timeout}.")
         self.base_url, self.model, self.options = base_url.rstrip("/"), model, dict(options or {})
@@ -181,6 +208,7 @@ class ChatEndpoint:
         api_key = (api_key or "").strip()  # files and secrets end in a newline
         if not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("The API key holds characters that no header can carry, such as a line break inside it.")
+        self._api_key = api_key.encode()
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
@@ -204,6 +232,10 @@ class ChatEndpoint:
             self._ask_missing(missing, desc)
         return [self.cache.replies[key]["content"] for key in keys]
 
+    def was_cut(self, chat: Messages) -> bool:
+        """Whether the reply to this chat, asked before, was stopped at its longest length."""
+        return was_cut(self.cache.replies.get(self._key(chat), {}))
+
     def _ask_missing(self, missing: dict[str, Messages], desc: str) -> None:
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._fetch, key, chat) for key, chat in missing.items()]
@@ -221,21 +253,14 @@ class ChatEndpoint:
         return {"model": self.model, "messages": chat, **self.options}
 
     def _fetch(self, key: str, chat: Messages) -> None:
-        raw = self._post(self._body(chat))
-        try:
-            choice = raw["choices"][0]
-            content = choice["message"].get("content") or ""
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise RuntimeError(
-                f"{self.base_url} replied, but not as the chat API does: {json.dumps(raw)[:200]}. Check that the URL "
-                "is that of an OpenAI-compatible server."
-            ) from None
-        usage = raw.get("usage") or {}
-        entry = {"model": self.model, "content": content, "finish_reason": choice.get("finish_reason")}
-        entry |= {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+        entry = {"model": self.model, **read_entry(self._post(self._body(chat)), self.base_url)}
         self.cache.add(key, entry)
         with self._lock:
             self.usage.add(entry, cached=False)
+
+    def _without_key(self, body: bytes) -> bytes:
+        """What a server sent, less the API key, which it may send back: it goes into the cache and into errors."""
+        return body.replace(self._api_key, b"[API key]") if len(self._api_key) >= _SHORTEST_SECRET else body
 
     def _post(self, body: dict[str, Any]) -> Any:
         url = f"{self.base_url}/chat/completions"
@@ -243,12 +268,15 @@ class ChatEndpoint:
         for attempt in range(self.attempts):
             try:
                 with self._opener.open(request, timeout=self.timeout) as response:
-                    return json.load(response)
+                    return parse_body(self._without_key(response.read()), url)
             except HTTPError as error:
                 if error.code not in TRANSIENT and error.code < 500:
-                    raise RuntimeError(_refusal(url, error)) from None
+                    said = self._without_key(error.read() or str(error.reason).encode())
+                    raise RuntimeError(_refusal(url, error.code, said)) from None
                 problem, wait = f"HTTP {error.code}", _retry_after(error)
-            except (OSError, HTTPException, ValueError) as error:  # a ValueError: what came is no JSON, or no text
+            except NoJson as error:
+                problem, wait = str(error), None
+            except (OSError, HTTPException) as error:
                 problem, wait = f"{type(error).__name__}: {error}", None
             if attempt + 1 < self.attempts:
                 with self._lock:
@@ -271,7 +299,7 @@ def _retry_after(error: HTTPError) -> float | None:
     return float(value) if value.replace(".", "", 1).isdigit() else None
 
 
-def _refusal(url: str, error: HTTPError) -> str:
-    said = error.read(500).decode("utf-8", "replace").strip()
-    remedy = _REMEDIES.get(error.code, "Check the URL: redirects are not followed" if error.code < 400 else "")
-    return f"{url} refused with HTTP {error.code}: {said or error.reason}. " + (f"{remedy}." if remedy else "")
+def _refusal(url: str, code: int, said: bytes) -> str:
+    remedy = _REMEDIES.get(code, "Check the URL: redirects are not followed" if code < 400 else "")
+    shown = said[:500].decode("utf-8", "replace").strip()
+    return f"{url} refused with HTTP {code}: {shown}. " + (f"{remedy}." if remedy else "")

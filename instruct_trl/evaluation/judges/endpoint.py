@@ -27,6 +27,9 @@ class EndpointJudge:
         cache: a file for the replies: a run that broke goes on, a second run costs nothing.
         kwargs: `api_key`, `workers`, `attempts`, `timeout`, `price_in`, `price_out` of `ChatEndpoint`, and `options`,
             further fields of the request.
+
+    Attributes:
+        cut: replies that were cut at `max_tokens`, or inside a reasoning model's thoughts; each is invalid.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class EndpointJudge:
         options = {"temperature": temperature, "max_tokens": max_tokens, **(kwargs.pop("options", None) or {})}
         self.endpoint = ChatEndpoint(base_url, model, cache=cache, options=options, **kwargs)
         self.criterion, self.both_orders = criterion, both_orders
+        self.cut = 0
 
     @property
     def name(self) -> str:
@@ -58,12 +62,29 @@ class EndpointJudge:
         asked = [pair for pair in pairs if not pair.same]
         orders = [order for pair in asked for order in self._orders(pair)]
         chats = [self._chat(pair, first) for pair, first in orders]
-        said = iter(zip(orders, self.endpoint.ask(chats, desc=f"comparing by {self.name}"), strict=True))
+        said = iter(zip(orders, self._ask(chats, f"comparing by {self.name}"), strict=True))
         replies = []
         for pair in pairs:
             texts = [] if pair.same else [next(said) for _ in self._orders(pair)]
             replies.append(_combine([(first, text) for (_, first), text in texts]))
         return replies
+
+    def _ask(self, chats: Sequence[wording.Messages], desc: str) -> list[str | None]:
+        """What each reply concludes; None of one that was cut, which has no verdict whatever stands in it."""
+        texts = self.endpoint.ask(chats, desc=desc)
+        whole = [None if self.endpoint.was_cut(chat) else text for chat, text in zip(chats, texts, strict=True)]
+        said = [None if text is None else wording.conclusion(text) for text in whole]
+        if cut := said.count(None):
+            self.cut += cut
+            print(f"== {self.name}: {self.cut_line(cut)}")
+        return said
+
+    def cut_line(self, cut: int) -> str:
+        """A line for a log or a report about so many replies that were cut."""
+        return (
+            f"{cut:,} replies were cut at max_tokens={self.endpoint.options['max_tokens']} before they ended and count "
+            "as invalid. Give a judge that reasons more: --judge_max_tokens."
+        )
 
     def _orders(self, pair: Pair) -> list[tuple[Pair, bool]]:
         """(pair, whether the model's answer comes first), for each time that the pair is asked about."""
@@ -80,13 +101,20 @@ class EndpointJudge:
 
     def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
         chats = [wording.rating(answer, questions) for answer in answers]
-        return [wording.read_rating(text, questions) for text in self.endpoint.ask(chats, f"rating by {self.name}")]
+        return [
+            {question.name: Reply(None, wording.CUT) for question in questions}
+            if text is None
+            else wording.read_rating(text, questions)
+            for text in self._ask(chats, f"rating by {self.name}")
+        ]
 
 
-def _combine(orders: list[tuple[bool, str]]) -> Reply:
+def _combine(orders: list[tuple[bool, str | None]]) -> Reply:
     """One reply from the verdicts of one pair; none asked means equal answers."""
     values = []
     for first, text in orders:
+        if text is None:
+            return Reply(None, wording.CUT)
         verdict = wording.read_comparison(text)
         if verdict is None:
             return Reply(None, text.strip()[-200:] or "an empty reply")

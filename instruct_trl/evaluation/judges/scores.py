@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from instruct_trl.evaluation.judges.base import Answer, Pair, Question, Reply, as_completion
+from instruct_trl.evaluation.score_values import one_number_each
 
 ScoreFunction = Callable[..., Sequence[float | None]]
 
@@ -86,12 +87,8 @@ def _call(function: ScoreFunction, answers: Sequence[Answer], name: str) -> list
         "completions": [as_completion(answer) for answer in answers],
         "truncated": [answer.truncated for answer in answers],
     }
-    values = list(function(**columns))
-    if len(values) != len(answers):
-        raise ValueError(
-            f"The judge {name!r} gave {len(values)} numbers for {len(answers)} answers; it must give one each."
-        )
-    return [None if value is None or not math.isfinite(value) else float(value) for value in values]
+    values = one_number_each(function(**columns), len(answers), f"The judge {name!r}")
+    return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 def _rating(question: Question, value: float | None) -> Reply:

@@ -48,7 +48,12 @@ Reply to each question about the answer with one line of the form "name: reply",
 _BOTH = r"(?!\s*(?:and\b|or\b|[&/+])\s*(?:answer\s+)?[ab]\b)"  # "A and B are equal" names no winner
 _VERDICT = re.compile(rf"verdict\W*[:=]\W*(?:answer\W+|an?\W+(?=tie\b))?(a|b|tie)\b{_BOTH}", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(?:answer\W+)?(a|b|tie)\W*", re.IGNORECASE)
-_THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL)
+# What reasoning models put around their thoughts: <think>, <seed:think>, [THINK], ◁think▷ and their like.
+_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)"
+_THOUGHT = re.compile(rf"^.*[<\[◁]/{_TAG}[>\]▷]", re.DOTALL | re.IGNORECASE)
+_OPEN_THOUGHT = re.compile(rf"^\s*[<\[◁]{_TAG}[>\]▷]", re.MULTILINE | re.IGNORECASE)
+
+CUT = "the reply was cut before its end"
 
 
 def comparison(prompt: str, a: str, b: str, criterion: str = CRITERION) -> Messages:
@@ -57,12 +62,18 @@ def comparison(prompt: str, a: str, b: str, criterion: str = CRITERION) -> Messa
     return [{"role": "system", "content": _JUDGE}, {"role": "user", "content": text}]
 
 
+def conclusion(reply: str) -> str | None:
+    """A reply without the thoughts that a reasoning model puts before it; None where it ends inside of them."""
+    said = _THOUGHT.sub("", reply)
+    return None if _OPEN_THOUGHT.search(said) else said
+
+
 def read_comparison(reply: str) -> float | None:
     """1 for answer A, 0 for B, 0.5 for a tie; None where the reply has no verdict.
 
     The last verdict counts, after a reasoning model's thoughts; a reply of the bare letter will do.
     """
-    reply = _THOUGHT.sub("", reply)
+    reply = conclusion(reply) or ""
     found = _VERDICT.findall(reply)
     alone = _ALONE.fullmatch(reply)
     verdict = found[-1] if found else alone.group(1) if alone else ""
@@ -82,7 +93,7 @@ def _choices(question: Question) -> str:
 
 def read_rating(reply: str, questions: Sequence[Question]) -> dict[str, Reply]:
     """A reply for each question; without a valid line for it, what was said in its place."""
-    reply = _THOUGHT.sub("", reply)
+    reply = conclusion(reply) or ""
     replies = {}
     for question in questions:
         line = re.findall(rf"^\W*{re.escape(question.name)}\W*:\W*(\S+)", reply, re.IGNORECASE | re.MULTILINE)
