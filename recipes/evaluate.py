@@ -11,9 +11,8 @@ Answers are sampled once; judges and tasks can be added in later runs. docs/eval
 from dataclasses import dataclass, field
 
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
-from instruct_trl.pipeline.benchmarking import TaskArguments, check_tasks
-from instruct_trl.pipeline.bounds import require_at_least
-from instruct_trl.pipeline.judging import JudgeArguments, check_judges
+from instruct_trl.pipeline.benchmarking import TaskArguments
+from instruct_trl.pipeline.judging import JudgeArguments
 
 
 @dataclass
@@ -42,24 +41,17 @@ class EvaluateArguments(RunArguments):
     bf16: bool = field(default=False, metadata={"help": "Sample and score under bf16 autocast."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling, the same for every model."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, max_completion_length=1, max_text_length=2, temperature=0.0, batch_size=1)
-
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage and write the report; returns the report's path."""
-    from instruct_trl.pipeline.evaluating import evaluate_models
+    from instruct_trl.pipeline.evaluating import check_evaluation, evaluate_models
     from instruct_trl.pipeline.evaluation_report import judged_report
     from instruct_trl.pipeline.stage import run_stage
 
     run, judges, tasks = parse_recipe((EvaluateArguments, JudgeArguments, TaskArguments), "evaluate", __doc__, argv)
     folder = run.folder("evaluation")
-    check_tasks(run, tasks)
-    judges_of_mine = check_judges(run, judges, folder)
-    run_stage(
-        folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder, judges_of_mine), resume=False
-    )
+    tried = check_evaluation(run, judges, tasks)
+    run_stage(folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder, tried), resume=False)
     return judged_report(run, folder, tasks, judges)
 
 

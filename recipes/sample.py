@@ -10,7 +10,6 @@ ranks: add a `ranks` list (1 is best, ties allowed) to each row and hand the fil
 from dataclasses import dataclass, field
 
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
-from instruct_trl.pipeline.bounds import require_at_least
 
 
 @dataclass
@@ -26,12 +25,6 @@ class SampleArguments(RunArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Default: <run_dir>/rankings."})
     bf16: bool = field(default=False, metadata={"help": "Sample under bf16 autocast."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, num_completions=2, max_completion_length=1, temperature=0.0, batch_size=1)
-        if self.temperature == 0:
-            raise ValueError("--temperature 0 gives the same answer every time: nothing to rank. Give 1, as the paper.")
 
 
 def main(argv: list[str] | None = None) -> str:

@@ -7,7 +7,6 @@ accelerate launch recipes/select_sft.py --sft_path out --reward_model_path rm --
 from dataclasses import dataclass, field
 
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
-from instruct_trl.pipeline.bounds import require_at_least
 
 
 @dataclass
@@ -22,10 +21,6 @@ class SelectArguments(RunArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Default: <run_dir>/selected_sft."})
     bf16: bool = field(default=False, metadata={"help": "Sample under bf16 autocast."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling, the same for every checkpoint."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, max_completion_length=1, temperature=0.0, batch_size=1)
 
 
 def main(argv: list[str] | None = None) -> str:

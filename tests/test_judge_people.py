@@ -1,11 +1,21 @@
 """Files for people: blind, shuffled, never overwritten; what comes back is read, or refused cell by cell."""
 
 import csv
+import hashlib
+import io
 import json
+import re
 
 import pytest
 
-from instruct_trl.evaluation.judges import PeopleJudge, WaitingForPeople, compare_models, find_questions, rate_models
+from instruct_trl.evaluation.judges import (
+    Answer,
+    PeopleJudge,
+    WaitingForPeople,
+    compare_models,
+    find_questions,
+    rate_models,
+)
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
 GOOD = {"SFT": [f"dull {i}" for i in range(12)], "PPO": [f"bright, {i}\nsecond line" for i in range(12)]}
@@ -157,6 +167,96 @@ def test_a_file_in_the_spreadsheets_own_encoding_is_read(tmp_path):
     text = (tmp_path / "compare.csv").read_text(encoding="utf-8")
     (tmp_path / "compare.csv").write_bytes(text.encode("cp1252"))
     assert compare_models(PeopleJudge(tmp_path), prompts, answers, "SFT")["PPO"].outcomes == [1.0]
+
+
+IDS = [PeopleJudge("unused")._key(Answer(f"prompt {i}", "x")) for i in range(300)]
+
+
+def test_ids_are_words_that_no_spreadsheet_knows():
+    """Letters alone: no number (582394e15, 0012), no formula, no date (3-4, MAR1), neither TRUE nor FALSE."""
+    assert len(set(IDS)) == len(IDS)
+    assert all(re.fullmatch("[g-z]{16}", key) and not set(key) & set("aeiou") for key in IDS)
+
+
+def test_a_sheet_with_the_ids_of_older_versions_is_read(blank, tmp_path):
+    rows = prefer(read(blank), "bright")
+    for row in rows:
+        texts = sorted([row["answer_a"], row["answer_b"]])
+        row["id"] = hashlib.sha256("\x00".join(["0", row["prompt"], *texts]).encode()).hexdigest()[:16]
+    assert all(re.fullmatch("[0-9a-f]{16}", row["id"]) for row in rows)
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)  # the order has not changed either
+    write(blank, rows)
+    assert compare_models(PeopleJudge(tmp_path), PROMPTS, GOOD, "SFT")["PPO"].outcomes == [1.0] * 12
+
+
+@pytest.mark.parametrize("broken", ["5.82394E+15", "5,82394E+15", "12", ""])
+def test_an_id_that_a_spreadsheet_changed_is_named_with_its_row(blank, tmp_path, broken):
+    rows = prefer(read(blank), "bright")
+    lost, rows[5]["id"] = rows[5]["id"], broken
+    write(blank, rows, delimiter=";")
+    with pytest.raises(ValueError, match=f"such as id '{lost}'") as error:
+        compare_models(PeopleJudge(tmp_path), PROMPTS, GOOD, "SFT")
+    assert f"row 7, column 'id': {broken!r} is none of this evaluation's" in str(error.value)
+    assert ("made a number of the id" in str(error.value)) == bool(broken)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("first", ["", "sep=;"])
+def test_what_european_spreadsheets_save_is_read(tmp_path, encoding, end, first):
+    judge, questions = PeopleJudge(tmp_path), find_questions(["likert"])
+    with pytest.raises(WaitingForPeople):
+        rate_models(judge, ["p", "q"], {"SFT": ["x; y\nz", "=1+1"]}, questions)
+    rows = read(tmp_path / "rate.csv")
+    for row, quality in zip(rows, ("5,0", "2.00"), strict=True):
+        row["quality"] = quality
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=";", lineterminator=end)
+    writer.writerow([f" {name}" for name in rows[0]])
+    writer.writerows([*row.values()] for row in rows)
+    writer.writerow([""] * len(rows[0]))  # a blank row at the end
+    (tmp_path / "rate.csv").write_bytes(((first + end if first else "") + text.getvalue()).encode(encoding))
+    (quality,) = rate_models(judge, ["p", "q"], {"SFT": ["x; y\nz", "=1+1"]}, questions)
+    assert (quality.mean, quality.n) == (3.5, 2)
+
+
+def test_a_cell_of_any_length_comes_back_and_one_that_was_cut_is_named(tmp_path):
+    answers = {"SFT": ["dull", "short"], "PPO": ["bright " * 30_000, "\U0001f600" * 20_000]}
+    judge = PeopleJudge(tmp_path)
+    with pytest.raises(WaitingForPeople, match="2 texts have more than the 32,767 characters"):
+        compare_models(judge, ["p", "q"], answers, "SFT")
+    path, limit = tmp_path / "compare.csv", csv.field_size_limit(300_000)
+    rows = [row | {"better": "a" if len(row["answer_a"]) > 9 else "b"} for row in read(path)]
+    csv.field_size_limit(limit)
+    write(path, rows)
+    assert compare_models(judge, ["p", "q"], answers, "SFT")["PPO"].outcomes == [1.0, 1.0]
+    assert csv.field_size_limit() == limit
+    for number, row in enumerate(rows):
+        column = f"answer_{row['better']}"
+        kept = 32_767 // 2 if row["prompt"] == "q" else 32_767  # a spreadsheet counts an emoji twice
+        write(path, [other | ({column: other[column][:kept]} if other is row else {}) for other in rows])
+        with pytest.raises(
+            ValueError, match=f"row {number + 2}, column '{column}': a spreadsheet cut the text"
+        ) as error:
+            compare_models(judge, ["p", "q"], answers, "SFT")
+        assert f" {kept:,}, so that" in str(error.value)
+
+
+def test_a_text_without_utf_8_is_written(tmp_path):
+    for file_type in ("csv", "jsonl"):
+        with pytest.raises(WaitingForPeople):
+            compare_models(PeopleJudge(tmp_path, file_type=file_type), ["\ud800"], {"SFT": ["x"], "PPO": ["y"]}, "SFT")
+
+
+def test_a_line_that_is_no_object_and_a_workbook_are_named(tmp_path):
+    judge = PeopleJudge(tmp_path, file_type="jsonl")
+    (tmp_path / "compare.xlsx").write_bytes(b"PK")
+    with pytest.raises(WaitingForPeople, match="'compare.xlsx' is not read: save it as a .jsonl file"):
+        compare_models(judge, PROMPTS, GOOD, "SFT")
+    with (tmp_path / "compare.jsonl").open("a") as file:
+        file.write("[1]\n")
+    with pytest.raises(ValueError, match=r"line 13: '\[1\]' is no JSON object"):
+        compare_models(judge, PROMPTS, GOOD, "SFT")
 
 
 def test_line_separators_inside_an_answer_break_no_line(tmp_path):

@@ -11,6 +11,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from instruct_trl.pipeline.bounds import check_sampling
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The recipe's docstring as it is written, and every setting with its default."""
@@ -65,6 +67,7 @@ class RunArguments:
     def __post_init__(self) -> None:
         from instruct_trl.pipeline.cpu import use_cpu_well
 
+        check_sampling(self)
         use_cpu_well(self.cpu_threads)
 
 

@@ -6,6 +6,23 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+_SAMPLING: dict[str, float] = {
+    "num_completions": 2,  # of one answer there is nothing to rank
+    "max_completion_length": 1,
+    "max_text_length": 2,  # a token and the one before it
+    "batch_size": 1,
+    "temperature": 0.0,
+}
+
+
+def check_sampling(settings: Any) -> None:
+    """`require_at_least` for those settings of sampling that a recipe has.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    require_at_least(settings, **{name: least for name, least in _SAMPLING.items() if hasattr(settings, name)})
+
 
 def require_at_least(settings: Any, **least: float) -> None:
     """Refuse settings below their least value; None, an option that is not set, is left alone.

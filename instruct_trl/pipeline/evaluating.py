@@ -25,6 +25,26 @@ from instruct_trl.pipeline.trying import try_judges, try_labeler
 BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
 
 
+def check_evaluation(run: Any, judges: Any, tasks: Any) -> list[ScoreJudge]:
+    """Refuse judges and tasks that could not be asked or run, before anything is sampled.
+
+    Args:
+        run, judges, tasks: the recipe's arguments.
+
+    Returns:
+        The judges that are functions, for `evaluate_models` to try.
+
+    Raises:
+        ImportError: tasks without lm-eval.
+        ValueError: what `check_tasks` and `check_judges` find.
+    """
+    from instruct_trl.pipeline.benchmarking import check_tasks
+    from instruct_trl.pipeline.judging import check_judges
+
+    check_tasks(run, tasks)
+    return check_judges(run, judges, run.folder("evaluation"))
+
+
 def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -> dict[str, Any]:
     """Sample, judge and measure each model; write `answers.json` and return the headline numbers.
 

@@ -82,7 +82,7 @@ def _may_be_asked(name: str) -> bool:
     return name == "people" or _is_url(name)
 
 
-def check_judges(run: Any, settings: JudgeArguments, folder: Path) -> list[Judge]:
+def check_judges(run: Any, settings: JudgeArguments, folder: Path) -> list[ScoreJudge]:
     """Refuse judges that could not be asked, before any answer is sampled; nothing is written and no one is asked.
 
     Returns:

@@ -34,6 +34,8 @@ def load_causal_lm(path: str) -> tuple[Any, Any]:
 
 def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
     """Write `train.jsonl` and `test.jsonl` with `prompt`, `completions`, `truncated` and, with a labeler, `ranks`."""
+    if run.temperature == 0:
+        raise ValueError("--temperature is 0, which gives the same answer every time: nothing to rank. Give 1, say.")
     labeler = None if run.labeler == "none" else load_labeler(run, run.labeler)
     path = run.model_name_or_path or str(run.run / "sft")
     check_model_path(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from instruct_trl.evaluation.judges.base import Answer, Pair, Question, Reply, as_text, digest
+from instruct_trl.evaluation.judges.cells import LONGEST_CELL, is_long, is_odd, letters_of
 from instruct_trl.evaluation.judges.sheets import read_sheet, write_sheet
 from instruct_trl.evaluation.judges.wording import CRITERION, read_choice
 
@@ -120,11 +121,11 @@ class PeopleJudge:
     def _key(self, *answers: Answer) -> str:
         """The same whichever of two answers is the model's: a row does not betray it."""
         texts = sorted(answer.text for answer in answers)
-        return digest(str(self.seed), as_text(answers[0].prompt), *texts)[:16]
+        return letters_of(digest(str(self.seed), as_text(answers[0].prompt), *texts)[:16])
 
     def _sides(self, key: str, pair: Pair) -> list[str]:
         """(answer A, answer B): in alphabetical order or the other way, by the row's hash."""
-        return sorted([pair.answer.text, pair.baseline.text], reverse=int(key, 16) % 2 == 1)
+        return sorted([pair.answer.text, pair.baseline.text], reverse=is_odd(key))
 
     def _outcome(self, key: str, pair: Pair, word: str) -> Reply:
         if word not in _BETTER:
@@ -150,16 +151,35 @@ class PeopleJudge:
             rules = _RULES.format(stem=kind, suffix=self.suffix)
             (self.folder / f"{kind}.md").write_text(guide + rules, encoding="utf-8")
         copies = sorted(self.folder.glob(f"{kind}_*{self.suffix}"))
-        read = [read_sheet(path, list(rows), fill, self.allow_unfilled) for path in [blank, *copies]]
+        read = [read_sheet(path, rows, fill, self.allow_unfilled) for path in [blank, *copies]]
         if read[0] in read[1:]:
             read[0] = None  # somebody filled in the blank, then copied it under a name of theirs
         filled = [sheet for sheet in read if sheet is not None]
         if not filled:
             raise WaitingForPeople(
                 f"{len(rows)} rows wait to be filled in: {blank}. {blank.with_suffix('.md')} says how. Then run again."
+                + (_long_cells(rows) if self.suffix == ".csv" else "")
+                + _other_formats(self.folder, kind, self.suffix)
             )
         self._people = len(filled)
         return filled
+
+
+def _long_cells(rows: dict[str, dict[str, str]]) -> str:
+    """A sentence where a spreadsheet would show the beginning of a text alone; "" where none is so long."""
+    count = sum(is_long(text) for row in rows.values() for text in row.values())
+    if not count:
+        return ""
+    return (
+        f" {count} texts have more than the {LONGEST_CELL:,} characters that a spreadsheet keeps of a cell: have them "
+        "judged from a jsonl file, --people_file_type jsonl."
+    )
+
+
+def _other_formats(folder: Path, kind: str, suffix: str) -> str:
+    """A sentence where somebody saved a workbook, which is not read; "" where nobody did."""
+    found = [path.name for path in sorted(folder.glob(f"{kind}*")) if path.suffix in (".xlsx", ".xls", ".ods")]
+    return f" {found[0]!r} is not read: save it as a {suffix} file." if found else ""
 
 
 def _majority(replies: Sequence[Reply]) -> Reply:
