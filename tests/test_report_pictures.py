@@ -1,10 +1,13 @@
 """The report's pictures show the numbers at their places."""
 
+from functools import partial
+
 import pytest
 from report_example import example_report, win_of
 
-from instruct_trl.evaluation import plots
-from instruct_trl.evaluation.plot_style import DARK, LIGHT
+from instruct_trl.evaluation import more_plots, plots
+from instruct_trl.evaluation.plot_names import for_pictures, short_names
+from instruct_trl.evaluation.plot_style import DARK, LIGHT, save_picture
 from instruct_trl.evaluation.report import ModelResult
 from instruct_trl.evaluation.win_rate import WinRate
 
@@ -59,6 +62,38 @@ def test_pictures_draw_without_warnings_from_any_number_of_rows(tmp_path, rows):
     data = example_report(models=models, subject="PPO-ptx")
     data.training = data.training[:rows]
     assert set(plots.draw_pictures(data, tmp_path)) == set(plots.PICTURES)
+
+
+LONG = "<b>$x_{$ \U0001f600 \u4e2d\u202e\n" + "n" * 200
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_draw_without_warnings_whatever_things_are_called(tmp_path):
+    """Long names, mathtext, letters that the font has not, and names that matplotlib's legend would leave out."""
+    data = example_report()
+    for place, model in enumerate(data.models):
+        model.name = f"_{LONG}{place}"
+        model.tasks = {LONG + task: row for task, row in model.tasks.items()}
+    old = ("base", "SFT", "PPO-ptx")
+    names = dict(zip(old, (model.name for model in data.models), strict=True))
+    data.baseline, data.training_reference = names["SFT"], LONG
+    data.judged = [row | {"judge": LONG + row["judge"], "model": names[row["model"]]} for row in data.judged]
+    data.runs = {f"_{LONG}run": data.runs["PPO"]}
+    shown = for_pictures(data)
+    for draw in (more_plots.draw_judges, more_plots.draw_tasks):
+        save_picture(partial(draw, shown), LIGHT, tmp_path / "picture.png")
+    legend = more_plots.draw_runs(shown, LIGHT).axes[0].get_legend()
+    assert len(legend.get_texts()) == 2
+
+
+def test_short_names_are_told_apart_and_short_ones_stay():
+    assert short_names(["SFT", "PPO-ptx", "a  b\n"]) == {"SFT": "SFT", "PPO-ptx": "PPO-ptx", "a  b\n": "a b"}
+    shown = short_names(["x" * 300, "x" * 301, "x" * 299 + "y"])
+    assert list(shown.values()) == [
+        "x" * 15 + "…" + "x" * 8,
+        "x" * 15 + "…" + "x" * 8 + " (2)",
+        "x" * 15 + "…" + "x" * 7 + "y",
+    ]
 
 
 def _luminance(color):

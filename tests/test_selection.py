@@ -178,3 +178,10 @@ def test_a_score_that_is_none_is_named_with_prompt_and_answer():
 def test_validation_data_needs_its_columns(run):
     with pytest.raises(ValueError, match="validation_dataset has no column 'completion'"):
         select_checkpoint(run, worth, PROMPTS, validation_dataset=Dataset.from_dict({"prompt": ["a"]}))
+
+
+def test_a_checkpoints_name_is_shown_as_it_is():
+    rows = [CheckpointRow(f"run/<b>|*{step}*", step, None, 0.1, 0.01, None, 0.0) for step in (1, 2)]
+    text = selection_markdown(SelectionResult(rows[0].checkpoint, None, rows))
+    assert r"picks &lt;b&gt;\|\*1\*." in text
+    assert r"| &lt;b&gt;\|\*2\* |" in text

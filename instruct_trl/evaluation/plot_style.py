@@ -7,6 +7,7 @@ readers; no finding rests on colour alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def save_picture(draw: Callable[[Theme], Any], theme: Theme, path: Path) -> None
         "xtick.labelsize": 9.5,
         "ytick.labelsize": 9.5,
     }
-    with rc_context(style):
+    with rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in letters that the font has not
         figure = draw(theme)
         FigureCanvasAgg(figure).print_figure(path, dpi=DPI, facecolor=theme.background)
 

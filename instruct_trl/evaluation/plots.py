@@ -11,6 +11,7 @@ import numpy as np
 
 from instruct_trl.evaluation import more_plots
 from instruct_trl.evaluation.captions import NBSP, compared, number, path_means, percent, percent_range, rank_distances
+from instruct_trl.evaluation.plot_names import for_pictures
 from instruct_trl.evaluation.plot_style import (
     DARK,
     LIGHT,
@@ -38,7 +39,7 @@ def draw_pictures(data: ReportData, folder: str | Path) -> dict[str, tuple[Path,
     require_matplotlib()
     folder = Path(folder)
     (folder / "dark").mkdir(parents=True, exist_ok=True)
-    drawn = {}
+    drawn, data = {}, for_pictures(data)
     for name, (applies, draw) in PICTURES.items():
         if not applies(data):
             continue

@@ -75,9 +75,9 @@ def write_report(data: ReportData, output_dir: str | Path) -> Path:
     selection = _adopt_selection(data, pictures_dir)
     pictures = draw_pictures(data, pictures_dir)
     document = _document(data, pictures, selection)
-    (folder / "report.md").write_text(to_markdown(document, folder), encoding="utf-8")
+    (folder / "report.md").write_text(to_markdown(document, folder), encoding="utf-8", errors="replace")
     page = folder / "report.html"
-    page.write_text(to_html(document), encoding="utf-8")
+    page.write_text(to_html(document), encoding="utf-8", errors="replace")
     save_report_data(data, folder / REPORT_JSON, selection.relative_to(folder) if selection else None)
     return page
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from instruct_trl.evaluation import reward_captions as captions
 from instruct_trl.evaluation.captions import number, percent
+from instruct_trl.evaluation.plot_names import short
 from instruct_trl.evaluation.plot_style import (
     DARK,
     LIGHT,
@@ -78,7 +79,7 @@ def _pictures(metrics: Metrics, records: Sequence[Record]) -> dict[str, Callable
 GROUPS: dict[str, tuple[str, Callable[[str], str]]] = {
     "by_k": ("the number of answers", lambda name: f"{name} answers"),
     "by_prompt_length": ("prompt length", lambda name: f"{name} tokens"),
-    "by_labeler": ("labeler", lambda name: textwrap.shorten(name, 22, placeholder="…")),
+    "by_labeler": ("labeler", lambda name: short(name, 22)),
 }
 """Key of the metrics → (what the groups differ by, a group's label in the picture)."""
 

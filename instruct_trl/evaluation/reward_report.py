@@ -72,8 +72,8 @@ def write_reward_report(
     metrics["warnings"] = captions.warnings(metrics)
     pictures = draw_reward_pictures(metrics, records, folder / "pictures")
     document = _document(metrics, pictures, title, notes)
-    (folder / "report.md").write_text(to_markdown(document, folder), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(document), encoding="utf-8")
+    (folder / "report.md").write_text(to_markdown(document, folder), encoding="utf-8", errors="replace")
+    (folder / "report.html").write_text(to_html(document), encoding="utf-8", errors="replace")
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / METRICS_JSON).write_text(text + "\n", encoding="utf-8")
     return metrics

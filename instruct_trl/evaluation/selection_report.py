@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from instruct_trl.evaluation.plot_names import short
 from instruct_trl.evaluation.plot_style import LIGHT, Theme, new_figure, save_picture
+from instruct_trl.evaluation.report_render import escape_markdown
 from instruct_trl.evaluation.selection import CheckpointRow, SelectionResult, selection_table
 
 
@@ -14,20 +16,21 @@ def write_selection(result: SelectionResult, folder: Path) -> None:
     """Write selection.json (everything), selection.md (a table) and selection.png (the picture) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "selection.json").write_text(json.dumps(selection_table(result), indent=2) + "\n")
-    (folder / "selection.md").write_text(selection_markdown(result))
+    (folder / "selection.md").write_text(selection_markdown(result), encoding="utf-8", errors="replace")
     save_picture(lambda theme: draw_selection(result, theme), LIGHT, folder / "selection.png")
 
 
 def selection_markdown(result: SelectionResult) -> str:
     """A sentence with the choice, and a table with a row for each checkpoint."""
-    lines = ["# Which SFT checkpoint to keep", "", _headline(result), ""]
+    lines = ["# Which SFT checkpoint to keep", "", escape_markdown(_headline(result)), ""]
     lines += [
         "| checkpoint | epoch | RM score | validation loss | answers cut | picked by |",
         "|---|---|---|---|---|---|",
     ]
     for row in result.rows:
+        name = escape_markdown(Path(row.checkpoint).name)
         lines.append(
-            f"| {Path(row.checkpoint).name} | {_number(row.epoch, '.3g')} | {row.rm_score:.3f} ± {row.rm_score_se:.3f} "
+            f"| {name} | {_number(row.epoch, '.3g')} | {row.rm_score:.3f} ± {row.rm_score_se:.3f} "
             f"| {_number(row.validation_loss, '.4f')} | {row.truncated:.0%} | {_picked_by(result, row)} |"
         )
     lines += [
@@ -92,7 +95,7 @@ def draw_selection(result: SelectionResult, theme: Theme) -> Any:
 
 def _title(result: SelectionResult) -> str:
     by_path = {row.checkpoint: row for row in result.rows}
-    return f"SFT selection by RM score: {_name(by_path[result.best])}"
+    return f"SFT selection by RM score: {short(_name(by_path[result.best]))}"
 
 
 def _mark(
@@ -103,7 +106,8 @@ def _mark(
     axes.axvline(x[index], color=color, linewidth=1.2, linestyle=(0, (4, 3)), alpha=0.6)
     axes.plot(x[index], y[index], "o", markersize=11, color=color, markeredgecolor=theme.background, zorder=3)
     last = len(x) > 1 and index > (len(x) - 1) / 2
+    name = short(_name(result.rows[index]))
     axes.annotate(
-        f"picks {_name(result.rows[index])}", (x[index], y[index]), xytext=(-8 if last else 8, 13 if above else -13),
+        f"picks {name}", (x[index], y[index]), xytext=(-8 if last else 8, 13 if above else -13),
         textcoords="offset points", ha="right" if last else "left", va="center", color=color, fontweight="bold",
     )  # fmt: skip
