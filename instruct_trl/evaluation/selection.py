@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instruct_trl.data.chat import as_written
 from instruct_trl.data.checks import check_demonstration, check_rows, check_text, require_columns
@@ -24,6 +23,7 @@ from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.evaluation.score_values import one_number_each
 from instruct_trl.models.generation import Completion, generate_completions
+from instruct_trl.models.policy_loading import load_policy_and_tokenizer
 
 Prompt = str | list[dict[str, Any]]
 Scorer = Callable[..., list[float]]
@@ -162,16 +162,15 @@ def _step_and_epoch(path: Path) -> tuple[int | None, float | None]:
 
 
 def load_policy(path: Path, processing_class: Any = None) -> tuple[Any, Any]:
-    """The causal LM of a checkpoint (a full model or a PEFT adapter's folder) in eval mode, and its tokenizer."""
-    if (path / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+    """The causal LM of a checkpoint (a full model or a PEFT adapter's folder) in eval mode, and its tokenizer.
 
-        model: Any = AutoPeftModelForCausalLM.from_pretrained(path)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path)
+    Raises:
+        ValueError: an adapter that does not fit its base, or a tokenizer with tokens that the model has no rows for.
+    """
+    model, tokenizer = load_policy_and_tokenizer(path, processing_class)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    return model.eval(), processing_class or AutoTokenizer.from_pretrained(path)
+    return model, tokenizer
 
 
 def _validation_pairs(dataset: Any) -> list[Any] | None:

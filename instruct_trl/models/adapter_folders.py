@@ -18,16 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from instruct_trl.models.adapter_loading import PREFIX, rows_of_adapter, token_rows
 from instruct_trl.models.adapter_switching import adapter_parameters
 from instruct_trl.models.reward_loading import ADAPTER_CONFIG, names_adapter
 
-PREFIX = "base_model.model."
 HEADS = ("score", "classifier")
 # What a config says of how a model is used, not of what it computes.
 _USAGE = {
@@ -141,15 +140,27 @@ def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, state_dict=own, adapter_name=name, save_embedding_layers=False)
 
 
-def keep_head_in_float32(model: Any, name: str) -> None:
-    """Where the adapter `name` trains the LM head whole, make its copy of a head in half precision float32.
+def check_token_room(folder: AdapterFolder, base: Any, *, resized: bool) -> None:
+    """Refuse an adapter that was trained with more tokens than a shared base has rows for.
 
-    A step of the optimizer is smaller than what bf16 tells apart, and would be rounded away.
+    Args:
+        folder: the adapter.
+        base: the model.
+        resized: embeddings that were only saved, not trained, count, too. A reward model's may hold one row more, for a
+            pad token that nobody reads.
+
+    Raises:
+        ValueError: it was.
     """
-    head = model.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper) and name in head.modules_to_save:
-        own = head.modules_to_save[name].float()
-        own.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype), *args[1:]))
+    weights = {key: value for key, value in folder.weights.items() if resized or "modules_to_save" in key}
+    rows = rows_of_adapter(base, folder.config, weights)
+    if rows is not None and rows > token_rows(base):
+        raise ValueError(
+            f"The adapter {folder.path!r} was trained with {rows} token rows, and the base has {token_rows(base)}: "
+            "tokens were added, and all roles share the base. Make the grown model the base "
+            f"(model.resize_token_embeddings({rows}), model.save_pretrained(folder), its tokenizer beside it), train "
+            "all adapters on that folder, and give it as base; or run PPOPtxTrainer with models of their own."
+        )
 
 
 def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:

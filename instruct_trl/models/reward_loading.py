@@ -13,6 +13,8 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from instruct_trl._upstream import keep_4bit_trainable, score_head
+from instruct_trl.models.adapter_loading import put_adapter_on, resize_token_rows, token_rows
+from instruct_trl.models.precision import is_quantised, one_dtype
 
 # Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
 ADAPTER_CONFIG = "reward_config.json"
@@ -48,11 +50,44 @@ def ensure_distinct_pad_token(tokenizer: Any, model: nn.Module | None = None) ->
 
 
 def fit_model_to_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Grow the embeddings of `model` to hold every token of `tokenizer`, and copy the pad id into its config."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    """Grow the embeddings of `model` to hold every token of `tokenizer`, and copy the pad id into its config.
+
+    Raises:
+        ValueError: they have no room, and an adapter holds them.
+    """
+    resize_token_rows(model, max(rows_for(tokenizer), token_rows(model)))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def rows_for(tokenizer: Any) -> int:
+    """The token rows that a model needs to read every id of `tokenizer`."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def check_token_rows(model: Any, tokenizer: Any, name: str, *, pad: bool = True) -> None:
+    """Refuse a tokenizer with ids for which the model has no row.
+
+    Args:
+        model: anything with an embedding.
+        tokenizer: what its token ids come from.
+        name: of the model, in the error.
+        pad: the pad token counts, too; not so where the model masks it away before the embedding.
+
+    Raises:
+        ValueError: there are such ids; says which tokens they are.
+    """
+    rows = token_rows(model)
+    read = {token: index for token, index in tokenizer.get_vocab().items() if pad or index != tokenizer.pad_token_id}
+    beyond = sorted((index, token) for token, index in read.items() if index >= rows)
+    if beyond:
+        tokens = ", ".join(repr(token) for _, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+        raise ValueError(
+            f"{name} has {rows} token rows, but its tokenizer ({tokenizer.name_or_path!r}) has ids up to "
+            f"{beyond[-1][0]}: nothing is there for {tokens}. Call model.resize_token_embeddings({beyond[-1][0] + 1}) "
+            "and train the new rows: all weights, or beside a LoRA modules_to_save=['embed_tokens', 'lm_head'] or "
+            "trainable_token_indices=[...]."
+        )
 
 
 def check_model_path(path: str | Path) -> None:
@@ -69,6 +104,8 @@ def check_model_path(path: str | Path) -> None:
     try:
         AutoConfig.from_pretrained(path)
     except OSError as error:
+        if names_adapter(path):
+            return
         offline = " HF_HUB_OFFLINE is set and it is not in the cache." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ValueError(
             f"There is no model {path!r}: neither a local folder nor a repository that could be read.{offline} Check "
@@ -102,16 +139,17 @@ def has_tokenizer(name: str) -> bool:
 
 
 def is_sft_adapter(path: str | Path) -> bool:
-    """True for the folder of an adapter that is not a classifier's, on which a reward adapter may be trained."""
+    """True for an adapter, by folder or name, that is not a classifier's, on which a reward adapter may be trained."""
     from peft import PeftConfig
 
-    return is_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type != "SEQ_CLS"
+    return names_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type != "SEQ_CLS"
 
 
 def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
     """A sequence classifier with one label on the base of an SFT adapter, the adapter merged into it.
 
-    Its name is the adapter's path, so that a reward adapter trained on it says what it was trained on.
+    Its name is the adapter's path, so that a reward adapter trained on it says what it was trained on. Tokens that SFT
+    added are the classifier's, too.
 
     Args:
         path: the adapter's folder.
@@ -120,7 +158,7 @@ def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
     Raises:
         ValueError: no such base, or a quantised one, into which nothing merges exactly.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     path = str(path)
     config = PeftConfig.from_pretrained(path)
@@ -129,13 +167,13 @@ def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
     base = AutoModelForSequenceClassification.from_pretrained(
         base_path, **{"dtype": "float32", **kwargs, "num_labels": 1}
     )
-    if getattr(base, "is_quantized", False):  # asked for, or stored so
+    if is_quantised(base):  # asked for, or stored so
         raise ValueError(
             f"The SFT adapter {path!r} cannot be merged into a quantised base ({base_path!r}). Merge it first, and "
             "give the merged model, for PPO too; or train the reward adapter on the base without it."
         )
     config.task_type = None  # a classifier takes the adapter of a causal model; its layers are the same
-    merged: Any = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
+    merged: Any = put_adapter_on(base, path, config=config).merge_and_unload()
     merged.config._name_or_path = merged.name_or_path = path
     return merged
 
@@ -149,40 +187,52 @@ def check_single_label(config: Any, name: str) -> None:
         )
 
 
-def load_reward_model(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+def load_reward_model(path: str | Path, *, trainable: bool = False, **kwargs: Any) -> tuple[Any, Any]:
     """Read a trained reward model, or the folder of its PEFT adapter, with its tokenizer and its `reward_bias`.
 
     Args:
         path: local folder or hub name.
+        trainable: its adapter goes on training.
         kwargs: for `AutoModelForSequenceClassification.from_pretrained` (dtype, device_map, revision, ...).
 
     Returns:
         (model, tokenizer), the model in eval mode.
 
     Raises:
-        ValueError: no such path, more than one label, or an adapter without the trained head.
+        ValueError: no such path, more than one label, an adapter without the trained head, or a tokenizer that does not
+            fit.
     """
-    path = str(path)
+    path, kwargs = str(path), one_dtype(kwargs, "kwargs") or {}
     check_model_path(path)
     shared = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token") if key in kwargs}
-    tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-    if is_adapter(path):
-        model = _load_adapter(path, tokenizer, kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(path), **shared)
+    if names_adapter(path):
+        model = _load_adapter(path, tokenizer, trainable, kwargs)
     else:
         check_single_label(AutoConfig.from_pretrained(path, **shared), f"The reward model {path!r}")
         model = AutoModelForSequenceClassification.from_pretrained(path, **kwargs)
+    check_token_rows(model, tokenizer, f"The reward model {path!r}")
     return model.eval(), tokenizer
 
 
-def _load_adapter(path: str, tokenizer: Any, kwargs: dict[str, Any]) -> Any:
-    from peft import PeftConfig, PeftModel
+def tokenizer_source(path: str) -> str:
+    """Where the tokenizer of a model lies: beside it, or for an adapter without one beside its base."""
+    from peft import PeftConfig
+
+    if not names_adapter(path) or has_tokenizer(path):
+        return path
+    return str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+
+
+def _load_adapter(path: str, tokenizer: Any, trainable: bool, kwargs: dict[str, Any]) -> Any:
+    from peft import PeftConfig
     from trl.trainer.reward_trainer import suppress_seqcls_warning
 
     base_path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
     check_model_path(base_path)
     # RankingRewardTrainer writes this file; adapters of other makers lack it.
-    file = Path(path, ADAPTER_CONFIG)
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file = cached_file(path, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False)
+    saved = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     defaults = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
     with suppress_seqcls_warning():
         options = {"dtype": "float32", **defaults, **kwargs}
@@ -191,9 +241,9 @@ def _load_adapter(path: str, tokenizer: Any, kwargs: dict[str, Any]) -> Any:
         else:
             base = AutoModelForSequenceClassification.from_pretrained(base_path, **{**options, "num_labels": 1})
     keep_4bit_trainable(base)
-    fit_model_to_tokenizer(base, tokenizer)
     base.config.reward_bias = saved.get("reward_bias", getattr(base.config, "reward_bias", 0.0))
-    model = PeftModel.from_pretrained(base, path)
+    fit_model_to_tokenizer(base, tokenizer)
+    model = put_adapter_on(base, path, trainable=trainable)
     trained_base = not on_sft and any(
         "SequenceClassification" in name for name in AutoConfig.from_pretrained(base_path).architectures or []
     )

@@ -32,14 +32,15 @@ from instruct_trl.models.adapter_folders import (
     check_base,
     check_below,
     check_lora,
+    check_token_room,
     copy_adapter,
-    keep_head_in_float32,
     load_adapter_weights,
     make_head,
     read_adapter,
     same_place,
 )
 from instruct_trl.models.adapter_switching import adapter_parameters, switched
+from instruct_trl.models.precision import keep_whole_modules_in_float32, one_dtype
 from instruct_trl.models.reward_loading import check_model_path, has_tokenizer
 from instruct_trl.models.roles import ReferenceRole, RewardRole, ValueRole
 
@@ -102,7 +103,8 @@ class RoleAdapters:
                 "LoraConfig(task_type='SEQ_CLS')."
             )
         self._by_path, self._revision = isinstance(base, (str, Path)), revision
-        self._model_kwargs = {"dtype": torch.float32, "revision": revision, **model_kwargs}
+        given = one_dtype(model_kwargs, "model_kwargs") or {}
+        self._model_kwargs = {"dtype": torch.float32, "revision": revision, **given}
         sft = None if sft_adapter is None else read_adapter(sft_adapter)
         reward = read_adapter(reward_adapter)
         model = self._load_base(base, quantization_config)
@@ -159,6 +161,9 @@ class RoleAdapters:
         for name, config in (("policy_config", policy_config), ("value_config", value_config)):
             if config is not None:
                 check_lora(config, name)
+        if sft is not None:
+            check_token_room(sft, base, resized=True)
+        check_token_room(reward, base, resized=False)
         config = self._own(policy_config or sft.config)  # type: ignore[union-attr]
         model = PolicyModel(base, config, adapter_name=POLICY)
         if sft is not None:
@@ -172,7 +177,7 @@ class RoleAdapters:
         tuner: Any = model.base_model
         tuner.set_adapter([POLICY])
         model.requires_grad_(False)
-        keep_head_in_float32(model, POLICY)
+        keep_whole_modules_in_float32(model, POLICY)
         for parameter in adapter_parameters(model, POLICY).values():
             parameter.requires_grad_(True)
         return model

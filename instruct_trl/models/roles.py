@@ -82,6 +82,10 @@ class ScalarRole(nn.Module):
         self.config.reward_bias = float(saved.get("reward_bias", 0.0))
         self.config._name_or_path = saved.get("path", "")
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's, which all roles read."""
+        return self._roles.model.get_input_embeddings()
+
     def active(self) -> AbstractContextManager[None]:
         """Within, the shared model has this role's adapters; a backward pass belongs inside."""
         return self._roles.active(self._role)

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from instruct_trl._upstream import backbone, score_head
+from instruct_trl.models.precision import is_quantised, one_dtype
+from instruct_trl.models.reward_loading import check_model_path, load_reward_model, names_adapter
 from instruct_trl.models.scores import head_in_float32
 
 
@@ -24,10 +26,18 @@ class ValueModel(nn.Module):
     Args:
         classifier: a scalar-head sequence classifier; its backbone and head become the value function, and
             `config.reward_bias`, if there is one, is added to every value.
+
+    Raises:
+        ValueError: more than one label, or adapters that are not merged.
     """
 
     def __init__(self, classifier: PreTrainedModel):
         super().__init__()
+        if hasattr(classifier, "peft_config"):
+            raise ValueError(
+                "The value model carries PEFT adapters. Merge them first (`model.merge_and_unload()`), or give the "
+                "folder of the reward adapter as value_model=, which is merged as it is read."
+            )
         if classifier.config.num_labels != 1:
             raise ValueError(
                 f"The value model needs a scalar head, but {classifier.config._name_or_path or 'this classifier'} "
@@ -75,9 +85,36 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> ValueModel:
-        """Read what `save_pretrained` wrote, or any reward model folder (in float32 unless `dtype` is given)."""
-        kwargs.setdefault("dtype", torch.float32)
+        """Read what `save_pretrained` wrote, or any reward model's folder, an adapter's, too, which is merged.
+
+        Args:
+            path: the folder, or a name on the hub.
+            kwargs: for `from_pretrained`; dtype is float32 unless given.
+
+        Raises:
+            ValueError: no such path, more than one label, or an adapter of a base that is stored quantised.
+        """
+        check_model_path(path)
+        kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
+        if names_adapter(path):
+            return cls(merged(load_reward_model(path, **kwargs)[0]))
         return cls(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
+
+
+def merged(model: Any) -> Any:
+    """`model` with its adapters, if it has any, merged into its weights.
+
+    Raises:
+        ValueError: these are quantised, so that nothing merges exactly.
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    if is_quantised(model):
+        raise ValueError(
+            f"{model.config._name_or_path!r} carries adapters on a quantised base, into which nothing merges exactly. "
+            "Read its base unquantised and merge there, or use role_adapters, which keep adapters apart."
+        )
+    return model.merge_and_unload()
 
 
 def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
@@ -87,15 +124,12 @@ def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
     off and every parameter is trainable, in float32: in half precision most steps of the critic's learning rate would
     round to none.
 
+    Adapters are merged in the copy.
+
     Raises:
-        ValueError: the reward model has more than one label, or carries adapters that are not merged.
+        ValueError: the reward model has more than one label, or adapters on a quantised base.
     """
-    if hasattr(reward_model, "peft_config"):
-        raise ValueError(
-            "The reward model carries PEFT adapters. Merge them first (`reward_model.merge_and_unload()`) or pass "
-            "value_model=."
-        )
-    classifier = copy.deepcopy(reward_model)
+    classifier = merged(copy.deepcopy(reward_model))
     value_model = ValueModel(classifier if getattr(classifier, "is_quantized", False) else classifier.float())
     for module in value_model.modules():
         if isinstance(module, nn.Dropout):

@@ -12,14 +12,27 @@ from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
+from instruct_trl._upstream import match_adapters_to_precision, without_init_kwargs
 from instruct_trl.data.demonstrations import check_sft_dataset, checked_formatting, refusals_named
 from instruct_trl.data.endings import require_eos
 from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
 from instruct_trl.data.pairs import drop_own_bos
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
+from instruct_trl.models.adapter_loading import save_token_rows
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
+from instruct_trl.models.policy_loading import load_tokenizer
+from instruct_trl.models.reward_loading import check_token_rows
 from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
+from instruct_trl.trainers.starting_model import (
+    check_adapters,
+    keep_adapters_in_float32,
+    load_adapter_to_train,
+    place_reward_models,
+    settle_model_kwargs,
+    train_in_float32,
+    trained_beside_a_base,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +45,8 @@ class InstructSFTTrainer(SFTTrainer):
     The arguments are those of `trl.SFTTrainer`, in its order, and three keywords of ours.
 
     Args:
+        model: name or path of a causal language model, or one in memory. The folder of an adapter, or a PeftModel
+            loaded with is_trainable=True, goes on training.
         reward_model: a path, a sequence classifier with one label, a `RewardScorer`, or any TRL reward function. With
             it, each evaluation answers `selection_prompts`, logs `eval_rm_score` and its standard error
             `eval_rm_score_se`, and the checkpoint with the highest score is loaded at the end, unless the config names
@@ -40,8 +55,9 @@ class InstructSFTTrainer(SFTTrainer):
         pretraining_dataset: with a `text` or an `input_ids` column, for `pretraining_fraction` (appendix C.3).
 
     Raises:
-        ValueError: before any training: see `check_pretraining_mix`, `as_prompts`, `decoder_layers`; a tokenizer
-            without EOS; one of `reward_model` and `selection_prompts` without the other, or without evaluation.
+        ValueError: before any training: see `check_pretraining_mix`, `as_prompts`, `decoder_layers`, `check_adapters`,
+            `check_token_rows`; a tokenizer without EOS; one of `reward_model` and `selection_prompts` without the
+            other, or without evaluation.
     """
 
     args: InstructSFTConfig
@@ -73,6 +89,8 @@ class InstructSFTTrainer(SFTTrainer):
         pretraining_dataset: Any = None,
     ):
         args = _as_config(args, model)
+        settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
+        check_adapters(model, peft_config, "The model")
         check_pretraining_mix(args.pretraining_fraction, pretraining_dataset, train_dataset, args.packing)
         skipped = isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset")
         if args.pretraining_fraction > 0 and skipped:
@@ -85,14 +103,33 @@ class InstructSFTTrainer(SFTTrainer):
             logger.info("There is no eval_dataset: evaluation is off, whatever eval_strategy says.")
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
         self._pretraining_dataset = pretraining_dataset
-        super().__init__(
-            model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func,
-            compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
-            quantization_config, peft_config, formatting_func,
-        )  # fmt: skip
+        start = load_adapter_to_train(model, args, quantization_config)
+        if start is not model:
+            processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+            quantization_config = None  # it is loaded so
+        start = train_in_float32(start, "The model", args, peft_config)
+        with without_init_kwargs(args, start is not model):
+            super().__init__(
+                start, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func,
+                compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+                quantization_config, peft_config, formatting_func,
+            )  # fmt: skip
         require_eos(self._tokenizer)
+        self._settle_models()
         if self.args.residual_dropout is not None:
             decoder_layers(self.model)  # an architecture we cannot serve is refused here, not at the first step
+
+    def _settle_models(self) -> None:
+        """What can be asked of the models only once upstream has loaded them and added adapters."""
+        check_token_rows(self.model, self._tokenizer, "The model")
+        keep_adapters_in_float32(self.model)
+        match_adapters_to_precision(self.model, self.args.bf16)
+        place_reward_models([self._scorer], self.accelerator.device)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            save_token_rows(self.model, str(output_dir or self.args.output_dir))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream's, with residual dropout while it lasts: the model is plain again afterwards."""

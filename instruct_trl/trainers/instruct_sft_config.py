@@ -8,6 +8,7 @@ from typing import Any
 from trl import SFTConfig
 
 from instruct_trl._upstream import apply_cpu_defaults
+from instruct_trl.models.precision import one_dtype
 
 
 @dataclass
@@ -80,6 +81,7 @@ class InstructSFTConfig(SFTConfig):
         # Upstream fills in "loss" below; the trainer puts the RM score there only where the user named nothing.
         self._metric_was_chosen = self.metric_for_best_model is not None
         super().__post_init__()
+        self.model_init_kwargs = one_dtype(self.model_init_kwargs)
         if self.residual_dropout is not None and not 0 <= self.residual_dropout < 1:
             raise ValueError(f"residual_dropout must be in [0, 1), got {self.residual_dropout}; the paper's is 0.2.")
         if not 0 <= self.pretraining_fraction < 1:

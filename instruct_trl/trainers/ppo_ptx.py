@@ -48,10 +48,12 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     resolve_value_model,
     say_estimate,
     say_plan,
+    settle_policy,
     wrap_reward_funcs,
 )
 from instruct_trl.trainers.ppo_saving import PPOSaving
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
+from instruct_trl.trainers.starting_model import place_reward_models
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
@@ -62,10 +64,12 @@ class PPOPtxTrainer(PPOSaving):
     wrapped as [`RewardScorer`], so that their `reward_bias` counts and what is scored here is what was trained.
 
     Args:
-        value_model: the critic, a [`ValueModel`] or a scalar sequence classifier of any size. Default: a copy of the
-            one reward model among `reward_funcs`.
-        ref_model: the reference of the KL penalty. Default: a copy of the policy as passed in, or, with PEFT, the
-            policy with its adapters off (a new adapter) or as they were (a trained one).
+        model: name or path of a causal language model, or one in memory. The folder of an adapter, or a PeftModel
+            loaded with is_trainable=True, goes on training.
+        value_model: the critic, a [`ValueModel`] or a scalar sequence classifier of any size, or the path of one or of
+            a reward adapter, which is merged. Default: a copy of the one reward model among `reward_funcs`.
+        ref_model: the reference of the KL penalty, in memory or by path. Default: a copy of the policy as passed in,
+            or, with PEFT, the policy with its adapters off (a new adapter) or as they were (a trained one).
         pretraining_dataset: texts of the γ term, with a `text` or an `input_ids` column. Needed for `ptx_coef > 0`.
         role_adapters: [`RoleAdapters`], policy, reference, reward model and critic on one base. `model` is then None or
             its policy, and its reward model is the default of `reward_funcs`.
@@ -101,7 +105,7 @@ class PPOPtxTrainer(PPOSaving):
         environment_factory: Any = None,
         *,
         value_model: Any = None,
-        ref_model: torch.nn.Module | None = None,
+        ref_model: Any = None,
         pretraining_dataset: Any = None,
         role_adapters: RoleAdapters | None = None,
     ):
@@ -117,10 +121,10 @@ class PPOPtxTrainer(PPOSaving):
         processing_class = processing_class or load_policy_tokenizer(model, role_adapters)
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
-        value_model = resolve_value_model(value_model, reward_funcs, processing_class)
+        value_model = resolve_value_model(value_model, reward_funcs, processing_class, args)
         policy = load_policy(model, args, quantization_config, peft_config)
         with_peft = has_adapters(policy, peft_config)
-        ref_model = resolve_reference(policy, ref_model, with_peft)
+        ref_model = resolve_reference(policy, ref_model, with_peft, args)
         train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
         eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
         with as_upstream_must_see(args, with_peft, role_adapters, loaded=policy is not model):
@@ -133,7 +137,7 @@ class PPOPtxTrainer(PPOSaving):
                 processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
-                quantization_config=quantization_config,
+                quantization_config=quantization_config if policy is model else None,
                 peft_config=peft_config,
                 tools=tools,
                 rollout_func=rollout_func,
@@ -151,6 +155,8 @@ class PPOPtxTrainer(PPOSaving):
         args, roles = self.args, self.role_adapters
         check_engine(self.accelerator)
         keep_4bit_trainable(self.model)
+        settle_policy(self.model, self._tokenizer)
+        place_reward_models(self.reward_funcs, self.accelerator.device)
         if args.cast_lm_head_to_fp32:
             keep_head_out_of_autocast(self, self.model)
         match_adapters_to_precision(self.model, args.bf16)

@@ -9,6 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from instruct_trl._upstream import apply_cpu_defaults, load_models_whole
+from instruct_trl.models.precision import one_dtype
 from instruct_trl.trainers.divergence import DivergenceGuard
 
 # Inherited knobs that would change the objective of Eq. 2 behind the user's back → the only value they may have.
@@ -127,6 +128,7 @@ class PPOPtxConfig(GRPOConfig):
         if log_each_iteration:
             self.logging_steps = 1
         self._upstream_post_init()
+        self.model_init_kwargs = one_dtype(self.model_init_kwargs)
         load_models_whole()
         self._check_batches()
         if self.max_steps <= 0 and self.total_episodes is not None:

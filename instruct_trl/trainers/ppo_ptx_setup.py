@@ -12,16 +12,27 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
+from instruct_trl.models.adapter_switching import adapter_parameters
+from instruct_trl.models.policy_loading import load_causal_model, load_tokenizer
 from instruct_trl.models.reward import RewardScorer
-from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.reward_loading import check_model_path, check_token_rows
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.roles import RewardRole, ValueRole
-from instruct_trl.models.value import ValueModel, value_model_from_reward_model
+from instruct_trl.models.value import ValueModel, merged, value_model_from_reward_model
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
+from instruct_trl.trainers.starting_model import (
+    check_adapters,
+    check_something_trains,
+    keep_adapters_in_float32,
+    load_adapter_to_train,
+    settle_model_kwargs,
+    train_in_float32,
+    trained_beside_a_base,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +77,7 @@ def load_policy_tokenizer(model: Any, roles: RoleAdapters | None) -> Any:
         check_model_path(path)
     if not path:
         raise ValueError("The base of role_adapters was built in memory: pass its tokenizer as processing_class.")
-    return AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
+    return load_tokenizer(path, padding_side="left", truncation_side="left")
 
 
 def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: Any) -> None:
@@ -149,34 +160,61 @@ def has_adapters(model: Any, peft_config: Any) -> bool:
 
 
 def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_config: Any) -> Any:
-    """A path becomes a float32 model here, so that the reference can be its copy; PEFT policies stay upstream's.
+    """A path becomes a float32 model here, so that the reference can be its copy; new adapters are put on by upstream.
 
     Raises:
-        ValueError: the path does not exist; it is to be quantised, and no adapter is there to train; or adapters
-            beside `cast_lm_head_to_fp32` on a tied head.
+        ValueError: the path does not exist; it is to be quantised, and no adapter is there to train; adapters beside
+            `cast_lm_head_to_fp32` on a tied head; or adapters that are frozen.
     """
-    if has_adapters(model, peft_config):
-        _check_head_of_adapters(args, model)
-    if not isinstance(model, str) or peft_config is not None:
-        return model
-    if quantization_config is not None:
-        raise ValueError("quantization_config needs peft_config: quantised weights do not train, adapters on them do.")
-    check_model_path(model)
+    settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
+    check_adapters(model, peft_config, "The policy")
+    policy = load_adapter_to_train(model, args, quantization_config)
+    if has_adapters(policy, peft_config):
+        _check_head_of_adapters(args, policy)
+    if isinstance(policy, str) and peft_config is None:
+        if quantization_config is not None:
+            raise ValueError(
+                "quantization_config needs peft_config: quantised weights do not train, adapters on them do."
+            )
+        policy = load_causal_model(policy, **_init_kwargs(args))
+        if args.model_init_kwargs:
+            return policy  # in the precision that was asked for
+    return train_in_float32(policy, "The policy", args, peft_config)
+
+
+def _init_kwargs(args: PPOPtxConfig) -> dict[str, Any]:
     given: Any = args.model_init_kwargs or {}
-    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **given}
-    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    return {"trust_remote_code": args.trust_remote_code, **given}
 
 
-def resolve_reference(policy: Any, ref_model: Any, with_peft: bool) -> Any:
+def settle_policy(model: Any, tokenizer: Any) -> None:
+    """What can be asked of the policy only once upstream has put adapters on it, and made a reference of old ones.
+
+    Upstream copies of an adapter's weights those whose names hold it between dots, so not those of single tokens.
+
+    Raises:
+        ValueError: the tokenizer has tokens that the policy has no rows for.
+    """
+    check_token_rows(model, tokenizer, "The policy")
+    keep_adapters_in_float32(model)
+    if "ref" in getattr(model, "peft_config", {}):
+        own, copies = adapter_parameters(model, "default"), adapter_parameters(model, "ref")
+        for (_, source), (_, target) in zip(own.items(), copies.items(), strict=True):
+            target.data.copy_(source.data)
+
+
+def resolve_reference(policy: Any, ref_model: Any, with_peft: bool, args: PPOPtxConfig) -> Any:
     """The reference of the KL: the one passed in, or a frozen copy of the policy, made before TRL patches its forward.
 
     None with PEFT: the reference is then the base, with the adapters off or as they were.
 
     Raises:
-        ValueError: it is the policy itself, which would be frozen.
+        ValueError: it is the policy itself, which would be frozen; or a path that does not exist.
     """
     if ref_model is policy:
         raise ValueError("ref_model is the policy itself. Leave it out: a frozen copy of the policy is made.")
+    if isinstance(ref_model, (str, Path)):
+        return merged(load_causal_model(ref_model, **_init_kwargs(args)))
     if ref_model is None and not with_peft:
         reference = copy.deepcopy(policy).requires_grad_(False)
         # A trainer before may have set a forward of its own on the policy; copied, it would go on calling the policy.
@@ -213,17 +251,22 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
     scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
     for scorer in scorers:
         check_whole(reward_funcs=scorer.model)
+        is_role = isinstance(scorer.model, RewardRole)  # which masks the pad token away
+        check_token_rows(scorer.model, scorer.processing_class, "The reward model", pad=not is_role)
     if len(scorers) > 1:  # metrics are logged by name
         for number, scorer in enumerate(scorers, start=1):
             scorer.__name__ = f"reward_model_{number}"
     return wrapped
 
 
-def resolve_value_model(value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any) -> ValueModel | ValueRole:
-    """The critic: the one passed in, or a copy of the one reward model among `reward_funcs`.
+def resolve_value_model(
+    value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any, args: PPOPtxConfig
+) -> ValueModel | ValueRole:
+    """The critic: the one passed in, by path or in memory, or a copy of the one reward model among `reward_funcs`.
 
     Raises:
-        ValueError: no reward model to copy, more than one, or one whose tokenizer is not the policy's.
+        ValueError: no reward model to copy, more than one, or one whose tokenizer is not the policy's; a value model
+            that is frozen, carries adapters, or lacks rows for the policy's tokens.
     """
     scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
     if isinstance(value_model, ValueRole):
@@ -231,17 +274,28 @@ def resolve_value_model(value_model: Any, reward_funcs: list[Any], policy_tokeni
         for scorer in scorers:
             _check_tokens(scorer, policy_tokenizer)
         return value_model
-    if isinstance(value_model, ValueModel):
-        return value_model
     if value_model is not None:
-        return ValueModel(value_model)
+        value_model = _as_value_model(value_model, args)
+        check_token_rows(value_model.classifier, policy_tokenizer, "The value model")
+        return value_model
     if len(scorers) != 1:
         raise ValueError(
             f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
             "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
         )
     _check_tokens(scorers[0], policy_tokenizer)
-    return value_model_from_reward_model(scorers[0].model)
+    value_model = value_model_from_reward_model(scorers[0].model)
+    check_token_rows(value_model.classifier, policy_tokenizer, "The reward model, of which the critic is a copy,")
+    return value_model
+
+
+def _as_value_model(given: Any, args: PPOPtxConfig) -> ValueModel:
+    """A path, a classifier or a [`ValueModel`], all of it to be trained, in float32."""
+    if isinstance(given, (str, Path)):
+        return ValueModel.from_pretrained(given, trust_remote_code=args.trust_remote_code)
+    value_model = given if isinstance(given, ValueModel) else ValueModel(given)
+    check_something_trains(value_model, "value_model")
+    return train_in_float32(value_model, "value_model", args)
 
 
 def _check_tokens(scorer: RewardScorer, policy_tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instruct_trl.callbacks.ema import EMACallback
+from instruct_trl.models.adapter_loading import save_token_rows
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.trainers.checkpoints import begin_checkpoint, last_complete_checkpoint, seal_checkpoint
 from instruct_trl.trainers.ppo_evaluation import PPOEvaluation
@@ -39,6 +40,11 @@ class PPOSaving(PPOEvaluation):
         if self.ema is not None:
             with self.ema.applied():
                 super().save_model(os.path.join(root, "ema"), _internal_call=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and self.role_adapters is None and hasattr(self.model, "peft_config"):
+            save_token_rows(self.model, str(output_dir or self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:  # upstream takes the highest number, also of a torn checkpoint

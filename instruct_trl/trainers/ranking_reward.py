@@ -21,6 +21,7 @@ from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
 from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.maths.rankings import ranking_losses
+from instruct_trl.models.adapter_loading import save_token_rows
 from instruct_trl.models.reward_loading import fit_model_to_tokenizer, save_adapter_config
 from instruct_trl.models.scores import score_rows
 from instruct_trl.models.scoring_route import ScoringRoute
@@ -30,13 +31,20 @@ from instruct_trl.trainers.ranking_reward_checks import (
     check_model,
     check_passes,
     check_peft,
-    load_on_sft,
+    load_adapter,
+    load_grown,
     load_tokenizer,
     prepare_tokenizer,
     say,
 )
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig as RankingRewardConfig
 from instruct_trl.trainers.ranking_tally import RankingTally
+from instruct_trl.trainers.starting_model import (
+    keep_adapters_in_float32,
+    settle_model_kwargs,
+    train_in_float32,
+    trained_beside_a_base,
+)
 
 _CITATION = """\
 @inproceedings{ouyang2022training,
@@ -63,8 +71,9 @@ class RankingRewardTrainer(RewardTrainer):
     ```
 
     Args:
-        model: name or path of a pretrained model, or a sequence classifier with num_labels=1, or a PeftModel of one;
-            with peft_config also the folder of an SFT adapter, which is merged into its base.
+        model: name or path of a pretrained model, or a sequence classifier with num_labels=1, or a PeftModel of one
+            loaded with is_trainable=True; or the folder of a reward adapter, which goes on training; with peft_config
+            also the folder of an SFT adapter, which is merged into its base.
         args: a `RankingRewardConfig`.
         data_collator: replaces `RankingCollator`.
         train_dataset, eval_dataset: columns `prompt`, `completions`, and `ranks` (lower is better) or `scores` (higher
@@ -115,14 +124,17 @@ class RankingRewardTrainer(RewardTrainer):
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or RankingRewardConfig(f"{name.rstrip('/').split('/')[-1]}-RankingReward")
+        settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
         check_model(model, args)
         check_peft(model, peft_config)
-        loaded = load_on_sft(model, peft_config, args, quantization_config)
+        loaded = load_adapter(model, peft_config, args, quantization_config)
+        loaded = train_in_float32(loaded, "The reward model", args, peft_config)
         processing_class = processing_class or load_tokenizer(name, args)
         pad_line = prepare_tokenizer(processing_class, args, None if isinstance(loaded, str) else loaded)
         say(args, pad_line)
         if train_dataset is not None and is_conversational(next(iter(train_dataset), {})):
             say(args, what_template_rewrites(processing_class))
+        loaded = load_grown(loaded, peft_config, args, quantization_config, processing_class)
 
         self.data_reports: dict[str, RankingReport] = {}
         self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `evaluate_rewards`
@@ -140,7 +152,7 @@ class RankingRewardTrainer(RewardTrainer):
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                quantization_config=quantization_config,
+                quantization_config=quantization_config if loaded is model else None,
                 peft_config=peft_config,
             )
         self._settle_model(args, processing_class)
@@ -155,6 +167,7 @@ class RankingRewardTrainer(RewardTrainer):
             )
         fit_model_to_tokenizer(self.model, processing_class)
         keep_4bit_trainable(self.model)
+        keep_adapters_in_float32(self.model)
         match_adapters_to_precision(self.model, args.bf16)
         if not any(parameter.requires_grad for parameter in score_head(self.model).parameters()):
             raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {HEAD_REMEDY}")
@@ -345,6 +358,7 @@ class RankingRewardTrainer(RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save and hasattr(self.model, "peft_config"):
+            save_token_rows(self.model, str(output_dir or self.args.output_dir))
             save_adapter_config(self.model, str(output_dir or self.args.output_dir))
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, set_seed
 
+from instruct_trl._upstream import create_classifier, score_head
 from instruct_trl.models.reward_loading import (
     check_model_path,
     check_single_label,
     classifier_on_sft,
     ensure_distinct_pad_token,
+    fit_model_to_tokenizer,
     is_sft_adapter,
+    load_reward_model,
+    names_adapter,
+    rows_for,
+    tokenizer_source,
 )
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
+from instruct_trl.trainers.starting_model import check_adapters, check_peft_config, check_something_trains
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +33,12 @@ HEAD_REMEDY = (
 
 
 def check_peft(model: Any, peft_config: Any) -> None:
-    """Refuse adapters that leave the score head frozen, or that put virtual tokens before the text."""
+    """Refuse adapters that do not train or leave the score head frozen, or that put virtual tokens before the text."""
     if peft_config is None:
+        if hasattr(model, "peft_config"):
+            check_something_trains(model, "The reward model", but=score_head(model).parameters())
         return
+    check_peft_config(peft_config)
     if getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(
             f"{type(peft_config).__name__} adds virtual tokens, which rankings do not support. Use LoraConfig."
@@ -39,17 +48,51 @@ def check_peft(model: Any, peft_config: Any) -> None:
         raise ValueError(f"`peft_config` freezes the score head. {HEAD_REMEDY}")
 
 
-def load_on_sft(model: Any, peft_config: Any, args: RankingRewardConfig, quantization_config: Any) -> Any:
-    """For a new adapter on the folder of an SFT adapter: its base, merged. Upstream would replace the SFT adapter.
+def load_adapter(model: Any, peft_config: Any, args: RankingRewardConfig, quantization_config: Any) -> Any:
+    """The folder of an adapter becomes the model that training starts from; anything else is returned as it is.
+
+    A reward adapter goes on training. A new adapter on an SFT adapter stands on its base, merged: upstream would
+    replace the SFT adapter.
 
     Raises:
-        ValueError: on a quantised base.
+        ValueError: a new adapter on a reward adapter, none on an SFT adapter, or an SFT adapter on a quantised base.
     """
-    if peft_config is None or not isinstance(model, str) or not is_sft_adapter(model):
+    if not isinstance(model, str) or not names_adapter(model):
         return model
+    kwargs = _init_kwargs(args, quantization_config)
+    if not is_sft_adapter(model):
+        check_adapters(model, peft_config, "The reward model")
+        return load_reward_model(model, trainable=True, **kwargs)[0]
+    if peft_config is None:
+        raise ValueError(
+            f"{model!r} is the adapter of a language model. Pass peft_config=LoraConfig(task_type='SEQ_CLS', ...), and "
+            "a new adapter is trained on it; or merge it (merge_and_unload), and give the merged model."
+        )
+    return classifier_on_sft(model, **kwargs)
+
+
+def load_grown(
+    model: Any, peft_config: Any, args: RankingRewardConfig, quantization_config: Any, tokenizer: Any
+) -> Any:
+    """For adapters on a base by name that lacks rows for the tokenizer: the base, grown before they lie on it.
+
+    Anything else is returned as it is.
+    """
+    if not isinstance(model, str) or peft_config is None:
+        return model
+    if AutoConfig.from_pretrained(model, **_hub_options(args)).get_text_config().vocab_size >= rows_for(tokenizer):
+        return model
+    set_seed(args.seed)
+    base = create_classifier(model, **_init_kwargs(args, quantization_config))
+    fit_model_to_tokenizer(base, tokenizer)
+    return base
+
+
+def _init_kwargs(args: RankingRewardConfig, quantization_config: Any) -> dict[str, Any]:
+    """What `from_pretrained` is to be given for a model that upstream does not load."""
     given: Any = args.model_init_kwargs or {}
     kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
-    return classifier_on_sft(model, **{name: value for name, value in kwargs.items() if value is not None})
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def check_model(model: Any, args: RankingRewardConfig) -> None:
@@ -58,7 +101,7 @@ def check_model(model: Any, args: RankingRewardConfig) -> None:
         check_single_label(model.config, type(model).__name__)
         return
     check_model_path(model)
-    if os.path.isfile(os.path.join(model, "adapter_config.json")):
+    if names_adapter(model):
         return
     # A causal LM's config has transformers' default of 2 labels; TRL gives it a new head with one.
     config = AutoConfig.from_pretrained(model, **_hub_options(args))
@@ -75,7 +118,7 @@ def load_tokenizer(name: str, args: RankingRewardConfig) -> Any:
     """The tokenizer beside the model `name`. Raises ValueError for a model that has no name."""
     if not name:
         raise ValueError("The model was built in memory: pass its tokenizer as processing_class.")
-    return AutoTokenizer.from_pretrained(name, **_hub_options(args))
+    return AutoTokenizer.from_pretrained(tokenizer_source(name), **_hub_options(args))
 
 
 def prepare_tokenizer(tokenizer: Any, args: RankingRewardConfig, model: Any) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from instruct_trl._upstream import apply_cpu_defaults
+from instruct_trl.models.precision import one_dtype
 
 
 @dataclass
@@ -89,3 +90,4 @@ class RankingRewardConfig(RewardConfig):
         if self.two_pass and not self.disable_dropout:
             raise ValueError("two_pass needs disable_dropout=True: the second pass must give the rewards of the first.")
         super().__post_init__()
+        self.model_init_kwargs = one_dtype(self.model_init_kwargs)

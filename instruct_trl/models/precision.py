@@ -1,0 +1,93 @@
+"""In what precision weights are loaded, and that what is trained is in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+HALF = (torch.bfloat16, torch.float16)
+_HEADS = ("score", "classifier")
+
+
+def one_dtype(kwargs: Any, name: str = "model_init_kwargs") -> Any:
+    """`kwargs` of a `from_pretrained`, in which `torch_dtype`, the old name of `dtype`, became `dtype`.
+
+    Args:
+        kwargs: a dictionary, which is not changed, or None.
+        name: what holds them, for the error.
+
+    Raises:
+        ValueError: both names are given, and they differ; or no dtype has this name.
+    """
+    if not isinstance(kwargs, dict):
+        return kwargs
+    kwargs = dict(kwargs)
+    given = {key: _as_dtype(kwargs.pop(key), f"{name}[{key!r}]") for key in ("dtype", "torch_dtype") if key in kwargs}
+    if len(set(given.values())) > 1:
+        raise ValueError(
+            f"{name} has dtype={given['dtype']!r} and torch_dtype={given['torch_dtype']!r}, which is its old name. "
+            "Give dtype alone."
+        )
+    return kwargs | ({"dtype": next(iter(given.values()))} if given else {})
+
+
+def _as_dtype(value: Any, where: str) -> Any:
+    """The value itself if it is a floating dtype, the name of one, "auto" or None."""
+    if value in (None, "auto"):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{where} is {value!r}. Give 'float32', 'bfloat16', 'float16' or 'auto'.")
+    return str(dtype).removeprefix("torch.") if isinstance(value, str) else dtype
+
+
+def in_half(module: nn.Module) -> torch.dtype | None:
+    """The half precision of the weights that `module` trains, if any of them is in one."""
+    return next((p.dtype for p in module.parameters() if p.requires_grad and p.dtype in HALF), None)
+
+
+def is_quantised(model: Any) -> bool:
+    return bool(getattr(model, "is_quantized", False))
+
+
+def keep_whole_modules_in_float32(model: nn.Module, adapter: str | None = None) -> bool:
+    """Give what adapters train whole (`modules_to_save`) float32 weights on a base in half precision.
+
+    A step of the optimizer is smaller than what bf16 tells apart, and would be rounded away. What goes in is cast to
+    float32; what comes out goes back to the base's precision, except from a head, after which nothing follows.
+
+    Args:
+        model: a PeftModel.
+        adapter: the one meant; None for all.
+
+    Returns:
+        Whether there was any.
+    """
+    changed = False
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        is_head = name.rpartition(".")[2] in _HEADS or module is _output_head(model)
+        for key, own in module.modules_to_save.items():
+            dtype = next((p.dtype for p in own.parameters() if p.dtype in HALF), None)
+            if dtype is not None and adapter in (None, key):
+                own.float()
+                own.register_forward_pre_hook(_cast_input)
+                if not is_head:
+                    own.register_forward_hook(lambda module, args, output, dtype=dtype: output.to(dtype))
+                changed = True
+    return changed
+
+
+def _output_head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _cast_input(module: nn.Module, args: tuple) -> tuple:
+    """Floating inputs become float32; the token ids of an embedding stay as they are."""
+    return tuple(
+        value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in args
+    )
