@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.fsdp import FSDPModule
-from transformers import DynamicCache, Trainer
+from transformers import AutoModelForSequenceClassification, DynamicCache, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path, disable_dropout_in_model
 
 
 def apply_cpu_defaults(config: Any) -> None:
@@ -31,6 +32,14 @@ def apply_cpu_defaults(config: Any) -> None:
             config.use_cpu = True
         if config.bf16 is None:
             config.bf16 = False
+
+
+def create_classifier(name: str, **kwargs: Any) -> Any:
+    """A sequence classifier with one label, by name or path, as upstream's RewardTrainer loads it, not yet placed."""
+    with suppress_seqcls_warning():
+        return create_model_from_path(
+            name, cast(Any, AutoModelForSequenceClassification), **{**kwargs, "num_labels": 1, "device_map": None}
+        )
 
 
 @contextmanager

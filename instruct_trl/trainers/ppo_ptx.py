@@ -34,21 +34,19 @@ from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.engines import before_last_backward, check_engine, skip_step, take_over_steps, take_step
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_evaluation import ReferenceScores, check_win_rate
+from instruct_trl.trainers.ppo_policy import has_adapters, load_policy, resolve_reference, settle_policy
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
     as_upstream_must_see,
     check_beside_roles,
     check_engine_of_roles,
     check_pretraining,
+    check_reward_rows,
     check_whole,
-    has_adapters,
-    load_policy,
     load_policy_tokenizer,
-    resolve_reference,
     resolve_value_model,
     say_estimate,
     say_plan,
-    settle_policy,
     wrap_reward_funcs,
 )
 from instruct_trl.trainers.ppo_saving import PPOSaving
@@ -122,6 +120,7 @@ class PPOPtxTrainer(PPOSaving):
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class, args)
+        check_reward_rows(reward_funcs)
         policy = load_policy(model, args, quantization_config, peft_config)
         with_peft = has_adapters(policy, peft_config)
         ref_model = resolve_reference(policy, ref_model, with_peft, args)
@@ -155,7 +154,7 @@ class PPOPtxTrainer(PPOSaving):
         args, roles = self.args, self.role_adapters
         check_engine(self.accelerator)
         keep_4bit_trainable(self.model)
-        settle_policy(self.model, self._tokenizer)
+        settle_policy(self.model, self._tokenizer, roles)
         place_reward_models(self.reward_funcs, self.accelerator.device)
         if args.cast_lm_head_to_fp32:
             keep_head_out_of_autocast(self, self.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,27 +10,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
-from instruct_trl.models.adapter_switching import adapter_parameters
-from instruct_trl.models.policy_loading import load_causal_model, load_tokenizer
+from instruct_trl.models.policy_loading import load_tokenizer
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_loading import check_model_path, check_token_rows
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.roles import RewardRole, ValueRole
-from instruct_trl.models.value import ValueModel, merged, value_model_from_reward_model
+from instruct_trl.models.value import ValueModel, value_model_from_reward_model
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.starting_model import (
-    check_adapters,
     check_something_trains,
-    keep_adapters_in_float32,
-    load_adapter_to_train,
-    settle_model_kwargs,
     train_in_float32,
-    trained_beside_a_base,
 )
 
 logger = logging.getLogger(__name__)
@@ -107,21 +99,6 @@ def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: 
         )
 
 
-def _check_head_of_adapters(args: PPOPtxConfig, policy: Any) -> None:
-    """Refuse `cast_lm_head_to_fp32` where upstream fails at it: adapters on a model whose head is its embedding.
-
-    Raises:
-        ValueError: such a policy.
-    """
-    if args.cast_lm_head_to_fp32:
-        config = AutoConfig.from_pretrained(policy) if isinstance(policy, str) else policy.config
-        if config.tie_word_embeddings:
-            raise ValueError(
-                "cast_lm_head_to_fp32=True does not work with adapters on a model whose head is its embedding "
-                "(tie_word_embeddings): upstream does not find the embedding below them. Leave it off."
-            )
-
-
 @contextmanager
 def as_upstream_must_see(
     args: PPOPtxConfig, with_peft: bool, roles: RoleAdapters | None, loaded: bool
@@ -154,75 +131,6 @@ def check_engine_of_roles(accelerator: Accelerator) -> None:
         )
 
 
-def has_adapters(model: Any, peft_config: Any) -> bool:
-    """Whether the policy, a path or a model, is or will be a PEFT model."""
-    return peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-
-
-def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_config: Any) -> Any:
-    """A path becomes a float32 model here, so that the reference can be its copy; new adapters are put on by upstream.
-
-    Raises:
-        ValueError: the path does not exist; it is to be quantised, and no adapter is there to train; adapters beside
-            `cast_lm_head_to_fp32` on a tied head; or adapters that are frozen.
-    """
-    settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
-    check_adapters(model, peft_config, "The policy")
-    policy = load_adapter_to_train(model, args, quantization_config)
-    if has_adapters(policy, peft_config):
-        _check_head_of_adapters(args, policy)
-    if isinstance(policy, str) and peft_config is None:
-        if quantization_config is not None:
-            raise ValueError(
-                "quantization_config needs peft_config: quantised weights do not train, adapters on them do."
-            )
-        policy = load_causal_model(policy, **_init_kwargs(args))
-        if args.model_init_kwargs:
-            return policy  # in the precision that was asked for
-    return train_in_float32(policy, "The policy", args, peft_config)
-
-
-def _init_kwargs(args: PPOPtxConfig) -> dict[str, Any]:
-    given: Any = args.model_init_kwargs or {}
-    return {"trust_remote_code": args.trust_remote_code, **given}
-
-
-def settle_policy(model: Any, tokenizer: Any) -> None:
-    """What can be asked of the policy only once upstream has put adapters on it, and made a reference of old ones.
-
-    Upstream copies of an adapter's weights those whose names hold it between dots, so not those of single tokens.
-
-    Raises:
-        ValueError: the tokenizer has tokens that the policy has no rows for.
-    """
-    check_token_rows(model, tokenizer, "The policy")
-    keep_adapters_in_float32(model)
-    if "ref" in getattr(model, "peft_config", {}):
-        own, copies = adapter_parameters(model, "default"), adapter_parameters(model, "ref")
-        for (_, source), (_, target) in zip(own.items(), copies.items(), strict=True):
-            target.data.copy_(source.data)
-
-
-def resolve_reference(policy: Any, ref_model: Any, with_peft: bool, args: PPOPtxConfig) -> Any:
-    """The reference of the KL: the one passed in, or a frozen copy of the policy, made before TRL patches its forward.
-
-    None with PEFT: the reference is then the base, with the adapters off or as they were.
-
-    Raises:
-        ValueError: it is the policy itself, which would be frozen; or a path that does not exist.
-    """
-    if ref_model is policy:
-        raise ValueError("ref_model is the policy itself. Leave it out: a frozen copy of the policy is made.")
-    if isinstance(ref_model, (str, Path)):
-        return merged(load_causal_model(ref_model, **_init_kwargs(args)))
-    if ref_model is None and not with_peft:
-        reference = copy.deepcopy(policy).requires_grad_(False)
-        # A trainer before may have set a forward of its own on the policy; copied, it would go on calling the policy.
-        vars(reference).pop("forward", None)
-        return reference
-    return ref_model
-
-
 def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxConfig) -> list[Any]:
     """Reward models, by path or in memory, become `RewardScorer`s; callables stay as they are.
 
@@ -251,8 +159,6 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
     scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
     for scorer in scorers:
         check_whole(reward_funcs=scorer.model)
-        is_role = isinstance(scorer.model, RewardRole)  # which masks the pad token away
-        check_token_rows(scorer.model, scorer.processing_class, "The reward model", pad=not is_role)
     if len(scorers) > 1:  # metrics are logged by name
         for number, scorer in enumerate(scorers, start=1):
             scorer.__name__ = f"reward_model_{number}"
@@ -287,6 +193,18 @@ def resolve_value_model(
     value_model = value_model_from_reward_model(scorers[0].model)
     check_token_rows(value_model.classifier, policy_tokenizer, "The reward model, of which the critic is a copy,")
     return value_model
+
+
+def check_reward_rows(reward_funcs: list[Any]) -> None:
+    """Refuse reward models that lack rows for their tokenizer's tokens.
+
+    Raises:
+        ValueError: one does.
+    """
+    for func in reward_funcs:
+        if isinstance(func, RewardScorer):
+            is_role = isinstance(func.model, RewardRole)  # which masks the pad token away
+            check_token_rows(func.model, func.processing_class, "The reward model", pad=not is_role)
 
 
 def _as_value_model(given: Any, args: PPOPtxConfig) -> ValueModel:

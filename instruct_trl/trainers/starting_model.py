@@ -176,10 +176,10 @@ def place_reward_models(reward_funcs: Iterable[Any], device: torch.device) -> No
 
     Not one that was spread over devices, or quantised, where it lies; nor a role, whose base is the policy's.
     """
-    for scorer in reward_funcs:
-        if isinstance(scorer, RewardScorer) and not isinstance(scorer.model, RewardRole):
-            if not is_quantised(scorer.model) and not hasattr(scorer.model, "hf_device_map"):
-                scorer.model.to(device)
+    models = [func.model for func in reward_funcs if isinstance(func, RewardScorer)]
+    for model in models:
+        if not (isinstance(model, RewardRole) or is_quantised(model) or hasattr(model, "hf_device_map")):
+            model.to(device)
 
 
 def _say(args: Any, line: str) -> None:
