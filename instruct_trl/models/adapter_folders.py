@@ -88,7 +88,7 @@ def check_lora(config: Any, name: str) -> None:
     """Refuse what cannot share a base.
 
     Raises:
-        ValueError: not a LoRA, or one that changes the base's weights when it is made.
+        ValueError: not a LoRA, one that trains single token rows, or one that changes the base's weights when made.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{name} is a {type(config).__name__}; roles on one base are LoRA adapters (LoraConfig).")
@@ -96,6 +96,12 @@ def check_lora(config: Any, name: str) -> None:
         raise ValueError(
             f"{name} has init_lora_weights={config.init_lora_weights!r}, which changes weights of the base, and other "
             "roles share it. Use True, or convert the adapter (`path_initial_model_for_weight_conversion` of PEFT)."
+        )
+    if config.trainable_token_indices:
+        raise ValueError(
+            f"{name} has trainable_token_indices, and PEFT keeps no others beside those on one embedding. Train with "
+            "modules_to_save=['embed_tokens', 'lm_head'] instead; or merge it (merge_and_unload), save the merged "
+            "model, and give that as base."
         )
     if config.bias != "none":
         raise ValueError(f"{name} has bias={config.bias!r}, which trains the base's biases. Use bias='none'.")

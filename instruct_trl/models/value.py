@@ -97,7 +97,7 @@ class ValueModel(nn.Module):
         check_model_path(path)
         kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
         if names_adapter(path):
-            return cls(merged(load_reward_model(path, **kwargs)[0]))
+            return cls(merged(load_reward_model(path, **kwargs)[0]).requires_grad_(True))
         return cls(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
 
 
