@@ -74,7 +74,9 @@ def test_below_an_adapter_the_base_stays_in_half_and_the_adapter_is_in_float32(
         trainer.train()
         assert all((trained[name] - start).abs().max() > 0 for name, start in before.items())
         if kind == "ppo":
-            assert next(row["kl"] for row in trainer.state.log_history if "kl" in row) == 0
+            # A new adapter's reference is the base, whose head in bf16 rounds logits that the policy's does not.
+            kl = next(row["kl"] for row in trainer.state.log_history if "kl" in row)
+            assert kl == pytest.approx(0, abs=1e-3 if config else 0)
 
 
 def test_a_head_trained_in_float32_on_a_base_in_half_comes_back_unrounded(tmp_path, tokenizer):

@@ -24,12 +24,13 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
 
 
 def load_causal_lm(path: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for sampling, in float32 on the accelerator if there is one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(model, tokenizer) for sampling, in float32 on the accelerator if there is one; also of an adapter's folder."""
+    from instruct_trl.models.policy_loading import load_policy_and_tokenizer
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(path, padding_side="left")
+    model, tokenizer = load_policy_and_tokenizer(path)
+    tokenizer.padding_side = "left"
+    return model.to(device), tokenizer
 
 
 def sample_rankings(run: Any, folder: Path) -> dict[str, Any]:
