@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, DynamicCache, Train
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.reward_trainer import suppress_seqcls_warning
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
 
 
 def apply_cpu_defaults(config: Any) -> None:
@@ -99,9 +99,8 @@ def fused_head_is_compact(device: torch.device) -> bool:
 
 def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     """Freeze `ref_model`, give it TRL's fused log-prob head at the trainer's temperature, and place it."""
-    disable_dropout_in_model(ref_model)
     ref_model.requires_grad_(False)
-    ref_model.eval()
+    ref_model.eval()  # so without dropout
     in_float32 = trainer.args.cast_lm_head_to_fp32
     if in_float32:
         _cast_head_to_float32(ref_model)

@@ -1,14 +1,16 @@
 """Residual dropout: its rate on every family of decoder, and that nothing of it stays behind."""
 
+import copy
 import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from ppo_helpers import make as ppo_trainer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from instruct_trl.models.dropout import decoder_layers, residual_branches, residual_dropout
+from instruct_trl.models.dropout import decoder_layers, residual_branches, residual_dropout, switch_off_dropout
 
 LLAMA_LIKE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -192,3 +194,66 @@ def test_a_rate_outside_its_range_is_refused(p):
 def test_a_model_without_decoder_layers_is_refused():
     with pytest.raises(ValueError, match="no decoder layers with an attention and an MLP branch found in Sequential"):
         residual_branches(nn.Sequential(nn.Linear(2, 2)))
+
+
+# Every dropout that these architectures have, where they keep it as a number or in the config.
+RATES = {
+    "llama": {"attention_dropout": 0.3},
+    "qwen3": {"attention_dropout": 0.3},
+    "gemma2": {"attention_dropout": 0.3},
+    "starcoder2": {"attention_dropout": 0.3, "residual_dropout": 0.3, "embedding_dropout": 0.3},
+    "gpt_neox": {"attention_dropout": 0.3, "hidden_dropout": 0.3},
+    "opt": {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3, "layerdrop": 0.3},
+    "bloom": {"attention_dropout": 0.3, "hidden_dropout": 0.3},
+    "falcon": {"attention_dropout": 0.3, "hidden_dropout": 0.3},
+    "gpt2": {"attn_pdrop": 0.3, "resid_pdrop": 0.3, "embd_pdrop": 0.3},
+    "gptj": {"attn_pdrop": 0.3, "resid_pdrop": 0.3, "embd_pdrop": 0.3},
+    "gpt_neo": {"attention_dropout": 0.3, "resid_dropout": 0.3, "embed_dropout": 0.3},
+    "phi": {"attention_dropout": 0.3, "resid_pdrop": 0.3, "embd_pdrop": 0.3},
+    "persimmon": {"attention_dropout": 0.3, "hidden_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("family", RATES)
+def test_switched_off_train_mode_computes_what_eval_mode_does(family):
+    sizes = {**FAMILIES.get(family, LLAMA_LIKE), **RATES[family]}
+    config = AutoConfig.for_model(family, **{"vocab_size": 64, "pad_token_id": 0, **sizes})
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(1, 64, (4, 16))
+    expected = model.eval()(input_ids=ids).logits
+    assert not torch.equal(model.train()(input_ids=ids).logits, expected)  # there is something to switch off
+    before = model.config.to_dict()
+    switch_off_dropout(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert model.config.to_dict() == before
+    twin = copy.deepcopy(model)
+    twin.config.note = "new"  # what is set later, as its attention, still reaches every layer
+    assert all(part.config.note == "new" for part in twin.modules() if hasattr(part, "config"))
+    torch.testing.assert_close(twin(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(lora_dropout=0.5), LoHaConfig(rank_dropout=0.5, module_dropout=0.5)])
+def test_the_dropout_of_adapters_is_switched_off(adapter):
+    adapter.target_modules, adapter.init_weights = ["q_proj", "down_proj"], False
+    adapter.init_lora_weights = False
+    model = get_peft_model(make("llama"), adapter).train()
+    ids = torch.randint(1, 64, (4, 16))
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    switch_off_dropout(model)
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_ppo_starts_each_iteration_at_a_ratio_of_one(tmp_path, tokenizer):
+    sizes = {**FAMILIES["opt"], "vocab_size": 258, "pad_token_id": 257, "eos_token_id": 256, "num_labels": 1}
+    config = AutoConfig.for_model("opt", **{**sizes, **RATES["opt"]})
+    trainer = ppo_trainer(
+        tmp_path, AutoModelForCausalLM.from_config(config), lambda completion_ids, **_: [1.0] * len(completion_ids),
+        tokenizer, value_model=AutoModelForSequenceClassification.from_config(config), learning_rate=0.0,
+        value_learning_rate=0.0, total_episodes=16, ptx_coef=0.0, weight_decay=0.0,
+    )  # fmt: skip
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "ratio" in row]
+    assert [row["ratio"] for row in logs] == pytest.approx([1.0] * 4, abs=1e-6)
+    values = trainer.critic.model.train()
+    rows = {"input_ids": torch.arange(1, 65).view(8, 8), "attention_mask": torch.ones(8, 8, dtype=torch.long)}
+    assert torch.equal(values(**rows), values(**rows))

@@ -2,7 +2,7 @@
 
 Modern decoders have no residual dropout at all, older ones have it under many names. Here it always works the same
 way: a forward hook drops out what a branch (attention, MLP) is about to add to the residual stream, and whatever
-residual dropout the architecture has of its own is set to 0 meanwhile.
+residual dropout the architecture has of its own is set to 0 meanwhile. And no dropout at all: `switch_off_dropout`.
 
 Legend: B rows, T tokens, H hidden.
 """
@@ -13,13 +13,13 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 # What a layer calls its attention-like branch (a recurrent mixer stands in its place) and its MLP-like one. `fc2` is
 # for OPT and its kin, whose layer holds the two projections of the MLP itself.
@@ -38,6 +38,55 @@ _OWN_MODULE = re.compile(
 )
 # ... or as numbers given to F.dropout. A bare `dropout` counts on the layer only: in attention it is about the weights.
 _OWN_NUMBER = ("hidden_dropout", "residual_dropout", "resid_pdrop")
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of `model` to 0: in train mode it then computes what it computes in eval mode.
+
+    Architectures keep their rates as `nn.Dropout` modules (TRL switches off no others), as numbers of a module that
+    calls `F.dropout` or drops attention weights (OPT, Starcoder2, Llama), or in the config, which they read at each
+    call (Falcon, GPT-J). The model's own config stays as it is, so that what is saved says what was loaded.
+    """
+    for module in model.modules():
+        if isinstance(module, _DROPOUTS):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if _is_rate(name, value):
+                setattr(module, name, 0.0)
+            elif "drop" in name and isinstance(value, dict):  # PEFT's LoHa and LoKr: a rate for each adapter
+                value.update({key: 0.0 for key, rate in value.items() if _is_rate(name, rate)})
+        _hide_rates_of_config(module)
+
+
+def _hide_rates_of_config(module: nn.Module) -> None:
+    config = vars(module).get("config")
+    if config is None or any(isinstance(part, PreTrainedModel) for part in module.modules()):
+        return  # whole models read no rate at each call, and save their config
+    rates = tuple(name for name, value in vars(config).items() if _is_rate(name, value))
+    if rates:
+        vars(module)["config"] = _ConfigWithout(config, rates)
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    return "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool) and value != 0
+
+
+class _ConfigWithout:
+    """A config that says 0 for some rates; all else, also what is set later, is that of the config behind it."""
+
+    def __init__(self, config: Any, rates: tuple[str, ...]):
+        vars(self).update(_config=config, _rates=rates)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_rates"):  # not there yet, while a copy of it is made
+            raise AttributeError(name)
+        return 0.0 if name in self._rates else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -159,9 +208,5 @@ def _own_residual_dropout(layer: nn.Module) -> list[tuple[Any, str, Any]]:
 
 
 def _switched_off(value: Any) -> Any:
-    """0, or for Falcon, whose layer reads the rate from the config it shares with the model, a copy that says 0."""
-    if isinstance(value, (int, float)):
-        return 0.0
-    config = copy(value)
-    config.hidden_dropout = 0.0
-    return config
+    """0, or for Falcon, whose layer reads the rate from the config it shares with the model, one that says 0."""
+    return 0.0 if isinstance(value, (int, float)) else _ConfigWithout(value, ("hidden_dropout",))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from instruct_trl._upstream import backbone, score_head
+from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.precision import is_quantised, one_dtype
 from instruct_trl.models.reward_loading import check_model_path, load_reward_model, names_adapter
 from instruct_trl.models.scores import head_in_float32
@@ -131,7 +132,5 @@ def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
     """
     classifier = merged(copy.deepcopy(reward_model))
     value_model = ValueModel(classifier if getattr(classifier, "is_quantized", False) else classifier.float())
-    for module in value_model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    switch_off_dropout(value_model)
     return value_model.requires_grad_(True)

@@ -22,6 +22,7 @@ from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ra
 from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapter_loading import save_token_rows
+from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.reward_loading import fit_model_to_tokenizer, save_adapter_config
 from instruct_trl.models.scores import score_rows
 from instruct_trl.models.scoring_route import ScoringRoute
@@ -169,6 +170,8 @@ class RankingRewardTrainer(RewardTrainer):
         keep_4bit_trainable(self.model)
         keep_adapters_in_float32(self.model)
         match_adapters_to_precision(self.model, args.bf16)
+        if args.disable_dropout:
+            switch_off_dropout(self.model)
         if not any(parameter.requires_grad for parameter in score_head(self.model).parameters()):
             raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {HEAD_REMEDY}")
         if not hasattr(self.model.config, "reward_bias"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from instruct_trl._upstream import create_classifier, score_head
@@ -151,19 +150,6 @@ def check_passes(trainer: Any) -> None:
             f"{name} is for one process or DDP: under DeepSpeed and FSDP all processes must run equally many forwards. "
             "Lower per_device_train_batch_size instead."
         )
-    if args.two_pass and (rate := _largest_dropout(trainer.model)):
-        raise ValueError(
-            f"two_pass needs a model without dropout, since its second pass must give the rewards of the first; this "
-            f"one has p={rate}, which disable_dropout does not reach. Set it to 0 in the model's config."
-        )
-
-
-def _largest_dropout(model: torch.nn.Module) -> float:
-    """The largest dropout rate of any layer, also where the architecture calls it as a function (OPT)."""
-    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    for module in model.modules():
-        rates += [value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
-    return max(rates, default=0.0)
 
 
 def say(args: RankingRewardConfig, line: str | None) -> None:
