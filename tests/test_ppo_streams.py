@@ -15,7 +15,10 @@ from ppo_killed import fresh
 from instruct_trl import value_model_from_reward_model
 
 TRAINED = [f"train {i}" * (1 + i % 3) for i in range(16)]
-EVALUATED = {"whole": [f"eval {i}" * (1 + i % 4) for i in range(8)], "ragged": [f"eval {i}" for i in range(7)]}
+EVALUATED = {
+    "whole": [f"eval {i}" * (1 + i % 4) for i in range(8)],
+    "ragged": [f"eval {i}" * (1 + i % 4) for i in range(7)],
+}
 
 
 def stream(prompts):
@@ -25,7 +28,7 @@ def stream(prompts):
 def run(folder, eval_prompts, rows, **kwargs):
     """Two iterations over streams; the score is the prompt's length alone, so that every mean is known.
 
-    Returns the logs, the prompts scored in training, and the evaluation of a smaller stream given by hand.
+    Returns the logs, the prompts scored in training, and the evaluation of a smaller stream, and of rows, by hand.
     """
     tokenizer, seen = fresh(conftest.tokenizer), []
 
@@ -42,7 +45,8 @@ def run(folder, eval_prompts, rows, **kwargs):
     )  # fmt: skip
     trainer.train()
     history = list(trainer.state.log_history)
-    return history, seen, trainer.evaluate(stream(eval_prompts[:4]))
+    rows = trainer.evaluate({"rows": Dataset.from_dict({"prompt": eval_prompts[:5]})})
+    return history, seen, trainer.evaluate(stream(eval_prompts[:4])) | rows
 
 
 def check(history, by_hand, name):
@@ -52,10 +56,10 @@ def check(history, by_hand, name):
     for row in found:
         assert row["eval_win_rate_prompts"] == len(set(prompts))  # once each, whatever was padded
         assert row["eval_win_rate"] == 0.5  # the same prompts score the same
-        if name == "whole":
-            assert row["eval_score"] == pytest.approx(sum(map(len, prompts)) / len(prompts))
+        assert row["eval_score"] == pytest.approx(sum(map(len, prompts)) / len(prompts))
     assert by_hand["eval_win_rate_prompts"] == 4
     assert by_hand["eval_score"] == pytest.approx(sum(map(len, prompts[:4])) / 4)
+    assert by_hand["eval_rows_score"] == pytest.approx(sum(map(len, prompts[:5])) / 5)
 
 
 @pytest.mark.parametrize("name", EVALUATED)

@@ -25,6 +25,7 @@ from trl.trainer.utils import use_adapter
 
 from instruct_trl.evaluation.win_rate import wilson_interval
 from instruct_trl.models.roles import ReferenceRole
+from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics, count_rows, reward_statistics
 from instruct_trl.trainers.ppo_rollout import PPORollout
 
 logger = logging.getLogger(__name__)
@@ -133,9 +134,10 @@ class ReferenceScores:
 class PPOEvaluation(PPORollout):
     """Adds to the evaluation a win rate against the reference; no evaluation changes what training samples.
 
-    Subclasses set `reference_scores`, None for no win rate.
+    Subclasses set `evaluation_rows`, and `reference_scores`, None for no win rate.
     """
 
+    evaluation_rows: EvaluationRows
     reference_scores: ReferenceScores | None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -145,24 +147,82 @@ class PPOEvaluation(PPORollout):
             self._seed("evaluation", self.state.global_step, self.args.process_index)
             return super().evaluate(*args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        if self.reference_scores is None:
-            return super().evaluation_loop(*args, **kwargs)
-        self.reference_scores.start()
-        output = super().evaluation_loop(*args, **kwargs)
-        for name, value in self.reference_scores.metrics().items():
-            self._metrics["eval"][name] = [value]
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """GRPO's, with means over rows in place of means over batches, under the names of the set evaluated."""
+        self.evaluation_rows.start()
+        if self.reference_scores is not None:
+            self.reference_scores.start()
+        rows = count_rows(dataloader, self.num_generations_eval or 1)
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        metrics = self._evaluation_metrics(rows())
+        if self.reference_scores is not None:
+            metrics |= self.reference_scores.metrics()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    def _evaluation_metrics(self, count: int | None) -> dict[str, float | None]:
+        """All metrics over the first `count` rows; None for all."""
+        rows = self.evaluation_rows
+        rewards = {name: rows.column(f"_reward/{name}", count) for name in self.reward_func_names}
+        metrics = rows.means(count)
+        metrics |= answer_statistics(rows.column("_length", count), rows.column("_ended", count))
+        metrics |= reward_statistics(rewards, self.reward_weights)
+        metrics["missing_rewards"] = rows.column("unscored_fraction", count).sum().item()
+        return metrics
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if self.model.training or self.reference_scores is None:
+        if self.model.training:
             return super()._prepare_inputs(generation_batch)
-        places = self.reference_scores.places(generation_batch)
-        self._score_reference(generation_batch, places)
+        places = self._places(generation_batch)
         inputs = super()._prepare_inputs(generation_batch)
-        scored = inputs["loss_mask"].any(dim=1)
-        self.reference_scores.compare(places, inputs["scores"].masked_fill(~scored, float("nan")))
+        if self.reference_scores is not None:
+            scored = inputs["loss_mask"].any(dim=1)
+            self.reference_scores.compare(places, inputs["scores"].masked_fill(~scored, float("nan")))
+        self._note_answers(inputs)
         return inputs
+
+    def _places(self, rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+        """The places of B rows, whose reference's scores are known from here on; none without a win rate."""
+        if self.reference_scores is None:
+            return []
+        places = self.reference_scores.places(rows)
+        self._score_reference(rows, places)
+        return places
+
+    def _note_answers(self, inputs: dict[str, Any]) -> None:
+        """Note length, end and rewards of each answer; and what GRPO knows of the batch as a whole."""
+        size, ids, mask = len(inputs["completion_ids"]), inputs["completion_ids"], inputs["completion_mask"]
+        first = self.accelerator.process_index * size
+        own = torch.where(inputs["loss_mask"].any(dim=1, keepdim=True), inputs["loss_mask"], mask)  # no tool's words
+        last = ids.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
+        endings = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=ids.device)
+        columns = {"_length": own.sum(dim=1), "_ended": torch.isin(last, endings)}
+        rewards = self._rewards[first : first + size].unbind(dim=1)
+        columns |= {f"_reward/{name}": column for name, column in zip(self.reward_func_names, rewards, strict=True)}
+        self.evaluation_rows.add(self.accelerator, columns)
+        of_batch, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
+        self.evaluation_rows.add_batch(
+            {name: values[-1] for name, values in of_batch.items()}, size * self.accelerator.num_processes
+        )
+
+    def _log_means(self, metrics: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
+        if self.model.training:
+            super()._log_means(metrics, counted)
+            return
+        columns = {
+            name: rows if counted is None else rows.float().masked_fill(~counted, float("nan"))
+            for name, rows in metrics.items()
+        }
+        self.evaluation_rows.add(self.accelerator, columns)
 
     def _score_reference(self, rows: list[dict[str, Any]], places: list[tuple[str, int]]) -> None:
         """Sample and score the reference's answers to B rows, unless all processes have the scores of theirs."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from instruct_trl._upstream import (
-    disable_dropout_in_model,
     keep_4bit_trainable,
     keep_head_out_of_autocast,
     match_adapters_to_precision,
@@ -27,11 +26,13 @@ from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss
+from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.engines import before_last_backward, check_engine, skip_step, take_over_steps, take_step
+from instruct_trl.trainers.evaluation_rows import EvaluationRows
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_evaluation import ReferenceScores, check_win_rate
 from instruct_trl.trainers.ppo_policy import has_adapters, load_policy, resolve_reference, settle_policy
@@ -146,6 +147,7 @@ class PPOPtxTrainer(PPOSaving):
         self._settle_endings()
         self._settle_scorers()
         self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
+        self.evaluation_rows = EvaluationRows()
         self.reference_scores = ReferenceScores() if with_win_rate else None
         say_plan(self)
 
@@ -171,7 +173,8 @@ class PPOPtxTrainer(PPOSaving):
                 "adapter. Pass ref_model= or leave the option off."
             )
         if args.disable_dropout:
-            disable_dropout_in_model(value_model)
+            switch_off_dropout(self.model)
+            switch_off_dropout(value_model)
         with nullcontext() if roles is None else roles.active("value"):  # its parameters then are those that train
             self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
         self.pretraining = self._pretraining_gradient(pretraining_dataset) if args.ptx_coef > 0 else None
@@ -203,7 +206,9 @@ class PPOPtxTrainer(PPOSaving):
         """This micro-batch's share of the clipped policy loss, averaged over the minibatch's completion tokens."""
         if not self.model.training:
             objective = inputs["scores"] - self.beta * (inputs["kl"] * inputs["loss_mask"]).sum(dim=1)
-            return -masked_mean(objective, inputs["loss_mask"].any(dim=1))
+            scored = inputs["loss_mask"].any(dim=1)
+            self._log_means({"loss": -objective}, counted=scored)
+            return -masked_mean(objective, scored)
         inputs = trim_padding(inputs)
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)

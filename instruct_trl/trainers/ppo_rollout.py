@@ -270,15 +270,17 @@ class PPORollout(GRPOTrainer):
         sequence_kl = (kl_estimate(logps, ref_logps) * mask).sum(dim=1)
         self._log_means(
             {
-                "score": rollout["scores"][scored],
-                "kl": sequence_kl[scored],
-                "objective": (rollout["scores"] - self.beta * sequence_kl)[scored],
-                "eos_rate": ended[scored],
-                "unscored_fraction": ~scored,
-            }
+                "score": rollout["scores"],
+                "kl": sequence_kl,
+                "objective": rollout["scores"] - self.beta * sequence_kl,
+                "eos_rate": ended,
+            },
+            counted=scored,
         )
-        missing = self.accelerator.reduce((~scored).sum(), "sum").item()
-        self._metrics["train" if self.model.training else "eval"]["missing_rewards"].append(float(missing))
+        self._log_means({"unscored_fraction": ~scored})
+        if self.model.training:
+            missing = self.accelerator.reduce((~scored).sum(), "sum").item()
+            self._metrics["train"]["missing_rewards"].append(float(missing))
 
     def _add_advantages(self, rollout: dict[str, Any]) -> None:
         """Replace `advantages` by GAE's, (B, T), whitened over the whole rollout; add `old_values` and `returns`."""
@@ -337,12 +339,11 @@ class PPORollout(GRPOTrainer):
         self._minibatch = inputs
         return inputs
 
-    def _log_means(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Log the mean over all processes of each tensor, one number a row that counts; show it to the guards."""
-        mode = "train" if self.model.training else "eval"
-        for name, rows in metrics.items():
+    def _log_means(self, metrics: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
+        """Log the mean over all processes of each tensor (B,), of the rows `counted` (B,); show it to the guards."""
+        for name, values in metrics.items():
+            rows = values if counted is None else values[counted]
             totals = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
             total, count = self.accelerator.reduce(totals, "sum").tolist()
-            self._metrics[mode][name].append(total / count if count else float("nan"))
-            if mode == "train":
-                self.divergence.observe(name, total, count)
+            self._metrics["train"][name].append(total / count if count else float("nan"))
+            self.divergence.observe(name, total, count)
