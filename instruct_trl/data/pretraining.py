@@ -5,69 +5,67 @@ Legend: N examples, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import pyarrow.compute
 import torch
+from datasets import Features, IterableDataset, List, Value
 
 from instruct_trl.data.checks import require_columns
 
 IGNORED_LABEL = -100
+BUFFER = 1000  # texts of a stream that are mixed at a time
 
 
 class PretrainingStream:
     """Deals out pretraining examples in a seeded order that repeats none before all have been dealt.
 
     Every process holds the same order and takes its own share of each draw, so that no example goes to two of them.
+    The tokens of a `Dataset` lie in Arrow, in at most 4 bytes each: where the dataset lies on disk, in its cache there,
+    which the processes share. An `IterableDataset` is read and tokenised as it is dealt; its order is mixed within a
+    buffer, and a resumed run reads it again up to its position.
 
     Args:
-        dataset: a `datasets.Dataset` with a `text` or an `input_ids` column.
+        dataset: a `datasets.Dataset` or `IterableDataset` with a `text` or an `input_ids` column.
         tokenizer: tokenizes `text`; its pad token fills the batches.
         max_length: tokens an example keeps; longer ones are cut and counted in `truncated`.
         seed: of the order; pass k over the data uses `seed + k`.
         rank, world_size: which share of every draw is this process's.
 
+    Attributes:
+        size: how many examples there are, None for an `IterableDataset`.
+        position: how many were dealt to all processes; set it to go on from there.
+        truncated: how many are cut; of an `IterableDataset`, how many were among those dealt to this process.
+
     Raises:
-        ValueError: neither column is there, or an example has fewer than two tokens.
+        ValueError: neither column is there, there is no row, or one that is not text or has fewer than two tokens. Of
+            an `IterableDataset` a row is judged when it is dealt.
     """
 
     def __init__(
         self, dataset: Any, tokenizer: Any, *, max_length: int, seed: int = 0, rank: int = 0, world_size: int = 1
     ):
-        rows = self._token_rows(dataset, tokenizer)
-        short = [i for i, row in enumerate(rows) if len(row) < 2]
-        if short:
-            raise ValueError(
-                f"pretraining_dataset: row {short[0]} (and {len(short) - 1} more) has fewer than 2 tokens, so there is "
-                "no next token to predict. Filter empty texts out."
-            )
-        self.truncated = sum(len(row) > max_length for row in rows)
-        self.rows = [row[:max_length] for row in rows]
+        streamed = isinstance(dataset, IterableDataset)
+        self._rows = (_Streamed if streamed else _Stored)(dataset, tokenizer, max_length, seed)
         self.pad_token_id = tokenizer.pad_token_id
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.rank, self.world_size = rank, world_size
         self.position = 0
 
-    @staticmethod
-    def _token_rows(dataset: Any, tokenizer: Any) -> list[list[int]]:
-        if "input_ids" in dataset.column_names:
-            return [list(row) for row in dataset["input_ids"]]
-        require_columns(dataset, [("text", "input_ids")], "pretraining_dataset")
-        return tokenizer(list(dataset["text"]))["input_ids"] if len(dataset) else []
+    @property
+    def size(self) -> int | None:
+        return self._rows.size
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def truncated(self) -> int:
+        return self._rows.truncated
 
     def draw(self, count: int) -> list[list[int]]:
         """The next `count` examples of this process (and as many for each other process), as token lists."""
         start = self.position + self.rank * count
         self.position += count * self.world_size
-        return [self.rows[self._index(start + i)] for i in range(count)]
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.rows))
-        if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
-        return self._order[offset]
+        return self._rows.take(start, count)
 
     def collate(self, rows: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
         """Right-padded `input_ids`, `attention_mask`, `labels`, each (N, T); padding is ignored in the labels."""
@@ -79,3 +77,123 @@ class PretrainingStream:
             mask[i, : len(row)] = 1
         labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
         return {k: v.to(device) for k, v in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
+
+
+class _Stored:
+    """Rows of a `Dataset`, tokenised once."""
+
+    def __init__(self, dataset: Any, tokenizer: Any, max_length: int, seed: int):
+        column = _column(dataset.column_names, dataset)
+        if len(dataset) == 0:
+            raise ValueError("pretraining_dataset has no rows. Pass texts, or set ptx_coef=0.")
+        # The narrowest integer that holds the vocabulary. Ids that come tokenised may be of any.
+        kind = "int32" if column == "input_ids" else str(np.min_scalar_type(max(tokenizer.get_vocab().values())))
+        self.tokens = dataset.map(
+            _tokenize,
+            with_indices=True,
+            batched=True,
+            remove_columns=dataset.column_names,
+            features=Features({"input_ids": List(Value(kind)), "cut": Value("bool")}),
+            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+            desc="Tokenizing the pretraining texts",
+        )
+        self.size, self._seed, self._epoch = len(self.tokens), seed, -1
+        self.truncated = pyarrow.compute.sum(self.tokens.data.column("cut")).as_py()
+
+    def take(self, start: int, count: int) -> list[list[int]]:
+        """The examples at `start`, ..., `start + count - 1` of the order."""
+        return self.tokens[[self._index(position) for position in range(start, start + count)]]["input_ids"]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.size)
+        if self._epoch != epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
+        return int(self._order[offset])
+
+
+class _Streamed:
+    """Rows of an `IterableDataset`, tokenised as they are dealt."""
+
+    size = None
+
+    def __init__(self, dataset: Any, tokenizer: Any, max_length: int, seed: int):
+        first: Mapping[str, Any] = next(iter(dataset), {})
+        if not first:
+            raise ValueError("pretraining_dataset has no rows. Pass texts, or set ptx_coef=0.")
+        _column(dataset.column_names or list(first), dataset)
+        self._dataset = dataset.map(_numbered, with_indices=True).shuffle(seed=seed, buffer_size=BUFFER)
+        self._tokenizer, self._max_length, self.truncated = tokenizer, max_length, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._position, self._ahead = 0, self._read()
+
+    def _read(self) -> Iterator[Mapping[str, Any]]:
+        """The rows of pass 0, 1, 2, ..., each in an order of its own."""
+        epoch = 0
+        while True:
+            self._dataset.set_epoch(epoch)
+            yield from self._dataset
+            epoch += 1
+
+    def take(self, start: int, count: int) -> list[list[int]]:
+        """The examples at `start`, ..., `start + count - 1` of the order."""
+        if start < self._position:
+            self._begin()
+        for _ in range(start - self._position):
+            next(self._ahead)
+        self._position = start + count
+        return [self._tokens(next(self._ahead)) for _ in range(count)]
+
+    def _tokens(self, row: Mapping[str, Any]) -> list[int]:
+        batch = {name: [value] for name, value in row.items()}
+        tokenized = _tokenize(batch, batch.pop("_row"), self._tokenizer, self._max_length)
+        self.truncated += tokenized["cut"][0]
+        return tokenized["input_ids"][0]
+
+
+def _column(present: list[str], dataset: Any) -> str:
+    """The column that examples are read from: ids where they are given.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if "input_ids" in present:
+        return "input_ids"
+    require_columns(dataset, [("text", "input_ids")], "pretraining_dataset")
+    return "text"
+
+
+def _numbered(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {**row, "_row": index}
+
+
+def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max_length: int) -> dict[str, list]:
+    """Rows of a dataset as `input_ids`, cut to `max_length` tokens, and whether each was `cut`.
+
+    Raises:
+        ValueError: one is no text, or has fewer than two tokens.
+    """
+    column = "input_ids" if "input_ids" in batch else "text"
+    for value, index in zip(batch[column], indices, strict=True):
+        check_pretraining_row({column: value}, index)
+    rows = batch["input_ids"] if column == "input_ids" else tokenizer(batch["text"])["input_ids"]
+    for value, row, index in zip(batch[column], rows, indices, strict=True):
+        if len(row) < 2:
+            raise ValueError(
+                f"pretraining_dataset: column {column!r}, row {index} ({value!r}) has fewer than 2 tokens, so there is "
+                "no next token to predict. Filter such rows out."
+            )
+    return {"input_ids": [row[:max_length] for row in rows], "cut": [len(row) > max_length for row in rows]}
+
+
+def check_pretraining_row(row: Mapping[str, Any], index: int) -> None:
+    """Refuse a row of pretraining data without a text, or without ids where it has `input_ids`."""
+    ((column, value),) = row.items()
+    wanted = "text" if column == "text" else "a list of token ids"
+    right = isinstance(value, str) and value.strip() if column == "text" else isinstance(value, list)
+    if not right:
+        raise ValueError(
+            f"pretraining_dataset: column {column!r}, row {index} is {value!r}, and {wanted} belongs there."
+        )

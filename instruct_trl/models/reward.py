@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ class RewardScorer:
             check_single_label(self.model.config, f"The reward model ({type(self.model).__name__})")
         self.processing_class = processing_class or tokenizer or self._tokenizer_of_model()
         self._route = ScoringRoute(self.model, prefix_sharing, logger.warning)
+        self._autocast: Callable[[], AbstractContextManager] = nullcontext
+
+    @contextmanager
+    def computing_under(self, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
+        """Within, the model's forward runs under the contexts that `autocast` makes: a trainer's precision."""
+        before, self._autocast = self._autocast, autocast
+        try:
+            yield
+        finally:
+            self._autocast = before
 
     def _tokenizer_of_model(self) -> Any:
         name = self.model.config._name_or_path
@@ -173,7 +184,9 @@ class RewardScorer:
             sizes = torch.tensor([len(group) for group in groups])
             prefixes = torch.tensor([_shared(rows, group) for group in groups])
             batch = pad_rows([rows[index] for index in chosen], pad_token_id)
-            values = self._route(self.model, GroupedRows(*(t.to(device) for t in (*batch.values(), sizes, prefixes))))
+            grouped = GroupedRows(*(t.to(device) for t in (*batch.values(), sizes, prefixes)))
+            with self._autocast():
+                values = self._route(self.model, grouped)
             for index, value in zip(chosen, values.tolist(), strict=True):
                 if not math.isfinite(value):
                     raise ValueError(

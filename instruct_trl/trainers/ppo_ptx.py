@@ -190,14 +190,15 @@ class PPOPtxTrainer(PPOSaving):
 
     def _pretraining_gradient(self, dataset: Any) -> PretrainingGradient:
         args = self.args
-        stream = PretrainingStream(
-            dataset,
-            self._tokenizer,
-            max_length=args.ptx_max_length,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
+        with args.main_process_first(desc="tokenizing the pretraining texts"):  # the others then read its cache
+            stream = PretrainingStream(
+                dataset,
+                self._tokenizer,
+                max_length=args.ptx_max_length,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
         return PretrainingGradient(stream, args, self.accelerator, self.compute_loss_context_manager)
 
     # Update: the clipped objective, the pretraining gradient, the critic ---------------------------------------------
@@ -237,12 +238,6 @@ class PPOPtxTrainer(PPOSaving):
         """One micro-batch: pretraining gradient, then PPO's, then the critic's; the critic steps with the policy."""
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             self.stopwatch.start_iteration()
-        if self.pretraining is not None:
-            with self.stopwatch("pretraining"), before_last_backward(self.accelerator, model):
-                if self._step % self.args.gradient_accumulation_steps == 0:
-                    self.pretraining.start_minibatch()
-                    self._metrics["train"]["ptx_loss"].append(0.0)
-                self._metrics["train"]["ptx_loss"][-1] += self.pretraining.backward(model)
         sync = self.accelerator.sync_gradients
         with self.stopwatch("update"):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -250,6 +245,21 @@ class PPOPtxTrainer(PPOSaving):
             batch = trim_padding(self._minibatch)
             self._log_means(self.critic.backward(batch, batch["minibatch_tokens"], sync))
         return loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        # Here, between sampling and the policy's loss: sampling needs the room that gradients take, and the model is in
+        # train mode, in which alone it checkpoints.
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self.pretraining is not None:
+            self._pretraining_backward(self.pretraining)
+        return inputs
+
+    def _pretraining_backward(self, pretraining: PretrainingGradient) -> None:
+        with self.stopwatch("pretraining"), before_last_backward(self.accelerator, self.model_wrapped):
+            if self._step % self.args.gradient_accumulation_steps == 0:
+                pretraining.start_minibatch()
+                self._metrics["train"]["ptx_loss"].append(0.0)
+            self._metrics["train"]["ptx_loss"][-1] += pretraining.backward(self.model_wrapped)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return super()._clip_grad_norm(self._trained(model))

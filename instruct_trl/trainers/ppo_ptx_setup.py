@@ -247,7 +247,7 @@ def say_plan(trainer: Any) -> None:
     plan += f"; γ = {args.ptx_coef}"
     if trainer.pretraining is not None:
         stream = trainer.pretraining.stream
-        plan += f" on {len(stream)} pretraining texts, {args.ptx_ratio} an episode"
+        plan += f" on {stream.size or 'streamed'} pretraining texts, {args.ptx_ratio} an episode"
         if stream.truncated:
             plan += f" ({stream.truncated} cut at ptx_max_length={args.ptx_max_length} tokens)"
     trainer.accelerator.print(plan + ".")

@@ -5,6 +5,7 @@ Legend: B rows of a (micro-)batch, P prompt tokens, T completion tokens.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -128,7 +129,10 @@ class PPORollout(GRPOTrainer):
             inputs = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, self._prompt_ids, strict=True)]
         drawn = [ids[:-1] if end else ids for ids, end in zip(completion_ids, ended, strict=True)]
         completions = [self._as_drawn(*answer) for answer in zip(completions, completion_ids, drawn, strict=True)]
-        with self.stopwatch("score"), self.accelerator.autocast():
+        with self.stopwatch("score"), ExitStack() as precision:
+            for scorer in self.reward_funcs:
+                if isinstance(scorer, RewardScorer):  # functions of the user's run as they are
+                    precision.enter_context(scorer.computing_under(self.accelerator.autocast))
             self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         return self._rewards
 
