@@ -48,6 +48,7 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     resolve_value_model,
     say_estimate,
     say_plan,
+    say_warmup,
     wrap_reward_funcs,
 )
 from instruct_trl.trainers.ppo_saving import PPOSaving
@@ -184,7 +185,7 @@ class PPOPtxTrainer(PPOSaving):
         if args.ema_decay is not None:
             self.ema = EMACallback(self.model, args.ema_decay)
             self.add_callback(self.ema)
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(self.accelerator.device)
         self._minibatch = {}
         self._paced = False
 
@@ -303,6 +304,7 @@ class PPOPtxTrainer(PPOSaving):
         metrics["episodes_per_second"].append(self.args.generation_batch_size / metrics["time/iteration"][-1])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        say_warmup(self, num_training_steps)
         take_over_steps(self.accelerator)  # the policy is prepared by now, and no checkpoint is loaded yet
         if self.ema is not None:
             self.ema.follow_layout()

@@ -129,6 +129,11 @@ class PPOPtxConfig(GRPOConfig):
             self.logging_steps = 1
         self._upstream_post_init()
         self.model_init_kwargs = one_dtype(self.model_init_kwargs)
+        if self.torch_compile:  # set by torch_compile_backend and torch_compile_mode, too
+            raise ValueError(
+                "torch_compile=True does not go with PPO-ptx: a compiled forward neither shows the critic's head its "
+                "precision nor the policy's the positions to project. Leave it, and its backend and mode, off."
+            )
         load_models_whole()
         self._check_batches()
         if self.max_steps <= 0 and self.total_episodes is not None:

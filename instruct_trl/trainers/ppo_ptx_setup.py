@@ -253,6 +253,16 @@ def say_plan(trainer: Any) -> None:
     trainer.accelerator.print(plan + ".")
 
 
+def say_warmup(trainer: Any, steps: int) -> None:
+    """One line where a run of `steps` ends before its warm-up does, so that no learning rate reaches its peak."""
+    warmup = trainer.args.get_warmup_steps(steps)
+    if warmup > steps:
+        trainer.accelerator.print(
+            f"PPO-ptx: the warm-up of {warmup} steps is longer than the run of {steps}: the learning rates end at "
+            f"{steps / warmup:.0%} of their way up. Lower warmup_iterations (or warmup_steps), or train longer."
+        )
+
+
 def say_estimate(trainer: Any, seconds: float) -> None:
     """One line after the run's first iteration: how long the rest will take at its pace."""
     left = (trainer.args.max_steps - trainer.state.global_step - 1) // trainer.args.steps_per_iteration

@@ -7,35 +7,50 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class Stopwatch:
-    """Seconds by stage, exclusive: time spent in an inner stage is not counted again in the one around it."""
+    """Seconds by stage, exclusive: time spent in an inner stage is not counted again in the one around it.
 
-    def __init__(self) -> None:
+    An accelerator works on after its kernels were launched. It is waited for wherever a stage begins or ends, so that
+    its time counts where it was caused.
+
+    Args:
+        device: what the stages compute on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
-        self._start = time.perf_counter()
+        self._start = self._now()
+
+    def _now(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
 
     def start_iteration(self) -> None:
         """Begin to count here; what an evaluation in between took is forgotten."""
         self._seconds.clear()
-        self._start = time.perf_counter()
+        self._start = self._now()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = self._now()
         self._inner.append(0.0)
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - begin
+            elapsed = self._now() - begin
             self._seconds[stage] += elapsed - self._inner.pop()
             if self._inner:
                 self._inner[-1] += elapsed
 
     def finish_iteration(self) -> dict[str, float]:
         """Seconds by stage since the last call, and `iteration`, their wall time."""
-        now = time.perf_counter()
+        now = self._now()
         report = {**self._seconds, "iteration": now - self._start}
         self._seconds.clear()
         self._start = now
