@@ -84,6 +84,24 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
+def critic_optimizer(args: Any, value_model: Any, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer that `args` ask for, over the value model's trainable parameters, grouped as Trainer groups them.
+
+    Raises:
+        ValueError: one that makes groups of its own from a whole model (GaLore, Apollo, LOMO, Muon), or that has a
+            train mode of its own (schedule-free), which belongs to Trainer's loop.
+    """
+    kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, value_model.classifier)
+    own_groups = not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & kwargs.keys()
+    if own_groups or hasattr(kind, "train"):
+        reason = "makes parameter groups of its own" if own_groups else "has a train mode of its own"
+        raise ValueError(
+            f"optim={args.optim.value!r} {reason}, so it cannot train policy and critic side by side. Choose one that "
+            "takes any parameters, e.g. optim='adamw_torch', 'adafactor' or 'adamw_8bit'."
+        )
+    return kind(decay_groups(value_model, args.weight_decay), **{**kwargs, "lr": learning_rate})
+
+
 class EpochSeededRepeatSampler(RepeatSampler):
     """TRL's sampler, its order a function of (seed, epoch), so that a run resumed in epoch 3 sees epoch 3's order."""
 

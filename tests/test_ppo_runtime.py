@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig
 from ppo_helpers import PROMPTS, TEXTS, make
+from transformers import Trainer
 
 from instruct_trl import PPOPtxConfig, value_model_from_reward_model
 from instruct_trl.trainers import stopwatch
@@ -62,12 +64,12 @@ def test_functions_of_the_users_run_outside_autocast(tmp_path, policy, scorer, r
         bf16=bf16, ptx_coef=0.0, total_episodes=16,
     )  # fmt: skip
     inside = []
-    scorer.model.score.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    scorer.model.model.layers[0].register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
     trainer.train()
     assert set(seen) == {False}
     own = scorer(prompts=["a"], completions=["b"])
     assert own == copy.deepcopy(scorer)(prompts=["a"], completions=["b"])  # outside the trainer as ever
-    assert inside[0] == bf16
+    assert inside[:2] == [False, bf16]  # of the same model
     assert not inside[-1]
 
 
@@ -126,3 +128,51 @@ def test_texts_may_be_streamed(tmp_path, policy, scorer, tokenizer, capsys):
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert first.pretraining.stream.position == second.pretraining.stream.position == 64
     assert distance(weights(first.model), weights(second.model)) == 0
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+def test_policy_and_critic_train_and_resume_with_any_optimizer(tmp_path, policy, scorer, tokenizer, optim):
+    kwargs = {
+        "optim": optim, "ptx_coef": 0.0, "save_strategy": "steps", "save_steps": 2, "total_episodes": 16,
+        "value_learning_rate": 1e-3,
+    }  # fmt: skip
+    first = make(tmp_path, copy.deepcopy(policy), scorer, tokenizer, **kwargs)
+    before = {"policy": weights(first.model), "critic": weights(first.critic.unwrapped)}
+    first.train()
+    second = make(tmp_path, copy.deepcopy(policy), scorer, tokenizer, **kwargs)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, of in (("policy", lambda trainer: trainer.model), ("critic", lambda trainer: trainer.critic.unwrapped)):
+        assert distance(before[name], weights(of(first))) > 1e-5
+        assert distance(weights(of(first)), weights(of(second))) == 0
+
+
+class WithTrainMode(torch.optim.SGD):
+    def train(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [((WithTrainMode, {}), "train mode of its own"), ((torch.optim.SGD, {"params": []}), "groups of its own")],
+)
+def test_an_optimizer_that_cannot_train_the_critic_is_refused(
+    tmp_path, policy, scorer, tokenizer, monkeypatch, made, reason
+):
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda args, model: made)
+    with pytest.raises(ValueError, match=f"optim='adamw_torch_fused' .*{reason}.*Choose"):
+        make(tmp_path, policy, scorer, tokenizer, ptx_coef=0.0, optim="adamw_torch_fused")
+
+
+def test_reentrant_checkpointing_of_adapters_gives_the_same_weights(tmp_path, policy, scorer, tokenizer):
+    ends = []
+    for reentrant in (None, True, False):
+        trainer = make(
+            tmp_path, copy.deepcopy(policy), scorer, tokenizer, total_episodes=16, ptx_coef=0.5,
+            gradient_checkpointing=reentrant is not None, gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2),
+        )  # fmt: skip
+        trainer.train()
+        ends.append(weights(trainer.model))
+        assert max(weight.abs().max() for name, weight in ends[-1].items() if "lora_B" in name) > 0
+    assert distance(ends[0], ends[1]) < 1e-6
+    assert distance(ends[0], ends[2]) < 1e-6

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 
-from instruct_trl._upstream import decay_groups
+from instruct_trl._upstream import critic_optimizer
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
 from instruct_trl.models.roles import ValueRole
@@ -47,9 +47,7 @@ class Critic:
         self.args, self.accelerator, self.autocast = args, accelerator, autocast
         if args.gradient_checkpointing:
             value_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, value_model.classifier)
-        groups = decay_groups(value_model, args.weight_decay)
-        optimizer = optimizer_class(groups, **{**kwargs, "lr": args.value_learning_rate})
+        optimizer = critic_optimizer(args, value_model, args.value_learning_rate)
         self.engine = prepare_beside_policy(accelerator, value_model, optimizer, args.value_max_grad_norm, args)
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.scheduler: Any = None
