@@ -136,7 +136,7 @@ def sentences(max_words: int) -> tuple[list[str], list[dict]]:
 
 def _review_groups(args: argparse.Namespace) -> tuple[list[dict], str]:
     texts, rest = sentences(args.max_words)
-    labeler = _labeler(rest, OUTPUTS / f"benchmark_labeler_{args.max_words}.joblib")
+    labeler = _labeler(rest, OUTPUTS / f"benchmark_labeler_{args.max_words}.npz")
     generator = random.Random(0)
     generator.shuffle(texts)
     scores = labeler([""] * len(texts), texts)

@@ -175,7 +175,7 @@ class PlainLabeler:
     def __init__(self, folder: Path):
         from instruct_trl.pipeline.labeler import SentimentLabeler
 
-        self.classifier = SentimentLabeler.load(folder / "labeler.joblib")
+        self.classifier = SentimentLabeler.load(folder / "labeler.npz")
 
     def __call__(self, prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
         return self.classifier([prompt.removeprefix(INSTRUCTION).lstrip() for prompt in prompts], completions)

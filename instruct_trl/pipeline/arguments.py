@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from instruct_trl.pipeline.bounds import check_sampling
+from instruct_trl.redaction import redact
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -111,10 +113,14 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     settings = read_yaml(config, known)
     if not settings:  # TRL's parser wants a mapping
         del argv[place - 1 : place + 1]
-    parsed = parser.parse_args_and_config(argv)
+    try:
+        parsed = parser.parse_args_and_config(argv)
+    except ValueError as error:
+        raise ValueError(redact(str(error))) from None
     _expand_home(parsed)
     parsed[0]._config_folder = config.parent
     _load_as_asked(parsed)
+    _tokens_to_environment(parsed)
     if getattr(parsed[0], "dry_run", False):
         from instruct_trl.pipeline.dry_run import dry_run
 
@@ -181,6 +187,21 @@ def _load_as_asked(parsed: tuple) -> None:
         asked = {name: getattr(model, field) for name, field in names.items()}
         asked = {name: value for name, value in asked.items() if value != getattr(ModelConfig, names[name])}
         args.model_init_kwargs = asked | (args.model_init_kwargs or {}) or args.model_init_kwargs
+
+
+def _tokens_to_environment(parsed: tuple) -> None:
+    """A hub token goes where huggingface_hub looks for it: trainers write their arguments beside every model."""
+    for part in parsed:
+        loading = getattr(part, "model_init_kwargs", None)
+        token = getattr(part, "hub_token", None)
+        if isinstance(loading, dict) and isinstance(loading.get("token"), str):
+            token = token or loading["token"]
+            if token == loading["token"]:
+                part.model_init_kwargs = {name: value for name, value in loading.items() if name != "token"}
+        if token:
+            os.environ["HF_TOKEN"] = token
+            if hasattr(part, "hub_token"):
+                part.hub_token = None
 
 
 def quiet_upstream() -> None:

@@ -93,7 +93,7 @@ def _train_labeler(folder: Path, reviews: list[dict], judged: list[dict]) -> dic
     held_out = min(500, len(reviews) // 10)
     texts, labels = _columns(reviews)
     labeler = SentimentLabeler.train(texts[:-held_out], labels[:-held_out])
-    labeler.save(folder / "labeler.joblib")
+    labeler.save(folder / "labeler.npz")
     return {
         "labeler_accuracy": labeler.accuracy(texts[-held_out:], labels[-held_out:]),
         "labeler_accuracy_prompts": labeler.accuracy(*_columns(judged)),

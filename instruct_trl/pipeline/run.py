@@ -14,6 +14,7 @@ from instruct_trl.pipeline.functions import load_function
 from instruct_trl.pipeline.held_out import overlap, overlap_note, prompts_to_judge, say_held_out
 from instruct_trl.pipeline.loading import held_out_split, load_split, load_splits, pick_split
 from instruct_trl.pipeline.stage import finished_summary, run_stage
+from instruct_trl.redaction import redact
 
 HELD_OUT_TEXTS = 2000  # whose loss is measured
 DEFAULT_OUTPUT = "trainer_output"  # transformers' name for "no output_dir given"
@@ -54,6 +55,7 @@ def finish_training(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
             f"{trainer.args.output_dir}. With other settings, give another --output_dir and, to go on from a "
             "checkpoint, --resume_from_checkpoint."
         )
+    dataset_name = dataset_name and redact(dataset_name)  # the model card names it
     trainer.save_model()
     trainer.save_state()
     if trainer.args.push_to_hub:
@@ -228,7 +230,7 @@ def load_labeler(run: RunArguments, name: str, option: str = "labeler") -> Any:
     if name == "demo":
         from instruct_trl.pipeline.labeler import SentimentLabeler
 
-        return SentimentLabeler.load(demo_folder(run) / "labeler.joblib")
+        return SentimentLabeler.load(demo_folder(run) / "labeler.npz")
     return load_function(name, option)
 
 

@@ -1,0 +1,79 @@
+"""Keys, tokens and passwords kept out of what is written, printed or put into a report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HIDDEN = "***"
+
+# Of a hub, a model server, a repository or a cloud, as they are documented to begin; and what follows "Bearer".
+_KEYS = re.compile(
+    r"\bhf_(?=[a-z0-9]*[A-Z]|[a-z0-9]{20})[A-Za-z0-9]{4,}"
+    r"|\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}"
+    r"|\b(?:gh[opsur]|github_pat|glpat|xox[abprs])[-_][A-Za-z0-9_-]{10,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]{10,}"
+    r"|(?<=[Bb]earer )\s*[^\s'\",]+"
+)
+_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # https://user:password@host
+_SECRET_NAME = re.compile(
+    r"(?:^|[_-])(?:token|secret|password|passwd|passphrase|authorization|credentials?|pat)$", re.I
+)
+_KEY_NAME = re.compile(r"(?:^|[_-])(?:api|access|secret|private|judge|auth)?[_-]?key$", re.I)
+# Settings of a tokenizer, whose values are words like <|im_end|>.
+_TEXT_TOKEN = re.compile(r"(?:^|[_-])(?:pad|eos|bos|unk|sep|cls|mask|start|end|stop|image|video|audio)[_-]token$", re.I)
+_PAIR = re.compile(r"""(["']?([\w-]+)["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}"']+)""")  # token=X, or 'token': 'X'
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*|[a-z_]+")
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a key, and without user and password of a URL."""
+    return _IN_URL.sub(HIDDEN, _KEYS.sub(HIDDEN, text))
+
+
+def redact_settings(value: Any, name: str = "") -> Any:
+    """The same for settings, nested ones included: also every value whose name says that it is secret.
+
+    Args:
+        value: what a setting holds, or a mapping of settings.
+        name: what the setting is called. What `*_key` names may be shown if it is the name of an environment variable.
+    """
+    if isinstance(value, Mapping):
+        return {key: redact_settings(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_settings(inner, name) for inner in value]
+    if not isinstance(value, str) or not value:
+        return value
+    return HIDDEN if _is_secret(name, value) else redact(value)
+
+
+def redact_command(arguments: Sequence[str]) -> list[str]:
+    """The same for a command line: `--hub_token X`, `--hub_token=X` and JSON with a token in it."""
+    shown, name = [], ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            shown.append(f"--{name}={_redact_argument(value, name)}" if equals else argument)
+            name = "" if equals else name
+        else:
+            shown.append(_redact_argument(argument, name))
+    return shown
+
+
+def _redact_argument(value: str, name: str) -> str:
+    if value.startswith(("{", "[")):
+        with contextlib.suppress(ValueError):
+            return json.dumps(redact_settings(json.loads(value), name))
+    if _is_secret(name, value):
+        return HIDDEN
+    return redact(_PAIR.sub(lambda found: found[1] + HIDDEN if _is_secret(found[2], found[3]) else found[0], value))
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if _KEY_NAME.search(name):
+        return value not in os.environ and not (_VARIABLE.fullmatch(value) and len(value) <= 40)
+    return bool(_SECRET_NAME.search(name)) and not _TEXT_TOKEN.search(name)
