@@ -14,9 +14,13 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.judges.base import as_text
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
+from instruct_trl.pipeline.arguments import default_config
 from instruct_trl.pipeline.arguments import default_config, load_yaml
+from instruct_trl.pipeline.disk import disk_errors
 from instruct_trl.pipeline.evaluating import SFT, other_logs, ppo_folder, training_log, win_against_sft
 from instruct_trl.pipeline.stage import finished_summary
+from instruct_trl.pipeline.stage_lock import locked
+from instruct_trl.redaction import redact_command, redact_settings
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
 DEMO_LABELER = "a sentiment classifier (TF-IDF, logistic regression) trained on film reviews that no other stage uses"
@@ -32,7 +36,8 @@ def judged_report(run: Any, folder: Path, tasks: Any, judges: Any) -> str:
 
     measured, report = measure_tasks(run, tasks), report_folder(run, folder) / "report.html"
     if PartialState().is_main_process:
-        report = make_report(run, folder, measured, judge_answers(run, judges, folder))
+        with disk_errors(folder, "Judges and report"), locked(folder):
+            report = make_report(run, folder, measured, judge_answers(run, judges, folder))
         print(f"Report: {report} and {report.with_suffix('.md')}")
     return str(report)
 
@@ -80,7 +85,7 @@ def make_report(
         trained_on=data.get("trained_on") or {},
         selection_picture=selection if selection.exists() else None,
         samples=_samples(data),
-        settings={name: (finished_summary(stages[name]) or {}).get("settings", {}) for name in STAGES},
+        settings={name: redact_settings((finished_summary(stages[name]) or {}).get("settings", {})) for name in STAGES},
         deviations=_deviations(run),
         timings={s: f["seconds"] for s in STAGES if (f := finished_summary(stages[s])) is not None},
         command=command_line(),
@@ -151,8 +156,8 @@ def _samples(data: dict[str, Any], count: int = 8) -> list[Sample]:
 
 
 def command_line() -> str:
-    """The command of this process, without this machine's paths."""
-    return " ".join(["accelerate launch", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """The command of this process, without this machine's paths, and without keys and tokens."""
+    return " ".join(["accelerate launch", f"recipes/{Path(sys.argv[0]).name}", *redact_command(sys.argv[1:])])
 
 
 def environment() -> dict[str, str]:

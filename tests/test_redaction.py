@@ -1,0 +1,110 @@
+"""Keys, tokens and passwords do not reach what is written; words that only look alike do."""
+
+import json
+import os
+import random
+import sys
+
+import pytest
+
+from instruct_trl.redaction import redact, redact_command, redact_settings
+
+HUB = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("--push_to_hub true --hub_token abc", "--push_to_hub true --hub_token ***"),
+        ("--hub_token=abc --seed 1", "--hub_token=*** --seed 1"),
+        (f"--dataset_name {HUB} x", "--dataset_name *** x"),
+        ("--judge_key OPENAI_API_KEY", "--judge_key OPENAI_API_KEY"),
+        ("--judge_key sk-proj-0123456789abcdef", "--judge_key ***"),
+        ("--judge_key 0123456789abcdef", "--judge_key ***"),
+        ("--eos_token <|im_end|> --pad_token x", "--eos_token <|im_end|> --pad_token x"),
+        ("--max_tokens 5 --judges http://me:pw@host/v1", "--max_tokens 5 --judges http://***@host/v1"),
+        ("--model_name_or_path hf_cache/model --api-key=Q1", "--model_name_or_path hf_cache/model --api-key=Q1"),
+    ],
+)
+def test_command_lines(given, shown):
+    assert " ".join(redact_command(given.split(" "))) == shown
+
+
+def test_mappings_on_a_command_line_and_in_settings():
+    kwargs = {"token": "secret words", "dtype": "bfloat16", "headers": {"Authorization": "Basic Zm9v", "n": [1, HUB]}}
+    hidden = {"token": "***", "dtype": "bfloat16", "headers": {"Authorization": "***", "n": [1, "***"]}}
+    assert redact_settings({"model_init_kwargs": kwargs}) == {"model_init_kwargs": hidden}
+    assert json.loads(redact_command(["--model_init_kwargs", json.dumps(kwargs)])[1]) == hidden
+    assert redact_command(["--env", "HF_TOKEN=abc", "{'token': 'a b', 'n': 1}"]) == [
+        "--env",
+        "HF_TOKEN=***",
+        "{'token': ***, 'n': 1}",
+    ]
+
+
+def test_text_keeps_what_is_no_key():
+    plain = "hf_home/x sk-learn https://host/v1 eos_token a token, the key: https://huggingface.co/@me"
+    assert redact(plain) == plain
+    assert redact("Authorization: Bearer abc.def, then") == "Authorization: Bearer ***, then"
+
+
+def test_a_reports_command_has_no_token(monkeypatch):
+    from instruct_trl.pipeline.evaluation_report import command_line
+
+    monkeypatch.setattr(sys, "argv", ["/home/me/recipes/ppo_ptx.py", "--hub_token", "abc", "--seed", "3"])
+    assert command_line() == "accelerate launch recipes/ppo_ptx.py --hub_token *** --seed 3"
+
+
+def test_tokens_leave_the_arguments_that_trainers_write_beside_a_model(tmp_path, monkeypatch):
+    from instruct_trl import InstructSFTConfig
+    from instruct_trl.pipeline.arguments import RunArguments, parse_recipe
+
+    monkeypatch.setenv("HF_TOKEN", "before")
+    (tmp_path / "c.yaml").write_text("seed: 1\n")
+    argv = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path), "--bf16", "false"]
+    argv += ["--model_init_kwargs", json.dumps({"token": HUB, "dtype": "float32"})]
+    _, args = parse_recipe((RunArguments, InstructSFTConfig), "sft", "", [*argv, "--hub_token", HUB])
+    assert os.environ["HF_TOKEN"] == HUB
+    assert args.hub_token is None
+    assert args.model_init_kwargs == {"dtype": "float32"}
+    with pytest.raises(ValueError, match=r"'\*\*\*'"):
+        parse_recipe((RunArguments, InstructSFTConfig), "sft", "", [*argv, "--hub_tokne", HUB])
+
+
+# -- the demo's labeler ------------------------------------------------------------------------------------------------
+
+
+def test_the_labeler_comes_back_from_plain_arrays_with_the_scores_of_sklearn(tmp_path):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    from instruct_trl.pipeline.labeler import SentimentLabeler
+
+    draw = random.Random(0)
+    words = ["good", "bad", "fine", "awful", "film", "plot", "the", "of", "it's", "naïve", "x1", "GOOD"]
+    texts = [" ".join(draw.choices(words, k=12)) for _ in range(200)]
+    labels = [int(text.count("good") > text.count("bad")) for text in texts]
+    labeler = SentimentLabeler.train(texts, labels)
+    labeler.save(tmp_path / "labeler.npz")
+    loaded = SentimentLabeler.load(tmp_path / "labeler.npz")
+    vectorizer = TfidfVectorizer(min_df=20, sublinear_tf=True)
+    plain = LogisticRegression(max_iter=300).fit(vectorizer.fit_transform(texts), labels)
+    asked = ["", "unknown words", "bad bad bad film"] + [" ".join(draw.choices(words, k=5)) for _ in range(20)]
+    expected = plain.decision_function(vectorizer.transform(asked)).tolist()
+    assert loaded([""] * 23, asked) == pytest.approx(expected, abs=1e-9)
+    assert loaded.accuracy(texts, labels) == labeler.accuracy(texts, labels)
+
+
+def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
+    import joblib
+
+    from instruct_trl.pipeline.labeler import SentimentLabeler
+
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    joblib.dump(Runs(), tmp_path / "labeler.npz")
+    with pytest.raises(ValueError, match=r"labeler\.npz cannot be read as the demo's labeler.*Move .* away"):
+        SentimentLabeler.load(tmp_path / "labeler.npz")
+    assert not (tmp_path / "executed").exists()
