@@ -164,6 +164,7 @@ def _step_and_epoch(path: Path) -> tuple[int | None, float | None]:
 def load_policy(path: Path, processing_class: Any = None) -> tuple[Any, Any]:
     """The causal LM of a checkpoint (a full model or a PEFT adapter's folder) in eval mode, and its tokenizer.
 
+
     Raises:
         ValueError: an adapter that does not fit its base, or a tokenizer with tokens that the model has no rows for.
     """

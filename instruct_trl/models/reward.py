@@ -20,7 +20,7 @@ from instruct_trl.data.endings import ending_ids
 from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwargs, tokenize_drawn, tokenize_pair
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.data.token_budget import fill, rows_cost
-from instruct_trl.models.reward_loading import check_single_label, load_reward_model
+from instruct_trl.models.reward_loading import check_single_label, load_reward_model, tokenizer_source
 from instruct_trl.models.scoring_route import ScoringRoute
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class RewardScorer:
         name = self.model.config._name_or_path
         if not name:
             raise ValueError("The reward model was built in memory: pass its tokenizer as processing_class.")
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(tokenizer_source(name))
 
     @property
     def reward_bias(self) -> float:

@@ -14,6 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from instruct_trl._upstream import keep_4bit_trainable, score_head
 from instruct_trl.models.adapter_loading import put_adapter_on, resize_token_rows, token_rows
+from instruct_trl.models.model_files import check_config, check_tokenizer, check_weights
 from instruct_trl.models.precision import is_quantised, one_dtype
 
 # Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
@@ -90,14 +91,21 @@ def check_token_rows(model: Any, tokenizer: Any, name: str, *, pad: bool = True)
         )
 
 
-def check_model_path(path: str | Path) -> None:
-    """Refuse a path that is not there, with one line in place of a hub traceback.
+def check_model_path(path: str | Path, *, weights: bool = True) -> None:
+    """Refuse a path that is not there, or whose files are missing or cut short, with one line in place of a traceback.
+
+    Args:
+        path: local folder or hub name.
+        weights: look at a folder's weights too, not at its config and tokenizer alone.
 
     Raises:
-        ValueError: neither a folder nor a reachable repository of the hub with this name.
+        ValueError: neither a folder with a whole model nor a reachable repository of the hub with this name.
     """
     path = str(path)
     if os.path.isdir(path):
+        check_config(Path(path))
+        if weights:
+            check_weights(Path(path))
         return
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"There is no model folder {path!r}. Check the path, or train the model first.")
@@ -216,12 +224,17 @@ def load_reward_model(path: str | Path, *, trainable: bool = False, **kwargs: An
 
 
 def tokenizer_source(path: str) -> str:
-    """Where the tokenizer of a model lies: beside it, or for an adapter without one beside its base."""
+    """Where the tokenizer of a model lies: beside it, or for an adapter without one beside its base.
+
+    Raises:
+        ValueError: a local folder without one.
+    """
     from peft import PeftConfig
 
-    if not names_adapter(path) or has_tokenizer(path):
-        return path
-    return str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    if names_adapter(path) and not has_tokenizer(path):
+        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    check_tokenizer(path)
+    return path
 
 
 def _load_adapter(path: str, tokenizer: Any, trainable: bool, kwargs: dict[str, Any]) -> Any:

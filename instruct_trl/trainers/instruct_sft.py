@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from instruct_trl.models.adapter_loading import save_token_rows
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
 from instruct_trl.models.policy_loading import load_tokenizer
-from instruct_trl.models.reward_loading import check_token_rows
+from instruct_trl.models.reward_loading import check_model_path, check_token_rows, tokenizer_source
 from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
 from instruct_trl.trainers.starting_model import (
     check_adapters,
@@ -55,9 +56,9 @@ class InstructSFTTrainer(SFTTrainer):
         pretraining_dataset: with a `text` or an `input_ids` column, for `pretraining_fraction` (appendix C.3).
 
     Raises:
-        ValueError: before any training: see `check_pretraining_mix`, `as_prompts`, `decoder_layers`, `check_adapters`,
-            `check_token_rows`; a tokenizer without EOS; one of `reward_model` and `selection_prompts` without the
-            other, or without evaluation.
+        ValueError: before any training: see `check_model_path`, `check_pretraining_mix`, `as_prompts`,
+            `decoder_layers`, `check_adapters`, `check_token_rows`; a tokenizer without EOS; one of `reward_model` and
+            `selection_prompts` without the other, or without evaluation.
     """
 
     args: InstructSFTConfig
@@ -89,6 +90,10 @@ class InstructSFTTrainer(SFTTrainer):
         pretraining_dataset: Any = None,
     ):
         args = _as_config(args, model)
+        if isinstance(model, str) and (os.path.isdir(model) or not args.trust_remote_code):
+            check_model_path(model)
+            if processing_class is None:
+                tokenizer_source(model)  # refuses a folder without one
         settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
         check_adapters(model, peft_config, "The model")
         check_pretraining_mix(args.pretraining_fraction, pretraining_dataset, train_dataset, args.packing)

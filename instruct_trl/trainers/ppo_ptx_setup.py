@@ -66,7 +66,7 @@ def load_policy_tokenizer(model: Any, roles: RoleAdapters | None) -> Any:
         path = roles.tokenizer_path
     else:
         path = model if isinstance(model, str) else model.config._name_or_path
-        check_model_path(path)
+        check_model_path(path, weights=isinstance(model, str))
     if not path:
         raise ValueError("The base of role_adapters was built in memory: pass its tokenizer as processing_class.")
     return load_tokenizer(path, padding_side="left", truncation_side="left")
