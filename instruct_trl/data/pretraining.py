@@ -13,7 +13,7 @@ import pyarrow.compute
 import torch
 from datasets import Features, IterableDataset, List, Value
 
-from instruct_trl.data.checks import require_columns
+from instruct_trl.data.checks import check_pretraining_row, require_columns
 
 IGNORED_LABEL = -100
 BUFFER = 1000  # texts of a stream that are mixed at a time
@@ -186,14 +186,3 @@ def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max
                 "no next token to predict. Filter such rows out."
             )
     return {"input_ids": [row[:max_length] for row in rows], "cut": [len(row) > max_length for row in rows]}
-
-
-def check_pretraining_row(row: Mapping[str, Any], index: int) -> None:
-    """Refuse a row of pretraining data without a text, or without ids where it has `input_ids`."""
-    ((column, value),) = row.items()
-    wanted = "text" if column == "text" else "a list of token ids"
-    right = isinstance(value, str) and value.strip() if column == "text" else isinstance(value, list)
-    if not right:
-        raise ValueError(
-            f"pretraining_dataset: column {column!r}, row {index} is {value!r}, and {wanted} belongs there."
-        )

@@ -133,8 +133,6 @@ class RankingRewardTrainer(RewardTrainer):
         processing_class = processing_class or load_tokenizer(name, args)
         pad_line = prepare_tokenizer(processing_class, args, None if isinstance(loaded, str) else loaded)
         say(args, pad_line)
-        if train_dataset is not None and is_conversational(next(iter(train_dataset), {})):
-            say(args, what_template_rewrites(processing_class))
         loaded = load_grown(loaded, peft_config, args, quantization_config, processing_class)
 
         self.data_reports: dict[str, RankingReport] = {}
@@ -156,6 +154,8 @@ class RankingRewardTrainer(RewardTrainer):
                 quantization_config=quantization_config if loaded is model else None,
                 peft_config=peft_config,
             )
+        if train_dataset is not None and is_conversational(next(iter(train_dataset), {})):
+            say(args, what_template_rewrites(processing_class))
         self._settle_model(args, processing_class)
         self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: say(args, line))
 
