@@ -126,6 +126,8 @@ def test_prompts_that_a_stage_was_trained_on_are_counted_where_its_data_can_be_r
         run=tmp_path / "other", dataset_name="mine.jsonl", ppo_model=str(tmp_path / "run" / "ppo_ptx" / "policy")
     )
     assert trained_on(elsewhere, ["a", "c"])["rows"] == 1
+    own.sft_model = str(tmp_path / "run" / "sft")  # named once
+    assert "rows of sft, so" in trained_on(own, ["a"])["note"]
 
 
 @pytest.mark.parametrize(("rows", "verdict"), [(0, "better"), (5, "better"), (6, "missing")])

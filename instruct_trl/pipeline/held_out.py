@@ -118,13 +118,13 @@ def trained_on(run: Any, prompts: Sequence[Any]) -> dict[str, Any] | None:
 
 def _trainings(run: Any) -> dict[str, dict[str, Any]]:
     """Name → settings of each training on a user's own data that this run, or a model given to it, comes from."""
-    folders = {stage: run.run / stage for stage in TRAINED}
-    for name in ("sft_path", "sft_model", "reward_model_path"):
-        if getattr(run, name, None):
-            folders[getattr(run, name)] = Path(getattr(run, name))
-    if getattr(run, "ppo_model", None):
-        folders[run.ppo_model] = Path(run.ppo_model).parent
-    found = {name: (finished_summary(folder) or {}).get("settings", {}) for name, folder in folders.items()}
+    folders = {(run.run / stage).resolve(): stage for stage in TRAINED}
+    for name in ("sft_path", "sft_model", "reward_model_path", "ppo_model"):
+        path = getattr(run, name, None)
+        if path:
+            folder = Path(path).parent if name == "ppo_model" else Path(path)
+            folders.setdefault(folder.resolve(), path)
+    found = {name: (finished_summary(folder) or {}).get("settings", {}) for folder, name in folders.items()}
     return {name: settings for name, settings in found.items() if settings.get("dataset_name")}
 
 
