@@ -175,7 +175,7 @@ def test_streams_are_prepared_and_checked_as_they_are_read(tokenizer):
     prepared, report = prepare(stream, tokenizer)
     assert report is None
     reader = iter(prepared)
-    assert set(next(reader)) == {"input_ids", "ranks", "pairs", "weight"}
+    assert set(next(reader)) == {"input_ids", "ranks", "pairs", "weight", "prompt_key"}
     with pytest.raises(ValueError, match="row 1: 3 completions but 1 ranks"):
         next(reader)
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
+from trl.data_utils import extract_prompt
 
 from instruct_trl.data.chat import in_row
 from instruct_trl.data.checks import column_names, require_columns
 from instruct_trl.data.pairs import Text, encode_prompt, template_kwargs, tokenize_pair
+from instruct_trl.data.prompt_keys import prompt_key
 from instruct_trl.data.ranking_collator import RankingCollator as RankingCollator
 from instruct_trl.data.ranking_rows import Ranking as Ranking
 from instruct_trl.data.ranking_rows import parse_ranking as parse_ranking
@@ -78,7 +80,8 @@ def tokenize_ranking(
     Returns:
         `input_ids` (a list of K token lists, empty if the row is to be dropped), `ranks` (K, dense; empty where the
         row has only pairs), `pairs` (a list of [winner, loser]), `margins` (parallel to `pairs`; only if margins are
-        on), `weight`, `labeler` (only if it was there), and the counters `long_prompt`, `overlong_rows`,
+        on), `weight`, `labeler` (only if it was there), `prompt_key` (the same for rows of one prompt; None where a row
+        has none), and the counters `long_prompt`, `overlong_rows`,
         `dropped_pairs`, `tied` (no untied pair among what was kept).
     """
     place = f"{where}, row {index}"
@@ -98,6 +101,7 @@ def _tokens_of(
     """What `tokenize_ranking` returns, of a row that is checked."""
     kwargs = template_kwargs(example)
     result: dict[str, Any] = {"input_ids": [], "ranks": [], "pairs": [], "weight": ranking.weight}
+    result["prompt_key"] = _key(ranking.prompt, example)
     result |= {"long_prompt": False, "overlong_rows": 0, "dropped_pairs": 0, "tied": False}
     if ranking.margins is not None:
         result["margins"] = []
@@ -131,6 +135,14 @@ def _labels_of(ranking: Ranking, kept: Sequence[int]) -> dict[str, Any]:
     if ranking.margins is not None:
         labels["margins"] = [ranking.margins[index] for index in chosen]
     return labels
+
+
+def _key(prompt: Text, example: Mapping[str, Any]) -> str | None:
+    """The prompt's key. An implicit prompt is, as in TRL, all that both texts begin with."""
+    if prompt:
+        return prompt_key(prompt)
+    implicit = extract_prompt({side: example[side] for side in ("chosen", "rejected")})["prompt"]
+    return prompt_key(implicit) if implicit else None
 
 
 def _prompt_length(tokenizer: Any, prompt: Text, kwargs: dict[str, Any]) -> int:
@@ -208,6 +220,7 @@ def _features(columns: Sequence[str], use_margins: bool) -> Features:
         overlong_rows=Value("int32"),
         dropped_pairs=Value("int32"),
         tied=Value("bool"),
+        prompt_key=Value("string"),
     )
     if use_margins or "margin" in columns:
         features["margins"] = ListOf(Value("float32"))

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
+from instruct_trl.evaluation.intervals import mean_interval
+from instruct_trl.evaluation.win_rate import paired_difference
 
 METRICS = ("acc_norm", "f1", "acc", "exact_match", "em")  # the first of these that a task has a number of, by item
 
@@ -30,14 +31,14 @@ class TaskScore:
     Attributes:
         task, metric: lm-eval's names.
         values: (D,) the metric of each item, in lm-eval's order of items.
-        mean, low, high: their mean with its 95 % bootstrap interval over items.
+        mean, low, high: their mean with its 95 % interval over items, which count as independent; None for too few.
     """
 
     task: str
     metric: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     values: list[float] = field(repr=False)
 
 
@@ -141,15 +142,15 @@ def _score(task: str, rows: Sequence[Mapping[str, Any]]) -> TaskScore:
     if metric is None:  # lm-eval's corpus metrics keep pairs of prediction and reference instead
         raise ValueError(f"The task {task!r} has none of {', '.join(METRICS)} for each item; choose another task.")
     values = [float(items[key][metric]) for key in sorted(items)]
-    interval = bootstrap_mean_ci(values)
+    interval = mean_interval(values)
     return TaskScore(task, metric, interval.mean, interval.low, interval.high, values)
 
 
 def task_table(scores: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Model → task → what a report shows: `metric`, `mean`, `low`, `high`, `n`, and the change from the first model.
 
-    `change`, `change_low` and `change_high` are the mean difference on the same items and its paired bootstrap
-    interval, for every model but the first.
+    `change`, `change_low` and `change_high` are the mean difference on the same items and its paired
+    interval (None for too few), for every model but the first.
 
     Raises:
         ValueError: a task whose items differ in number between models.
@@ -162,7 +163,7 @@ def task_table(scores: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, dict[
             row = {"metric": score.metric, "mean": score.mean, "low": score.low, "high": score.high}
             row["n"] = len(score.values)
             if tasks is not first and name in first:
-                change = bootstrap_mean_difference(score.values, first[name].values)
+                change = mean_interval(paired_difference(score.values, first[name].values))
                 row |= {"change": change.mean, "change_low": change.low, "change_high": change.high}
             table[model][name] = row
     return table

@@ -89,7 +89,9 @@ _HALF_SHORT = {"above": "above one half", "below": "below one half", "unclear": 
 def _win_numbers(model: ModelResult) -> str:
     win = model.win
     assert win is not None
-    return f"{percent(win.rate)} of {win.n:,} prompts (95{NBSP}% interval {percent_range(win.low, win.high)})"
+    several = win.n_prompts is not None and win.n_prompts < win.n
+    rows = f"{win.n:,} answers to {win.n_prompts:,} prompts" if several else f"{win.n:,} prompts"
+    return f"{percent(win.rate)} of {rows} (95{NBSP}% interval {percent_range(win.low, win.high)})"
 
 
 def compared(data: ReportData) -> list[ModelResult]:

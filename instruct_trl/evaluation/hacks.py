@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instruct_trl.evaluation.intervals import Prompts
 from instruct_trl.evaluation.win_rate import WinRate, win_rate
 
 
@@ -41,6 +42,7 @@ def like_length_win_rate(
     lengths: Sequence[int],
     baseline_lengths: Sequence[int],
     tolerance: float = 0.1,
+    prompts: Prompts = None,
 ) -> WinRate | None:
     """Win rate over the prompts whose two answers are about equally long; all arguments (N,).
 
@@ -48,6 +50,7 @@ def like_length_win_rate(
 
     Args:
         tolerance: the longer one exceeds the shorter by no more than this share of it.
+        prompts: as in `win_rate`.
 
     Returns:
         None where no prompt has two such answers.
@@ -59,7 +62,8 @@ def like_length_win_rate(
     ]
     if not kept:
         return None
-    return win_rate([scores[i] for i in kept], [baseline_scores[i] for i in kept])
+    keys = None if prompts is None else [prompts[i] for i in kept]
+    return win_rate([scores[i] for i in kept], [baseline_scores[i] for i in kept], prompts=keys)
 
 
 def duplicate_rate(texts: Sequence[str]) -> float:

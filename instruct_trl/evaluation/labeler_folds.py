@@ -6,14 +6,14 @@ held-out group, against 72.4 ± 0.4 % on labelers of the training set.
 
 from __future__ import annotations
 
-import json
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.evaluation.intervals import standard_error
 from instruct_trl.evaluation.reward_pairs import Record, pair_accuracy
 
 EVALUATION_SETS = ("held_in", "held_out")
@@ -132,14 +132,14 @@ def _run_fold(
 
 
 def _mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": mean(values), "standard_error": stdev(values) / math.sqrt(len(values))}
+    return {"mean": mean(values), "standard_error": standard_error(values) or 0.0}  # there are two folds or more
 
 
 def _prompt_keys(dataset: Any) -> list[str]:
-    """What tells two prompts apart: the text, or the messages written out; the row's number without the column."""
+    """The key of each row's prompt; without the column the row's number."""
     if "prompt" not in dataset.column_names:
         return [str(row) for row in range(len(dataset))]
-    return [json.dumps(prompt, sort_keys=True, default=str) for prompt in dataset["prompt"]]
+    return prompt_keys(dataset["prompt"])
 
 
 def _split(

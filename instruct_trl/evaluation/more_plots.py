@@ -59,8 +59,9 @@ def draw_tasks(data: ReportData, theme: Theme) -> Any:
             if row.get("change") is None:
                 continue
             at = y - 0.35 + step * (place + 0.5)
-            bounds = [100 * row["change_low"], 100 * row["change_high"]]
-            axes.plot(bounds, [at, at], color=color, linewidth=2.5, alpha=0.75, solid_capstyle="butt")
+            if row["change_low"] is not None:
+                bounds = [100 * row["change_low"], 100 * row["change_high"]]
+                axes.plot(bounds, [at, at], color=color, linewidth=2.5, alpha=0.75, solid_capstyle="butt")
             label = model.name if y == 0 else None
             marker = MARKERS[place % len(MARKERS)]
             axes.plot(100 * row["change"], at, marker, linestyle="", markersize=7, color=color, label=label, zorder=3)

@@ -110,8 +110,8 @@ def tasks_caption(data: ReportData) -> str:
     changes = {name: row for name, row in subject.tasks.items() if row.get("change") is not None}
     if not changes:
         return f"Scores on {len(tasks_of(data))} benchmark tasks."
-    fell = [name for name, row in changes.items() if row["change_high"] < 0]
-    rose = [name for name, row in changes.items() if row["change_low"] > 0]
+    fell = [name for name, row in changes.items() if row["change_high"] is not None and row["change_high"] < 0]
+    rose = [name for name, row in changes.items() if row["change_low"] is not None and row["change_low"] > 0]
     parts = [f"falls on {', '.join(fell)}" if fell else "", f"rises on {', '.join(rose)}" if rose else ""]
     rest = len(changes) - len(fell) - len(rose)
     parts.append(f"on {rest} of {len(changes)} tasks it cannot be told from {first.name}" if rest else "")
@@ -132,10 +132,13 @@ def task_blocks(data: ReportData) -> list[Block]:
 def _task_cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
-    text = f"{100 * row['mean']:.1f} ({percent_range(row['low'], row['high'])})"
+    text = f"{100 * row['mean']:.1f}"
+    if row["low"] is not None:
+        text += f" ({percent_range(row['low'], row['high'])})"
     if row.get("change") is not None:
-        low, high = 100 * row["change_low"], 100 * row["change_high"]
-        text += f"\n{100 * row['change']:+.1f} ({low:+.1f} to {high:+.1f})"
+        text += f"\n{100 * row['change']:+.1f}"
+        if row["change_low"] is not None:
+            text += f" ({100 * row['change_low']:+.1f} to {100 * row['change_high']:+.1f})"
     return text.replace("-", "−").replace(" to ", f"{NBSP}to{NBSP}")  # on a phone, a line breaks before the bracket
 
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from instruct_trl.evaluation.captions import NBSP, OVERLAP_LIMIT, Verdict, number, percent, percent_range
+from instruct_trl.evaluation.intervals import student_t
 
 Metrics = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
@@ -41,7 +42,8 @@ def headline(metrics: Metrics) -> tuple[Verdict, str]:
     interval = f" (95{NBSP}% interval {percent_range(low, high)})" if low is not None else ""
     pairs = f"{percent(metrics['pair_accuracy'])} of {metrics['n_pairs']:,} held-out pairs{interval}"
     if low is None:
-        return "missing", f"There are too few prompts for an interval; the reward model orders {pairs} as the labeler."
+        few = f"{metrics['n_prompts']} prompt{'s are' if metrics['n_prompts'] != 1 else ' is'} too few for an interval"
+        return "missing", f"{few}, so this says little: the reward model orders {pairs} as the labeler does."
     if low > 0.5:
         but = " But read the warnings below." if metrics.get("warnings") else ""
         return "better", f"The reward model knows more than a coin: it orders {pairs} as the labeler does.{but}"
@@ -107,7 +109,7 @@ def calibration_caption(metrics: Metrics) -> str:
         f"{calibration_title(metrics)}: where it is {percent(top['confidence'])} sure, it is right in "
         f"{percent(top['accuracy'])} of {top['n_pairs']:,} pairs. The expected calibration error (ECE) is "
         f"{number(found['ece'])}; a perfectly calibrated model would show about {number(found['ece_by_chance'])} on so "
-        "many pairs."
+        "many pairs and prompts."
     )
 
 
@@ -214,14 +216,10 @@ def scores_caption(metrics: Metrics) -> str:
     return text + "."
 
 
-# Student's t, 97.5 %, for 1, 2, 3, ... degrees of freedom: two standard errors are too few for a handful of folds.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
-
 def fold_loss_is_clear(folds: Metrics) -> bool:
     """Does the 95 % interval of the folds' mean difference (Student's t) leave out 0?"""
     error, n = folds["difference"]["standard_error"], len(folds["folds"])
-    return abs(folds["difference"]["mean"]) > _T[min(n - 2, len(_T) - 1)] * error
+    return abs(folds["difference"]["mean"]) > student_t(n - 1) * error
 
 
 def folds_title(folds: Metrics) -> str:

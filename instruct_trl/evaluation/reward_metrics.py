@@ -1,7 +1,7 @@
 """How far a reward model can be trusted, from its scores of held-out rankings: accuracy, calibration, length.
 
-The input is `RankingRewardTrainer.evaluation_records`; `reward_pairs` says what they hold. Legend as there: N prompts,
-K completions of a prompt, P compared pairs of all prompts. Lengths are in tokens, rates from 0 to 1.
+The input is `RankingRewardTrainer.evaluation_records`; `reward_pairs` says what they hold. Legend as there: N records,
+K completions of a record, P compared pairs of all records. Lengths are in tokens, rates from 0 to 1.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from instruct_trl.evaluation.reward_pairs import (
+from instruct_trl.evaluation.intervals import (
     MIN_PROMPTS,
+    bootstrap_ratio_ci,
+    standard_error,
+    sums_by_prompt,
+    widened,
+)
+from instruct_trl.evaluation.reward_pairs import (
     N_BOOT,
     PairTable,
     Record,
     accuracy_by,
+    first_of_prompt,
     length_quartiles,
+    of_pairs,
     pair_accuracy,
     pair_table,
     rate_interval,
     require_pairs,
-    sums_by_prompt,
 )
-from instruct_trl.evaluation.win_rate import bootstrap_ratio_ci
 
 __all__ = [
     "calibration",
@@ -50,7 +56,7 @@ def calibration(table: PairTable, n_bins: int | None = None, n_boot: int = N_BOO
     fewer than 500 pairs, where more bins would show noise.
 
     Returns:
-        `ece`; `ece_by_chance`, about what a perfectly calibrated model gives in so many independent pairs;
+        `ece`; `ece_by_chance`, about what a perfectly calibrated model gives on so many pairs and prompts;
         `overconfidence`, mean confidence − mean outcome; `temperature`, see `fit_temperature`; `bins`, those with
         pairs: `low`, `high` (edges), `confidence`, `accuracy`, `accuracy_low`, `accuracy_high` (or None), `n_pairs`.
     """
@@ -59,8 +65,8 @@ def calibration(table: PairTable, n_bins: int | None = None, n_boot: int = N_BOO
     confidence = 1 / (1 + np.exp(-np.abs(table.difference)))
     outcome = np.where(table.difference == 0, 0.5, table.correct)
     place = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
-    bins = []
-    for b in sorted(set(place.tolist())):
+    bins, used = [], sorted(set(place.tolist()))
+    for b in used:
         rows = place == b
         found = rate_interval(outcome[rows], table.prompt[rows], n_boot)
         bins.append(
@@ -75,8 +81,9 @@ def calibration(table: PairTable, n_bins: int | None = None, n_boot: int = N_BOO
             }
         )
     total = len(confidence)
-    # E|x| = σ √(2/π) of a normal x, which the mean of n_b coins with probability p nearly is: σ² = p (1 − p) / n_b.
-    chance = sum(np.sqrt(2 / np.pi * b["confidence"] * (1 - b["confidence"]) * b["n_pairs"]) for b in bins) / total
+    errors = [_bin_error(confidence[place == b], outcome[place == b], table.prompt[place == b]) for b in used]
+    # E|x| = σ √(2/π) of a normal x, which the mean of a bin's outcomes nearly is.
+    chance = sum(np.sqrt(2 / np.pi) * e * b["n_pairs"] for e, b in zip(errors, bins, strict=True)) / total
     return {
         "ece": sum(b["n_pairs"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / total,
         "ece_by_chance": float(chance),
@@ -84,6 +91,18 @@ def calibration(table: PairTable, n_bins: int | None = None, n_boot: int = N_BOO
         "temperature": fit_temperature(table.difference),
         "bins": bins,
     }
+
+
+def _bin_error(confidence: np.ndarray, outcome: np.ndarray, prompt: np.ndarray) -> float:
+    """Standard error of the mean outcome of a bin's pairs (n,) under a perfectly calibrated model.
+
+    √(p (1 − p) / n) of independent coins; where a prompt has several of the pairs, no less than what prompts show.
+    """
+    p, n, prompts = confidence.mean(), len(prompt), len(np.unique(prompt))
+    if prompts == 1:
+        return float(np.sqrt(p * (1 - p)))
+    coins = float(np.sqrt(p * (1 - p) / n))
+    return coins if prompts == n else max(coins, standard_error(outcome - confidence, prompt) or 0.0)
 
 
 def fit_temperature(differences: np.ndarray) -> float | None:
@@ -140,7 +159,12 @@ def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOO
     pooled = [
         np.concatenate([np.asarray(record[name], float) for record in records]) for name in ("rewards", "lengths")
     ]
-    sums = np.array([[(x * y).sum(), (x * x).sum(), (y * y).sum()] for x, y in zip(rewards, lengths, strict=True)])
+    terms = [
+        np.concatenate([a * b for a, b in zip(first, second, strict=True)])
+        for first, second in ((rewards, lengths), (rewards, rewards), (lengths, lengths))
+    ]
+    owner = [prompt for prompt, row in zip(first_of_prompt(records), rewards, strict=True) for _ in row]
+    sums = np.stack([sums_by_prompt(term, owner)[0] for term in terms], axis=1)
     within: dict[str, Any] = correlations(np.concatenate(rewards), np.concatenate(lengths))
     within["low"], within["high"] = _correlation_interval(sums, n_boot, seed)
     longer, shorter = table.extra_length > 0, table.extra_length < 0
@@ -153,9 +177,7 @@ def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOO
     everything = np.ones_like(longer)
     rule = longer if longer.sum() >= shorter.sum() else shorter
     top, bottom = sums_by_prompt(table.correct.astype(float) - rule, table.prompt)
-    gain = (
-        bootstrap_ratio_ci(top.tolist(), bottom.tolist(), seed=seed, n_boot=n_boot) if len(top) >= MIN_PROMPTS else None
-    )
+    gain = bootstrap_ratio_ci(top, bottom, seed, n_boot, widened(len(top))) if len(top) >= MIN_PROMPTS else None
     return {
         **correlations(*pooled),
         "within_prompt": within,
@@ -174,13 +196,14 @@ def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOO
 
 
 def _correlation_interval(sums: np.ndarray, n_boot: int, seed: int) -> tuple[float | None, float | None]:
-    """Percentile bootstrap of Σxy / √(Σx² Σy²) from each prompt's (N, 3) sums; (None, None) for too few prompts."""
+    """Percentile bootstrap of Σxy / √(Σx² Σy²) from each prompt's (G, 3) sums; (None, None) for too few prompts."""
     n = len(sums)
     if n < MIN_PROMPTS or not (sums.sum(0)[1:] > 1e-12).all():
         return None, None
     rng = np.random.default_rng(seed)
     drawn = np.array([sums[rng.integers(0, n, n)].sum(0) for _ in range(n_boot)])
-    low, high = np.quantile(drawn[:, 0] / np.sqrt(drawn[:, 1] * drawn[:, 2]).clip(min=1e-12), [0.025, 0.975])
+    tail = (1 - widened(n)) / 2
+    low, high = np.quantile(drawn[:, 0] / np.sqrt(drawn[:, 1] * drawn[:, 2]).clip(min=1e-12), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -203,7 +226,7 @@ def reward_metrics(records: Sequence[Record], n_bins: int | None = None, n_boot:
     """Everything above, as one dict that JSON can hold; it also fits `ReportData.reward_model`.
 
     Returns:
-        `pair_accuracy`, `low`, `high`, `n_pairs`, `n_prompts` (those with a pair), `n_completions`; `by_k`,
+        `pair_accuracy`, `low`, `high`, `n_pairs`, `n_prompts` (different ones with a pair), `n_completions`; `by_k`,
         `by_rank_distance`, `by_prompt_length`, `by_labeler` (`accuracy_by`, empty where the data lack it);
         `calibration`; `length` (None without lengths); `scores`: `mean` and `std` of all, `best_mean`, `worst_mean`.
 
@@ -215,8 +238,7 @@ def reward_metrics(records: Sequence[Record], n_bins: int | None = None, n_boot:
     overall = rate_interval(table.correct, table.prompt, n_boot)
 
     def by(value: Callable[[Record], Any]) -> dict[str, dict[str, Any]]:
-        values = [value(record) for record in records]
-        return accuracy_by(table, [values[i] for i in table.prompt], n_boot)
+        return accuracy_by(table, of_pairs(records, [value(record) for record in records]), n_boot)
 
     scores = score_groups(records)
     result = {

@@ -1,10 +1,12 @@
 """The compared pairs of an evaluation, and the share of them that the reward model orders right, with its interval.
 
-The input is `RankingRewardTrainer.evaluation_records`, a dict a prompt: `rewards` (K floats), `pairs` ([winner, loser]
-indices), `ranks` (K ints, lower is better, or empty), `lengths` (K token counts), `prompt_length`, `labeler`.
+The input is `RankingRewardTrainer.evaluation_records`, a dict a row of the data: `rewards` (K floats), `pairs`
+([winner, loser] indices), `ranks` (K ints, lower is better, or empty), `lengths` (K token counts), `prompt_length`,
+`labeler`, `prompt_key` (records with the same one are of one prompt; a record without one has a prompt of its own).
 
-Legend: N prompts, K completions of a prompt, P compared pairs of all prompts. Lengths are in tokens, rates from 0 to 1.
-The pairs of one prompt share completions and are not independent, so every interval resamples prompts, never pairs.
+Legend: K completions of a record, P compared pairs of all records. Lengths are in tokens, rates from 0 to 1.
+The pairs of one prompt are not independent, be they of one record or of several (other labelers, pairs of a ranking
+given one by one), so every interval resamples prompts, never pairs or records.
 """
 
 from __future__ import annotations
@@ -15,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from instruct_trl.evaluation.win_rate import bootstrap_ratio_ci, wilson_interval
+from instruct_trl.evaluation.intervals import MIN_PROMPTS, Prompts, resampled_rate, sums_by_prompt
 
 Record = Mapping[str, Any]
 
-# With fewer prompts, resampling them says little about how another draw of prompts would come out.
-MIN_PROMPTS = 10
 N_BOOT = 2_000
 
 
@@ -29,7 +29,7 @@ class PairTable:
     """The compared pairs of all prompts, flat.
 
     Attributes:
-        prompt: (P,) index of the pair's record.
+        prompt: (P,) the pair's prompt: the index of the first record that is of it.
         difference: (P,) r_w − r_l, reward of the preferred completion minus the other's.
         extra_length: (P,) length of the preferred completion minus the other's, in tokens; 0 without lengths.
         distance: (P,) how many ranks apart (dense ranks, ≥ 1); 0 where the record has no ranks.
@@ -55,13 +55,13 @@ def pair_table(records: Sequence[Record]) -> PairTable:
     if not records:
         raise ValueError("There are no evaluation records; call trainer.evaluate() first.")
     rows = []
-    for index, record in enumerate(records):
+    for index, (record, prompt) in enumerate(zip(records, first_of_prompt(records), strict=True)):
         rewards, lengths, ranks = _checked(record, index)
         dense = np.unique(ranks, return_inverse=True)[1] if len(ranks) else None
         for winner, loser in record["pairs"]:
             rows.append(
                 (
-                    index,
+                    prompt,
                     rewards[winner] - rewards[loser],
                     lengths[winner] - lengths[loser] if len(lengths) else 0,
                     dense[loser] - dense[winner] if dense is not None else 0,
@@ -69,6 +69,18 @@ def pair_table(records: Sequence[Record]) -> PairTable:
             )
     columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     return PairTable(columns[0].astype(int), columns[1], columns[2], columns[3].astype(int))
+
+
+def first_of_prompt(records: Sequence[Record]) -> list[int]:
+    """Of each of (N,) records, the index of the first one that is of the same prompt."""
+    first: dict[str, int] = {}
+    keys = [record.get("prompt_key") for record in records]
+    return [index if key is None else first.setdefault(key, index) for index, key in enumerate(keys)]
+
+
+def of_pairs(records: Sequence[Record], values: Sequence[Any]) -> list[Any]:
+    """The value of each pair's record, (P,), from (N,) values of the records."""
+    return [value for record, value in zip(records, values, strict=True) for _ in record["pairs"]]
 
 
 def _checked(record: Record, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,31 +108,19 @@ def _checked(record: Record, index: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return rewards, lengths, ranks
 
 
-def rate_interval(values: np.ndarray, prompt: np.ndarray, n_boot: int = N_BOOT, seed: int = 0) -> dict[str, Any]:
+def rate_interval(values: np.ndarray, prompt: Prompts, n_boot: int = N_BOOT, seed: int = 0) -> dict[str, Any]:
     """Mean over pairs of `values` (P,), 0 to 1, with its 95 % interval by resampling the prompts (P,) that they are of.
 
-    Where all pairs agree, resampling shows no spread: then Wilson's interval, a prompt counting as one trial.
+    Where all prompts agree, resampling shows no spread: then Wilson's interval, a prompt counting as one trial.
 
     Returns:
         `accuracy`, `low`, `high` (None with fewer than `MIN_PROMPTS` prompts), `n_pairs`, `n_prompts`.
     """
     top, bottom = sums_by_prompt(values, prompt)
-    n = len(bottom)
-    rate = float(top.sum() / bottom.sum())
-    low: float | None = None
-    high: float | None = None
-    if n >= MIN_PROMPTS and rate in (0.0, 1.0):
-        low, high = wilson_interval(rate * n, n)
-    elif n >= MIN_PROMPTS:
-        found = bootstrap_ratio_ci(top.tolist(), bottom.tolist(), seed=seed, n_boot=n_boot)
-        low, high = found.low, found.high
-    return {"accuracy": rate, "low": low, "high": high, "n_pairs": len(values), "n_prompts": n}
-
-
-def sums_by_prompt(values: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of `values` and number of pairs of each prompt that has any."""
-    _, inverse = np.unique(prompt, return_inverse=True)
-    return np.bincount(inverse, weights=values.astype(float)), np.bincount(inverse).astype(float)
+    n, rate = len(top), float(top.sum() / bottom.sum())
+    found = resampled_rate(top, bottom, seed, n_boot) if n >= MIN_PROMPTS else None
+    bounds = {"low": found and found.low, "high": found and found.high}
+    return {"accuracy": rate, **bounds, "n_pairs": len(values), "n_prompts": n}
 
 
 def pair_accuracy(records: Sequence[Record], n_boot: int = N_BOOT, seed: int = 0) -> dict[str, Any]:

@@ -33,7 +33,7 @@ Pictures = dict[str, tuple[Path, Path]]
 
 _95 = "95\u00a0%"
 _WARNING = "headline worse"  # the style sheet's box with the red edge
-_INTERVAL = f"The bar is the {_95} interval. It resamples prompts: pairs of one prompt share answers."
+_INTERVAL = f"The bar is the {_95} interval. It resamples prompts: pairs of one prompt, by whomever, go together."
 
 
 def write_reward_report(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -253,15 +254,16 @@ def _measure(
 def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
     """How often the reward model orders two answers as the labeler does: overall, and by the distance of their ranks.
 
-    Intervals resample prompts, since the pairs of one prompt are not independent.
+    Intervals are `reward_pairs.rate_interval`'s, over prompts.
 
     Raises:
-        ValueError: fewer than two prompts have an untied pair.
+        ValueError: fewer than two rankings have an untied pair.
     """
+    from instruct_trl.data.prompt_keys import prompt_key
     from instruct_trl.maths.rankings import kendall_tau, preferred_pairs, tied_pairs
 
     taus: list[float] = []
-    hits: dict[str, list[list[bool]]] = defaultdict(list)  # distance → prompt → pair
+    hits: dict[str, list[tuple[str, list[bool]]]] = defaultdict(list)  # distance → ranking → its prompt, its pairs
     for row in rankings:
         count = len(row["completions"])
         kwargs = {"truncated": row["truncated"]} if "truncated" in row else {}
@@ -272,7 +274,7 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
             by_distance["all"].append(scores[i] > scores[j])
             by_distance[str(row["ranks"][j] - row["ranks"][i])].append(scores[i] > scores[j])
         for distance, group in by_distance.items():
-            hits[distance].append(group)
+            hits[distance].append((prompt_key(row["prompt"]), group))
         if pairs:
             ranks = torch.tensor(row["ranks"])
             taus.append(float(kendall_tau(torch.tensor(scores), preferred_pairs(ranks), tied_pairs(ranks))))
@@ -282,24 +284,25 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
     accuracy = overall.pop("accuracy")
     return overall | {
         "pair_accuracy": accuracy,
-        "n_prompts": len(rankings),
+        "n_prompts": len({prompt_key(row["prompt"]) for row in rankings}),
         "kendall_tau": sum(taus) / len(taus),
         "by_rank_distance": {d: _accuracy(hits[d]) for d in sorted(hits, key=int) if len(hits[d]) > 1},
     }
 
 
-def _accuracy(groups: list[list[bool]]) -> dict[str, Any]:
-    from instruct_trl.evaluation.win_rate import bootstrap_ratio_ci
+def _accuracy(rankings: list[tuple[str, list[bool]]]) -> dict[str, Any]:
+    from instruct_trl.evaluation.reward_pairs import rate_interval
 
-    interval = bootstrap_ratio_ci([sum(group) for group in groups], [len(group) for group in groups])
-    pairs = sum(len(group) for group in groups)
-    return {"accuracy": interval.mean, "low": interval.low, "high": interval.high, "n_pairs": pairs}
+    hits = [hit for _, group in rankings for hit in group]
+    found = rate_interval(np.array(hits), [prompt for prompt, group in rankings for _ in group])
+    return {name: found[name] for name in ("accuracy", "low", "high", "n_pairs")}
 
 
-def win_against_sft(models: dict[str, Any], name: str) -> Any:
+def win_against_sft(models: dict[str, Any], name: str, prompts: Any = None) -> Any:
+    """`win_rate` of a model against the SFT model by the labeler; `prompts` as there."""
     from instruct_trl.evaluation.win_rate import win_rate
 
-    return win_rate(models[name]["labeler"], models[SFT]["labeler"])
+    return win_rate(models[name]["labeler"], models[SFT]["labeler"], prompts=prompts)
 
 
 def other_logs(entries: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -74,7 +74,7 @@ def make_report(
     selection = stages["selected_sft"] / "selection.png"
     report = ReportData(
         run_name=run.run.name,
-        models=[_result(data["models"], name, (tasks or {}).get(name, {})) for name in data["models"]],
+        models=[_result(data, name, (tasks or {}).get(name, {})) for name in data["models"]],
         labeler=DEMO_LABELER if run.labeler == "demo" else run.labeler,
         training=training_log(stages["ppo_ptx"]),
         runs=other_logs(run.other_runs),
@@ -103,20 +103,23 @@ def _deviations(run: Any) -> list:
     return load_yaml(path) or []
 
 
-def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
+def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
+    from instruct_trl.data.prompt_keys import prompt_keys
     from instruct_trl.evaluation import hacks
     from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
-    from instruct_trl.evaluation.win_rate import bootstrap_mean_ci, bootstrap_mean_difference
+    from instruct_trl.evaluation.intervals import mean_interval
+    from instruct_trl.evaluation.win_rate import paired_difference
 
+    models, prompts = data["models"], prompt_keys(data["prompts"])
     row, base = models[name], models[SFT]
     opening, opening_share = hacks.common_opening(row["completions"])
-    label, reward = bootstrap_mean_ci(row["labeler"]), bootstrap_mean_ci(row["reward"])
+    label, reward = mean_interval(row["labeler"], prompts), mean_interval(row["reward"], prompts)
     result = ModelResult(
         name,
         labeler_mean=label.mean,
-        labeler_ci=(label.low, label.high),
+        labeler_ci=label.bounds,
         rm_mean=reward.mean,
-        rm_ci=(reward.low, reward.high),
+        rm_ci=reward.bounds,
         kl=row.get("kl"),
         pretraining_loss=row.get("pretraining_loss"),
         mean_length=sum(row["lengths"]) / len(row["lengths"]),
@@ -131,13 +134,13 @@ def _result(models: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelRe
         tasks=tasks,
     )
     if name != SFT:
-        difference = bootstrap_mean_difference(row["labeler"], base["labeler"])
-        result.win = win_against_sft(models, name)
+        difference = mean_interval(paired_difference(row["labeler"], base["labeler"]), prompts)
+        result.win = win_against_sft(models, name, prompts)
         scores = (row["labeler"], base["labeler"], row["lengths"], base["lengths"])
-        result.like_length = hacks.like_length_win_rate(*scores)
+        result.like_length = hacks.like_length_win_rate(*scores, prompts=prompts)
         result.favourite = hacks.favourite_word(row["completions"], base["completions"])
         result.labeler_difference = difference.mean
-        result.labeler_difference_ci = (difference.low, difference.high)
+        result.labeler_difference_ci = difference.bounds
     return result
 
 

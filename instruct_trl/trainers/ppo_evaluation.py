@@ -23,7 +23,8 @@ from transformers import set_seed
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
-from instruct_trl.evaluation.win_rate import wilson_interval
+from instruct_trl.data.prompt_keys import prompt_key
+from instruct_trl.evaluation.intervals import rate_interval
 from instruct_trl.models.roles import ReferenceRole
 from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics, count_rows, reward_statistics
 from instruct_trl.trainers.ppo_rollout import PPORollout
@@ -80,7 +81,8 @@ class ReferenceScores:
 
     def __init__(self) -> None:
         self._scores: dict[tuple[str, int], float] = {}
-        self._outcomes: list[tuple[str, float]] = []
+        self._outcomes: list[tuple[str, str, float]] = []  # of a row: its digest, its prompt's key, who won
+        self._prompts: dict[str, str] = {}
         self._seen: Counter[str] = Counter()
 
     def start(self) -> None:
@@ -93,6 +95,7 @@ class ReferenceScores:
         places = []
         for row in rows:
             digest = Hasher.hash(row)
+            self._prompts[digest] = prompt_key(row.get("prompt"))
             places.append((digest, self._seen[digest]))
             self._seen[digest] += 1
         return places
@@ -111,23 +114,23 @@ class ReferenceScores:
             reference = self._scores[place]
             tie = math.isclose(score, reference, **ROUNDING)
             outcome = 0.5 if tie else (1.0 + float(np.sign(score - reference))) / 2
-            self._outcomes.append((place[0], outcome))
+            self._outcomes.append((place[0], self._prompts[place[0]], outcome))
 
     def metrics(self) -> dict[str, float]:
-        """Win rate over the prompts of all processes, its 95 % interval (Wilson), and the prompts that it counts.
+        """Win rate over the rows of all processes, its 95 % interval over prompts, and the rows that it counts.
 
-        A prompt that came several times counts once, with the mean of its outcomes. Where no prompt has both scores,
-        there is no rate.
+        A row that came several times counts once, with the mean of its outcomes. Where no row has both scores, there
+        is no rate. The interval is Wilson's; where rows of the dataset share a prompt, that of `rate_interval`.
         """
-        prompts: dict[str, list[float]] = defaultdict(list)
-        for digest, outcome in gather_object(self._outcomes):
+        rows: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for digest, prompt, outcome in gather_object(self._outcomes):
             if not math.isnan(outcome):
-                prompts[digest].append(outcome)
-        metrics = {"win_rate_prompts": float(len(prompts))}
-        if prompts:
-            wins = sum(fmean(outcomes) for outcomes in prompts.values())
-            low, high = wilson_interval(wins, len(prompts))
-            metrics |= {"win_rate": wins / len(prompts), "win_rate_low": low, "win_rate_high": high}
+                rows[digest, prompt].append(outcome)
+        metrics = {"win_rate_prompts": float(len(rows))}
+        if rows:
+            found = rate_interval([fmean(outcomes) for outcomes in rows.values()], [prompt for _, prompt in rows])
+            low, high = found.bounds or (0.0, 1.0)
+            metrics |= {"win_rate": found.mean, "win_rate_low": low, "win_rate_high": high}
         return metrics
 
 

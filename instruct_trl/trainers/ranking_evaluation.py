@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from instruct_trl.data.prefix_layout import common_prefix_length
+from instruct_trl.data.prompt_keys import prompt_key
 from instruct_trl.data.ranking_collator import comparisons
 from instruct_trl.maths.rankings import ranking_metrics
 
@@ -45,7 +46,8 @@ def evaluate_rewards(
     Returns:
         `ranking_metrics` with the bias in its mean scores, and one dictionary a prompt: `rewards` (K, bias included),
         `pairs` ([winner, loser] indices), `ranks` (K, or empty), `lengths` (K, tokens of each completion),
-        `prompt_length` (tokens that the completions share) and `labeler` (None where the dataset does not say).
+        `prompt_length` (tokens that the completions share), `labeler` (None where the dataset does not say) and
+        `prompt_key` (the same for rows of one prompt; None where it is not known).
     """
     rows = list(rows)
     batch = comparisons(rows)
@@ -63,6 +65,8 @@ def evaluate_rewards(
                 "lengths": [len(tokens) - prefix for tokens in row["input_ids"]],
                 "prompt_length": prefix,
                 "labeler": row.get("labeler"),
+                # Rows that were prepared elsewhere have no key; what their completions share is next to it.
+                "prompt_key": row["prompt_key"] if "prompt_key" in row else prompt_key(row["input_ids"][0][:prefix]),
             }
         )
     return metrics, records

@@ -2,7 +2,7 @@
 
 Ties count half (`win_rate`); pairs without a valid reply are left out and counted.
 
-Legend: N prompts, M models beside the baseline.
+Legend: N rows, of a prompt each (a prompt may have several), M models beside the baseline.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.evaluation.intervals import MeanInterval, Prompts, mean_interval, rate_interval
 from instruct_trl.evaluation.judges.base import NOT_APPLICABLE, Answer, Judge, Pair, Prompt, Question, Reply
-from instruct_trl.evaluation.win_rate import (
-    MeanInterval,
-    WinRate,
-    bootstrap_mean_ci,
-    bootstrap_mean_difference,
-    wilson_interval,
-    win_rate,
-)
+from instruct_trl.evaluation.win_rate import WinRate, win_rate
+
+LIKERT = (1.0, 7.0)
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,8 @@ class JudgedWinRate:
         win: over the pairs with a valid reply; None where there is none.
         invalid: pairs without one.
         flipped: pairs whose two orders named opposite winners; they are among the ties.
-        outcomes: (N,) 1, 0.5 or 0 for each prompt, None where invalid.
+        outcomes: (N,) 1, 0.5 or 0 for each row, None where invalid.
+        prompts: (N,) the key of each row's prompt; empty where they are not known and count as different.
     """
 
     judge: str
@@ -40,6 +38,7 @@ class JudgedWinRate:
     invalid: int = 0
     flipped: int = 0
     outcomes: list[float | None] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Rating:
     """One question over one model's answers, by one judge.
 
     Attributes:
-        mean: of a Likert question its mean (bootstrap interval), of a flag the share of yes (Wilson interval); None
+        mean: of a Likert question its mean (`mean_interval`), of a flag the share of yes (`rate_interval`); None
             where there is no valid reply.
         n: answers it is over.
         not_applicable, invalid: answers left out of it.
@@ -93,9 +92,10 @@ def compare_models(
         Pair(answer, base) for name in models for answer, base in zip(answers[name], answers[baseline], strict=True)
     ]
     replies = judge.compare(pairs)
-    n = len(prompts)
+    n, keys = len(prompts), prompt_keys(prompts)
     return {
-        name: tally_pairs(replies[i * n : (i + 1) * n], judge.name, name, baseline) for i, name in enumerate(models)
+        name: tally_pairs(replies[i * n : (i + 1) * n], judge.name, name, baseline, keys)
+        for i, name in enumerate(models)
     }
 
 
@@ -118,19 +118,29 @@ def model_answers(
     return answers
 
 
-def tally_pairs(replies: Sequence[Reply], judge: str, model: str, baseline: str) -> JudgedWinRate:
-    """Count (N,) replies; the value of a pair is above, at or below one half."""
+def tally_pairs(
+    replies: Sequence[Reply], judge: str, model: str, baseline: str, prompts: Sequence[str] = ()
+) -> JudgedWinRate:
+    """Count (N,) replies; the value of a pair is above, at or below one half. `prompts` are the keys of theirs."""
     outcomes = [None if reply.value is None else _sign(reply.value) for reply in replies]
-    valid = [outcome for outcome in outcomes if outcome is not None]
+    valid, keys = _valid(outcomes, prompts)
     return JudgedWinRate(
         judge,
         model,
         baseline,
-        win_rate(valid, [0.5] * len(valid)) if valid else None,
+        win_rate(valid, [0.5] * len(valid), prompts=keys) if valid else None,
         invalid=len(outcomes) - len(valid),
         flipped=sum(reply.flipped for reply in replies),
         outcomes=outcomes,
+        prompts=list(prompts),
     )
+
+
+def _valid(values: Sequence[float | None], prompts: Sequence[str]) -> tuple[list[float], Prompts]:
+    """The values that are there, and the keys of their prompts if they are known."""
+    kept = [row for row, value in enumerate(values) if value is not None]
+    valid = [value for value in values if value is not None]
+    return valid, [prompts[row] for row in kept] if prompts else None
 
 
 def _sign(value: float) -> float:
@@ -138,7 +148,7 @@ def _sign(value: float) -> float:
 
 
 def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int = 0) -> MeanInterval:
-    """Win rate of one model less that of another, against one baseline, with the paired bootstrap over prompts.
+    """Win rate of one model less that of another, against one baseline, paired over prompts, as `mean_interval`.
 
     Both met the baseline's same answers, so their separate intervals overlap more than they should: this is the
     interval to read. Prompts where either has no valid reply are left out.
@@ -153,8 +163,11 @@ def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int =
         )
     if len(first.outcomes) != len(second.outcomes):
         raise ValueError(f"{len(first.outcomes)} prompts and {len(second.outcomes)}; both need the same prompts.")
-    both = [(a, b) for a, b in zip(first.outcomes, second.outcomes, strict=True) if a is not None and b is not None]
-    return bootstrap_mean_difference([a for a, _ in both], [b for _, b in both], seed=seed)
+    pairs = zip(first.outcomes, second.outcomes, strict=True)
+    gaps, keys = _valid([None if a is None or b is None else a - b for a, b in pairs], first.prompts)
+    if len(gaps) < 2:
+        raise ValueError(f"A difference needs at least 2 values, got {len(gaps)}; evaluate on more prompts.")
+    return mean_interval(gaps, keys, scale=(-1.0, 1.0), seed=seed)
 
 
 def rate_models(
@@ -171,35 +184,40 @@ def rate_models(
     """
     answers = model_answers(prompts, completions, truncated)
     replies = judge.rate([answer for rows in answers.values() for answer in rows], questions)
-    n = len(prompts)
+    n, keys = len(prompts), prompt_keys(prompts)
     return [
-        tally_question([row[question.name] for row in replies[i * n : (i + 1) * n]], judge.name, name, question)
+        tally_question([row[question.name] for row in replies[i * n : (i + 1) * n]], judge.name, name, question, keys)
         for i, name in enumerate(answers)
         for question in questions
     ]
 
 
-def tally_question(replies: Sequence[Reply], judge: str, model: str, question: Question) -> Rating:
-    """Mean and interval of (N,) replies to one question."""
+def tally_question(
+    replies: Sequence[Reply], judge: str, model: str, question: Question, prompts: Sequence[str] = ()
+) -> Rating:
+    """Mean and interval of (N,) replies to one question; `prompts` are the keys of theirs."""
     values = [reply.value for reply in replies]
-    valid = [value for value in values if value is not None]
+    valid, keys = _valid(values, prompts)
     unasked = sum(reply.value is None and reply.said == NOT_APPLICABLE for reply in replies)
-    mean, low, high = _interval(valid, question)
+    found = _interval(valid, keys, question) if valid else MeanInterval(0.0, None, None, 0)
     return Rating(
-        judge, model, question.name, mean, low, high, len(valid), unasked, len(values) - len(valid) - unasked, values
+        judge,
+        model,
+        question.name,
+        found.mean if valid else None,
+        found.low,
+        found.high,
+        len(valid),
+        unasked,
+        len(values) - len(valid) - unasked,
+        values,
     )
 
 
-def _interval(values: list[float], question: Question) -> tuple[float | None, float | None, float | None]:
-    if not values:
-        return None, None, None
-    mean = sum(values) / len(values)
+def _interval(values: list[float], prompts: Prompts, question: Question) -> MeanInterval:
     if question.kind == "flag":
-        return mean, *wilson_interval(sum(values), len(values))
-    if len(values) < 2:
-        return mean, None, None
-    interval = bootstrap_mean_ci(values)
-    return mean, interval.low, interval.high
+        return rate_interval(values, prompts)
+    return mean_interval(values, prompts, scale=LIKERT)
 
 
 def judged_row(result: JudgedWinRate) -> dict[str, Any]:

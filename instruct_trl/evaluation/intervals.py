@@ -1,0 +1,254 @@
+"""95 % intervals of means and rates. They are over prompts, never over rows.
+
+Rows of one prompt go together: the pairs of its answers, the verdicts of several labelers, its repetitions in a test
+set, several answers to it. An interval that counts them as independent is too narrow: with 36 pairs of a prompt it can
+be a third of its true width. So each function here takes the `prompts` that the rows belong to (such as
+`data.prompt_keys` gives), sums up the rows of a
+prompt, and asks how another draw of prompts would come out. Without `prompts` each row is a prompt of its own.
+
+Legend: P rows, G different prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+# With fewer prompts, resampling them says little about how another draw of prompts would come out.
+MIN_PROMPTS = 10
+# Two prompts show one difference; an interval of a mean from it would say next to nothing.
+MIN_PROMPTS_OF_T = 3
+
+# Bounds the memory of one block of bootstrap draws: 8 bytes each, so 8 MB.
+_DRAWS_PER_BLOCK = 1_000_000
+
+Prompts = Sequence[Hashable] | np.ndarray | None
+
+
+@dataclass(frozen=True)
+class MeanInterval:
+    """A mean over n prompts, in the unit of the values; `low` and `high` are None where n is too small for them."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """(low, high), or None."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+def sums_by_prompt(values: Sequence[float] | np.ndarray, prompts: Prompts = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of `values` (P,) and number of rows of each prompt, both (G,).
+
+    Raises:
+        ValueError: no rows, a value that is not finite, or not one prompt for each row.
+    """
+    array = finite(values, "values")
+    if prompts is None:
+        return array, np.ones(len(array))
+    if len(prompts) != len(array):
+        raise ValueError(f"Each of the {len(array)} values needs its prompt, got {len(prompts)} prompts.")
+    number: dict[Hashable, int] = {}
+    place = [number.setdefault(prompt, len(number)) for prompt in prompts]
+    return np.bincount(place, weights=array), np.bincount(place).astype(float)
+
+
+def finite(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
+    """`values` as float64; `name` is for errors.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} must be a list with one number a prompt and at least one prompt.")
+    bad = np.flatnonzero(~np.isfinite(array))
+    if bad.size:
+        raise ValueError(
+            f"{name}[{bad[0]}] is {array[bad[0]]}; every score must be finite. Look at that prompt's answer."
+        )
+    return array
+
+
+def student_t(freedom: int, confidence: float = 0.95) -> float:
+    """How many standard errors to each side Student's t with `freedom` ≥ 1 degrees covers with this probability."""
+    if freedom > 100:  # Abramowitz and Stegun 26.7.5; the rest is below 1e-5
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _covered(middle, freedom) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _covered(angle: float, freedom: int) -> float:
+    """P(|t| < √freedom · tan(angle)): the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0 if freedom == 1 else term
+    for step in range(2 + odd, freedom - 1, 2):
+        term *= math.cos(angle) ** 2 * (step - 1) / step
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def standard_error(values: Sequence[float] | np.ndarray, prompts: Prompts = None) -> float | None:
+    """Of the mean of `values` (P,) over all rows, G prompts drawn anew; s/√P where each row has its own prompt.
+
+    It is that of a ratio of two sums over prompts (Cochran 1977, section 6.4). None for a single prompt.
+    """
+    return _ratio_error(*sums_by_prompt(values, prompts))
+
+
+def _ratio_error(top: np.ndarray, bottom: np.ndarray) -> float | None:
+    n = len(top)
+    if n < 2:
+        return None
+    left = top - top.sum() / bottom.sum() * bottom
+    return float(np.sqrt(n / (n - 1) * (left * left).sum()) / bottom.sum())
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray,
+    prompts: Prompts = None,
+    scale: tuple[float, float] = (-math.inf, math.inf),
+    seed: int = 0,
+) -> MeanInterval:
+    """Mean of `values` (P,) over all rows with its 95 % interval over prompts: the one to report.
+
+    The bootstrap (`widened`) from `MIN_PROMPTS` prompts on, Student's t for fewer. No interval for fewer than
+    `MIN_PROMPTS_OF_T`, or where fewer than `MIN_PROMPTS` all say the same.
+
+    Args:
+        scale: the least and the greatest possible value; the interval ends there.
+    """
+    top, bottom = sums_by_prompt(values, prompts)
+    n, mean = len(top), float(top.sum() / bottom.sum())
+    error = _ratio_error(top, bottom)
+    if n >= MIN_PROMPTS:
+        return bootstrap_ratio_ci(top, bottom, seed=seed, confidence=widened(n))
+    if n < MIN_PROMPTS_OF_T or not error or error < 1e-12 * abs(mean):
+        return MeanInterval(mean, None, None, n)
+    half = student_t(n - 1) * error
+    return MeanInterval(mean, max(scale[0], mean - half), min(scale[1], mean + half), n)
+
+
+def rate_interval(
+    values: Sequence[float] | np.ndarray, prompts: Prompts = None, confidence: float = 0.95, seed: int = 0
+) -> MeanInterval:
+    """Mean of `values` (P,), each from 0 to 1, with its interval over prompts; there is one for any number of them.
+
+    Wilson's where each row has its own prompt. Where prompts repeat, the bootstrap; with fewer than `MIN_PROMPTS`
+    Wilson's with a prompt as one trial, which is rather too wide, since the mean of several trials varies less.
+    """
+    top, bottom = sums_by_prompt(values, prompts)
+    n = len(top)
+    if n >= MIN_PROMPTS and n < len(values):
+        return resampled_rate(top, bottom, confidence=confidence, seed=seed)
+    rate = float(top.sum() / bottom.sum())
+    return MeanInterval(rate, *wilson_interval(rate * n, n, confidence), n)
+
+
+def resampled_rate(
+    top: np.ndarray, bottom: np.ndarray, seed: int = 0, n_boot: int = 10_000, confidence: float = 0.95
+) -> MeanInterval:
+    """The bootstrap over prompts of a rate, Σ top / Σ bottom, both (G,).
+
+    Where all prompts say the same it is Wilson's with a prompt as one trial: resampling prompts that agree shows no
+    spread, which is no proof that there is none.
+    """
+    n, rate = len(top), min(1.0, float(top.sum() / bottom.sum()))
+    if (_ratio_error(top, bottom) or 0.0) < 1e-12:
+        return MeanInterval(rate, *wilson_interval(rate * n, n, confidence), n)
+    return bootstrap_ratio_ci(top, bottom, seed=seed, n_boot=n_boot, confidence=widened(n, confidence))
+
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson 1927); stays inside 0 to 1 and works at 0 and at n successes.
+
+    Args:
+        successes: between 0 and n; may be fractional when ties count half.
+        n: number of independent trials.
+        confidence: probability that the interval covers the true proportion.
+
+    Raises:
+        ValueError: n < 1, successes outside 0 to n, confidence outside 0 to 1.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"successes must lie between 0 and n with n ≥ 1, got {successes} of {n}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}; for 95 % give 0.95.")
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    rate = successes / n
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    # At the ends the bound is exactly 0 or 1; rounding could leave 1e-17 outside.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
+
+
+def bootstrap_mean_ci(
+    values: Sequence[float], seed: int = 0, n_boot: int = 10_000, confidence: float = 0.95
+) -> MeanInterval:
+    """Mean of `values` (N,) with the percentile bootstrap interval (Efron 1979), resampling the N prompts.
+
+    Args:
+        values: one number a prompt. Where a prompt gives several, `mean_interval` takes them together.
+        seed: of the resampling; the same seed gives the same interval.
+        n_boot: number of resamples; 10,000 settles the bounds to about 1 % of the interval's width.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: fewer than two values (one value shows no spread), a value that is not finite, n_boot < 1.
+    """
+    return bootstrap_ratio_ci(values, [1.0] * len(values), seed=seed, n_boot=n_boot, confidence=confidence)
+
+
+def bootstrap_ratio_ci(
+    numerators: Sequence[float] | np.ndarray,
+    denominators: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    n_boot: int = 10_000,
+    confidence: float = 0.95,
+) -> MeanInterval:
+    """Σ numerators / Σ denominators, both (N,), with the percentile bootstrap interval, resampling the N prompts.
+
+    For a rate over things that come in bundles, as the K(K−1)/2 pairs of a ranking do: give the pairs ordered right
+    and the pairs of each prompt. Pairs of one prompt are not independent, so an interval over pairs is too narrow.
+
+    Raises:
+        ValueError: unequal lengths, fewer than two prompts, a number that is not finite, a denominator that is not
+            positive (leave such prompts out), n_boot < 1.
+    """
+    top, bottom = finite(numerators, "values"), finite(denominators, "denominators")
+    n = len(top)
+    if n != len(bottom) or bool((bottom <= 0).any()):
+        raise ValueError(f"Give each of the {n} prompts one denominator above 0; leave out prompts that have none.")
+    if n < 2:
+        raise ValueError(f"An interval needs at least 2 values, got {n}; evaluate on more prompts.")
+    if n_boot < 1 or not 0 < confidence < 1:
+        raise ValueError(f"n_boot must be ≥ 1 and confidence between 0 and 1, got {n_boot} and {confidence}.")
+    rng = np.random.default_rng(seed)
+    block = max(1, _DRAWS_PER_BLOCK // n)
+    draws = (rng.integers(0, n, size=(min(block, n_boot - start), n)) for start in range(0, n_boot, block))
+    ratios = np.concatenate([top[draw].sum(axis=1) / bottom[draw].sum(axis=1) for draw in draws])
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return MeanInterval(mean=float(top.sum() / bottom.sum()), low=float(low), high=float(high), n=n)
+
+
+def widened(n: int, confidence: float = 0.95) -> float:
+    """The confidence to ask of the percentile bootstrap over n ≥ 2 prompts for one that covers with `confidence`.
+
+    Resampled means spread by √((n−1)/n) too little, and normally where Student's t is needed; percentiles further out
+    make up for both (Hesterberg 2015, section 3.3). At 40 prompts it is 0.9595, at 500 0.9508.
+    """
+    return 1 - 2 * NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_t(n - 1, confidence))
