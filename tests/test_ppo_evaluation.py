@@ -81,6 +81,18 @@ def test_several_answers_a_prompt_count_as_one_prompt():
     assert (found["win_rate"], found["win_rate_prompts"]) == ((0.75 + 1.0) / 2, 2)
 
 
+def test_rows_of_one_prompt_widen_the_interval_of_the_win_rate():
+    """Two prompts in five rows each, all of one won and all of the other lost: two coins, not ten."""
+    scores = ReferenceScores()
+    places = scores.places([{"prompt": prompt, "answer": i} for prompt in "xy" for i in range(5)])
+    scores.keep(places, torch.zeros(10))
+    scores.compare(places, torch.tensor([1.0] * 5 + [-1.0] * 5))
+    found = scores.metrics()
+    assert (found["win_rate"], found["win_rate_prompts"]) == (0.5, 10)
+    expected = binomtest(1, 2).proportion_ci(method="wilson")
+    assert (found["win_rate_low"], found["win_rate_high"]) == pytest.approx(tuple(expected))
+
+
 def test_scores_are_found_again_in_another_order_and_ties_allow_for_rounding():
     scores, x, y = ReferenceScores(), {"prompt": "x", "answer": 1}, {"prompt": "x", "answer": 2}
     scores.keep(scores.places([x, y, y]), torch.tensor([1.0, 2.0, 3.0]))

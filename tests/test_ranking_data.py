@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from instruct_trl.data import pairs, ranking_collator
 from instruct_trl.data.checks import require_columns
-from instruct_trl.data.ranking import RankingCollator, parse_ranking, prepare_ranking_dataset
+from instruct_trl.data.ranking import RankingCollator, _key, parse_ranking, prepare_ranking_dataset, tokenize_ranking
 
 GOOD = {"prompt": "ab", "completions": ["cd", "e", "fgh"], "ranks": [2, 7, 2]}
 
@@ -60,6 +60,20 @@ def test_an_answer_cut_at_the_limit_gets_no_eos(tokenizer):
 def test_eos_in_the_text_is_not_doubled(tokenizer):
     dataset, _ = prepare(Dataset.from_list([{**GOOD, "completions": ["c<|eos|>", "d", "e"]}]), tokenizer)
     assert tokenizer.decode(dataset[0]["input_ids"][0]) == "abc<|eos|>"
+
+
+def test_rows_of_one_prompt_have_one_key(tokenizer):
+    """By another labeler, with other completions, or in chosen and rejected, which both begin with the prompt."""
+    rankings = [{**GOOD, "completions": ["xy", "z"], "ranks": [2, 1]}, GOOD, {**GOOD, "prompt": "another"}]
+    implicit = [{"chosen": f"ab {won}", "rejected": f"ab {lost}"} for won, lost in (("c", "d"), ("e", "f"))]
+    messages = [{"prompt": user("ab"), "chosen": assistant("c"), "rejected": assistant("d")}]
+    messages += [{"chosen": user("ab") + assistant(won), "rejected": user("ab") + assistant("f")} for won in "cd"]
+    alone = [{"chosen": "x", "rejected": "y"}] * 2
+    keys = [tokenize_ranking(row, 0, tokenizer, None, None, "rows")["prompt_key"] for row in rankings + implicit]
+    assert (keys[0] == keys[1], keys[1] == keys[2], keys[3] == keys[4]) == (True, False, True)
+    parsed = [_key(parse_ranking(row, "rows", False).prompt, row) for row in messages + alone]
+    assert len(set(parsed[:3])) == 1
+    assert parsed[3:] == [None, None]
 
 
 @pytest.mark.parametrize("with_prompt", [True, False])

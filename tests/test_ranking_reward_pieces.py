@@ -86,6 +86,11 @@ def test_evaluation_shares_too_and_leaves_records(tokenizer, tmp_path):
         assert record["lengths"] == [len(completion) + 1 for completion in row["completions"]]
         better = {(w, k) for w, a in enumerate(row["ranks"]) for k, b in enumerate(row["ranks"]) if a < b}
         assert {tuple(pair) for pair in record["pairs"]} == better
+    prompts = [row["prompt"] for row in rows]
+    same = [
+        [a["prompt_key"] == b["prompt_key"] for b in trainer.evaluation_records] for a in trainer.evaluation_records
+    ]
+    assert same == [[a == b for b in prompts] for a in prompts]
 
 
 def test_lora_with_sharing_trains_the_adapter(tokenizer, tmp_path):

@@ -1,14 +1,18 @@
 """Selection of an SFT checkpoint: on models that always say one letter, so that each number has a closed form."""
 
 import json
+from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy import stats
 
 from instruct_trl.evaluation.selection import (
     CheckpointRow,
     SelectionResult,
+    _choose,
     as_prompts,
     as_scorer,
     find_checkpoints,
@@ -16,7 +20,7 @@ from instruct_trl.evaluation.selection import (
     score_answers,
     select_checkpoint,
 )
-from instruct_trl.evaluation.selection_report import selection_markdown
+from instruct_trl.evaluation.selection_report import finding, selection_markdown
 from instruct_trl.models.generation import Completion
 from instruct_trl.models.reward import RewardScorer
 
@@ -71,6 +75,9 @@ def test_the_highest_reward_is_picked_and_every_number_is_right(run, tmp_path):
     saved = json.loads((out / "selection.json").read_text())
     assert saved["best"] == result.best
     assert [row["rm_score"] for row in saved["rows"]] == [2, 6, 3]
+    assert [row["scores"] for row in saved["rows"]] == [[1, 3], [5, 7], [2, 4]]
+    assert (saved["runner_up"]["checkpoint"], saved["runner_up"]["mean"]) == (str(run / "checkpoint-100"), 3)
+    assert saved["finding"] in (out / "selection.md").read_text()
     table = (out / "selection.md").read_text()
     assert "The RM score picks epoch 2; the validation loss would pick epoch 1." in table
     assert "| checkpoint-20 | 2 | 6.000 ± 1.000 | 100.0000 | 100% | RM score |" in table
@@ -132,6 +139,62 @@ def test_standard_error_of_four_scores():
     assert mean_and_standard_error([1, 3, 5, 7]) == pytest.approx((4, (20 / 3) ** 0.5 / 2))
 
 
+def test_answers_to_one_prompt_are_no_independent_scores():
+    # Prompts a (1, 3) and b (5, 7): means 2 and 6, standard deviation √8, standard error √8/√2 = 2.
+    assert mean_and_standard_error([1, 3, 5, 7], "aabb") == pytest.approx((4, 2))
+    with pytest.raises(ValueError, match="of one prompt"):
+        mean_and_standard_error([1, 3], "aa")
+
+
+def chosen(*scores, prompts=None):
+    """The choice among checkpoints with these scores of each prompt."""
+    rows = [
+        CheckpointRow(f"run/checkpoint-{step}", step, float(step), fmean(row), 0.1, None, 0.0, list(row))
+        for step, row in enumerate(scores, start=1)
+    ]
+    return _choose(rows, prompts or [str(i) for i in range(len(scores[0]))])
+
+
+def test_a_lead_is_told_from_noise_prompt_by_prompt():
+    """The prompts differ by 10, the checkpoints by less: only pairs of answers to one prompt can tell."""
+    rng = np.random.default_rng(0)
+    level, noise = rng.normal(0, 10, 60), rng.normal(0, 1, (3, 60))
+    noise -= noise.mean(axis=1, keepdims=True)
+    worse, same, best = level - 1 + noise[0], level + noise[1], level + 0.1 + noise[2]
+    result = chosen(worse, same, best, worse)
+    assert result.best == "run/checkpoint-3"
+    assert (result.runner_up.checkpoint, result.last.checkpoint) == ("run/checkpoint-2", "run/checkpoint-4")
+    for gap, expected in ((result.runner_up, best - same), (result.last, best - worse)):
+        interval = stats.t.interval(0.95, 59, loc=expected.mean(), scale=stats.sem(expected))
+        assert gap.mean == pytest.approx(expected.mean())
+        assert (gap.low, gap.high) == pytest.approx(interval, abs=0.05)
+    assert (result.runner_up.is_clear, result.last.is_clear) == (False, True)
+    first, second = finding(result).split(". Its ")
+    assert "over the runner-up, epoch 2, cannot be told from noise (95 % interval over 60 prompts −0." in first
+    assert "over the last checkpoint, epoch 4, is more than noise (95 % interval over 60 prompts +" in second
+
+
+def test_a_lead_on_repeated_prompts_counts_prompts():
+    """A lead on two of every three prompts, each asked ten times: clear over 300 rows, not over 30 prompts."""
+    gain = [(1.0 if prompt % 3 else -1.4) for prompt in range(30) for _ in range(10)]
+    rows = chosen([0.0] * 300, gain)
+    prompts = chosen([0.0] * 300, gain, prompts=[str(i // 10) for i in range(300)])
+    assert (rows.runner_up.is_clear, prompts.runner_up.is_clear) == (True, False)
+    assert prompts.runner_up.n_prompts == 30
+    assert prompts.last is None
+
+
+def test_equal_checkpoints_and_few_prompts_are_said_plainly():
+    same = chosen([1.0, 2.0] * 10, [1.0, 2.0] * 10)
+    assert same.best == "run/checkpoint-1"
+    assert (same.runner_up.low, same.runner_up.high, same.runner_up.is_clear) == (0, 0, False)
+    assert "lead of 0.000 over the runner-up and last checkpoint, epoch 2, cannot be told from noise" in finding(same)
+    few = chosen([1.0, 2.0], [2.0, 3.0])
+    assert few.runner_up.is_clear is None
+    assert "cannot be said: 2 different prompts are too few for an interval." in finding(few)
+    assert finding(chosen([1.0, 2.0])) == "The RM score picks epoch 1."
+
+
 def test_agreement_is_said_in_one_sentence():
     row = CheckpointRow("run/checkpoint-5", 5, 1.0, 0.1, 0.01, 2.0, 0.0)
     text = selection_markdown(SelectionResult(row.checkpoint, row.checkpoint, [row]))
@@ -155,6 +218,7 @@ def test_no_checkpoints_says_where_it_looked(tmp_path):
         (["a", ""], r"prompts: column 'prompt', row 1 is empty \(''\)"),
         (["a", None], r"column 'prompt', row 1 is empty \(None\)"),
         (["a"], "prompts has 1 rows; at least 2"),
+        (["a"] * 3, "All 3 rows of prompts are the same prompt, 'a'"),
     ],
 )
 def test_bad_prompts_are_refused(prompts, message):

@@ -81,9 +81,12 @@ def score_checkpoints(
         kwargs: of `select_checkpoint` (`max_new_tokens`, `temperature`, `batch_size`, `seed`, ...).
 
     Returns:
-        One row a checkpoint, by step: `step`, `checkpoint`, `labeler_score`, `labeler_se` (standard error) and `score`.
+        One row a checkpoint, by step: `step`, `checkpoint`, `labeler_score`, `labeler_se` (its standard error over
+        `n_prompts` different prompts) and `score`; the last also `behind_best`, the best labeler score less its own as
+        `mean`, `low` and `high`, paired over prompts, where another is best.
     """
-    from instruct_trl.evaluation.selection import select_checkpoint
+    from instruct_trl.data.prompt_keys import prompt_keys
+    from instruct_trl.evaluation.selection import as_prompts, select_checkpoint
 
     proxies: list[float] = []
 
@@ -92,13 +95,18 @@ def score_checkpoints(
         return labeler(**columns)
 
     result = select_checkpoint(folder, both, prompts, **kwargs)
-    return [
+    n_prompts = len(set(prompt_keys(as_prompts(prompts))))
+    rows: list[dict[str, Any]] = [
         {
             "step": row.step,
             "checkpoint": Path(row.checkpoint).name,
             "labeler_score": row.rm_score,
             "labeler_se": row.rm_score_se,
+            "n_prompts": n_prompts,
             "score": proxy,
         }
         for row, proxy in zip(result.rows, proxies, strict=True)
     ]
+    if result.last is not None:
+        rows[-1]["behind_best"] = {name: getattr(result.last, name) for name in ("mean", "low", "high")}
+    return rows

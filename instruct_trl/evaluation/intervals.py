@@ -142,7 +142,11 @@ def mean_interval(
 
 
 def rate_interval(
-    values: Sequence[float] | np.ndarray, prompts: Prompts = None, confidence: float = 0.95, seed: int = 0
+    values: Sequence[float] | np.ndarray,
+    prompts: Prompts = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    n_boot: int = 10_000,
 ) -> MeanInterval:
     """Mean of `values` (P,), each from 0 to 1, with its interval over prompts; there is one for any number of them.
 
@@ -152,7 +156,7 @@ def rate_interval(
     top, bottom = sums_by_prompt(values, prompts)
     n = len(top)
     if n >= MIN_PROMPTS and n < len(values):
-        return resampled_rate(top, bottom, confidence=confidence, seed=seed)
+        return resampled_rate(top, bottom, seed, n_boot, confidence)
     rate = float(top.sum() / bottom.sum())
     return MeanInterval(rate, *wilson_interval(rate * n, n, confidence), n)
 

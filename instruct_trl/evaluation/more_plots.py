@@ -6,6 +6,7 @@ from typing import Any
 
 from instruct_trl.evaluation.captions import number, path_means, percent, percent_range
 from instruct_trl.evaluation.gold import best_checkpoint
+from instruct_trl.evaluation.intervals import student_t
 from instruct_trl.evaluation.plot_style import Dot, Theme, draw_dots, halo, new_figure, reference_line
 from instruct_trl.evaluation.report_data import ReportData
 from instruct_trl.evaluation.report_parts import tasks_of
@@ -143,7 +144,8 @@ def draw_checkpoints(data: ReportData, theme: Theme) -> Any:
     best = best_checkpoint(rows)
     figure = new_figure(4.6, "Which checkpoint does the labeler like best?")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    errors = [1.96 * row["labeler_se"] for row in rows]
+    # Rows that were not made here may lack the number of prompts: 1,000 have the normal's 1.96.
+    errors = [student_t(row.get("n_prompts", 1_000) - 1) * row["labeler_se"] for row in rows]
     gold = [row["labeler_score"] for row in rows]
     upper.errorbar(steps, gold, yerr=errors, color=theme.subject, marker="o", linewidth=1.6, elinewidth=2)
     upper.plot(best["step"], best["labeler_score"], "o", markersize=11, color=theme.subject)

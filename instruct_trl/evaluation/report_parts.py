@@ -250,8 +250,12 @@ def checkpoints_caption(data: ReportData) -> str:
     )
     if best is last:
         return f"{text}: the last one."
-    error = (best["labeler_se"] ** 2 + last["labeler_se"] ** 2) ** 0.5
-    surely = best["labeler_score"] - last["labeler_score"] > 2 * error
+    gap = last.get("behind_best")
+    if gap is None:  # without the paired difference: the two errors as if of different prompts, which is too careful
+        error = (best["labeler_se"] ** 2 + last["labeler_se"] ** 2) ** 0.5
+        surely = best["labeler_score"] - last["labeler_score"] > 2 * error
+    else:
+        surely = gap["low"] is not None and gap["low"] > 0
     return f"{text}; the last, step {last['step']:,}, has {number(last['labeler_score'])}, " + (
         "clearly less." if surely else "which cannot be told from it."
     )

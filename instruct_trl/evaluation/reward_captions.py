@@ -123,12 +123,19 @@ def length_title(metrics: Metrics) -> str:
     r = metrics["length"]["within_prompt"]["pearson"]
     if r is None:
         return "Length and score cannot be compared: one of them never varies"
+    if abs(r) > 0.1 and _holds_zero(metrics["length"]["within_prompt"]):
+        return f"Whether the score depends on length is open (r = {signed(r)})"
     way, shown = "higher" if r > 0 else "lower", f"(r = {signed(r)})".replace(" ", NBSP)
     if abs(r) > LENGTH_LIMIT:
         return f"Longer answers score much {way} {shown}"
     if abs(r) > 0.1:
         return f"Longer answers score somewhat {way} {shown}"
     return f"The score hardly depends on length {shown}"
+
+
+def _holds_zero(row: dict[str, Any]) -> bool:
+    """Is there an interval, and does it lie on both sides of 0?"""
+    return row["low"] is not None and row["low"] <= 0 <= row["high"]
 
 
 def length_caption(metrics: Metrics) -> str:

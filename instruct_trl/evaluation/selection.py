@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 
 from instruct_trl.data.chat import as_written
 from instruct_trl.data.checks import check_demonstration, check_rows, check_text, require_columns
+from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.evaluation.intervals import Prompts, mean_interval, standard_error
 from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.evaluation.score_values import one_number_each
@@ -36,9 +38,10 @@ class CheckpointRow:
     Attributes:
         checkpoint: its folder.
         step, epoch: from its trainer_state.json; without one, the step is that of the folder's name.
-        rm_score, rm_score_se: mean RM score of an answer a prompt, and its standard error.
+        rm_score, rm_score_se: mean RM score of an answer a prompt, and its standard error over prompts.
         validation_loss: mean −log p of a demonstration's token, in nats; None without validation data.
         truncated: share of the answers cut at the length limit.
+        scores: RM score of each answer, in the order of the prompts.
     """
 
     checkpoint: str
@@ -48,6 +51,29 @@ class CheckpointRow:
     rm_score_se: float
     validation_loss: float | None
     truncated: float
+    scores: list[float] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """RM score of the chosen checkpoint less that of another, on the same prompts under the same noise.
+
+    Attributes:
+        checkpoint: the other one's folder.
+        mean, low, high: with the 95 % interval over prompts, paired; None where the prompts are too few for it.
+        n_prompts: different prompts that it is over.
+    """
+
+    checkpoint: str
+    mean: float
+    low: float | None
+    high: float | None
+    n_prompts: int
+
+    @property
+    def is_clear(self) -> bool | None:
+        """Whether the interval leaves out 0: the two can be told apart. None without an interval."""
+        return None if self.low is None or self.high is None else not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -58,11 +84,15 @@ class SelectionResult:
         best: folder of the checkpoint with the highest RM score (the earlier one of two equals).
         best_by_loss: folder of the one with the lowest validation loss; None without validation data.
         rows: one for each checkpoint, by step.
+        runner_up: the choice against the checkpoint with the next highest RM score; None without another.
+        last: the choice against the last checkpoint; None where it is the last one itself.
     """
 
     best: str
     best_by_loss: str | None
     rows: list[CheckpointRow]
+    runner_up: Difference | None = None
+    last: Difference | None = None
 
 
 def as_scorer(reward_model: Any, processing_class: Any = None, batch_size: int = 8) -> Scorer:
@@ -83,7 +113,8 @@ def as_prompts(prompts: Any, name: str = "prompts", least: int = 2) -> list[Prom
     """The prompts of a list, or of a dataset's `prompt` column.
 
     Raises:
-        ValueError: no such column; a prompt that is empty or no text; fewer than `least` (one has no standard error).
+        ValueError: no such column; a prompt that is empty or no text; fewer than `least` different ones (one has no
+            standard error).
     """
     if hasattr(prompts, "column_names"):
         require_columns(prompts, ["prompt"], name)
@@ -94,6 +125,11 @@ def as_prompts(prompts: Any, name: str = "prompts", least: int = 2) -> list[Prom
         raise ValueError(f"{name} has {len(prompts)} rows; at least {least} are needed{why}.")
     for row, prompt in enumerate(prompts):
         check_text(prompt, f"{name}: column 'prompt', row {row}")
+    if least > 1 and all(prompt == prompts[0] for prompt in prompts):
+        raise ValueError(
+            f"All {len(prompts)} rows of {name} are the same prompt, {prompts[0]!r:.60}: that gives no standard error. "
+            "Give at least 2 different ones."
+        )
     return prompts
 
 
@@ -123,9 +159,19 @@ def score_answers(
     return finite
 
 
-def mean_and_standard_error(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean of N ≥ 2 scores and its standard error s/√N, s² with N − 1 in the denominator."""
-    return statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(len(scores))
+def mean_and_standard_error(scores: Sequence[float], prompts: Prompts = None) -> tuple[float, float]:
+    """Mean of N ≥ 2 scores and its standard error over prompts: s/√N where each has its own, else `standard_error`.
+
+    Args:
+        prompts: (N,) keys of the prompts (`prompt_keys`).
+
+    Raises:
+        ValueError: one prompt only.
+    """
+    error = standard_error(scores, prompts)
+    if error is None:
+        raise ValueError("All scores are of one prompt; a standard error needs at least 2 different ones.")
+    return statistics.fmean(scores), error
 
 
 def find_checkpoints(checkpoints: Any) -> list[Path]:
@@ -218,6 +264,7 @@ def select_checkpoint(
     questions = as_prompts(prompts)
     pairs = _validation_pairs(validation_dataset)
     scorer = as_scorer(reward_model, batch_size=batch_size)
+    keys = prompt_keys(questions)
     rows = []
     for number, path in enumerate(paths, start=1):
         model, tokenizer = load_policy(path, processing_class)
@@ -225,13 +272,14 @@ def select_checkpoint(
             model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
             seed=seed, desc=f"{path.name} ({number}/{len(paths)})",
         )  # fmt: skip
-        mean, error = mean_and_standard_error(score_answers(scorer, questions, answers))
+        scores = score_answers(scorer, questions, answers)
+        mean, error = mean_and_standard_error(scores, keys)
         loss = None
         if pairs:
             loss, _ = mean_token_loss(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length)
         cut = statistics.fmean(answer.truncated for answer in answers)
-        rows.append(CheckpointRow(str(path), *_step_and_epoch(path), mean, error, loss, cut))
-    result = _choose(rows)
+        rows.append(CheckpointRow(str(path), *_step_and_epoch(path), mean, error, loss, cut, scores))
+    result = _choose(rows, keys)
     if output_dir is not None:
         from instruct_trl.evaluation.selection_report import write_selection
 
@@ -239,11 +287,23 @@ def select_checkpoint(
     return result
 
 
-def _choose(rows: list[CheckpointRow]) -> SelectionResult:
+def _choose(rows: list[CheckpointRow], prompts: Sequence[str]) -> SelectionResult:
     best = max(rows, key=lambda row: row.rm_score)
+    others = sorted((row for row in rows if row is not best), key=lambda row: -row.rm_score)
     with_loss = [row for row in rows if row.validation_loss is not None]
     by_loss = min(with_loss, key=lambda row: row.validation_loss or 0.0).checkpoint if with_loss else None
-    return SelectionResult(best.checkpoint, by_loss, rows)
+    return SelectionResult(
+        best.checkpoint,
+        by_loss,
+        rows,
+        runner_up=_difference(best, others[0], prompts) if others else None,
+        last=_difference(best, rows[-1], prompts) if rows[-1] is not best else None,
+    )
+
+
+def _difference(best: CheckpointRow, other: CheckpointRow, prompts: Sequence[str]) -> Difference:
+    found = mean_interval([a - b for a, b in zip(best.scores, other.scores, strict=True)], prompts)
+    return Difference(other.checkpoint, found.mean, found.low, found.high, found.n)
 
 
 def selection_table(result: SelectionResult) -> dict[str, Any]:

@@ -9,20 +9,27 @@ from typing import Any
 from instruct_trl.evaluation.plot_names import short
 from instruct_trl.evaluation.plot_style import LIGHT, Theme, new_figure, save_picture
 from instruct_trl.evaluation.report_render import escape_markdown
-from instruct_trl.evaluation.selection import CheckpointRow, SelectionResult, selection_table
+from instruct_trl.evaluation.selection import CheckpointRow, Difference, SelectionResult, selection_table
 
 
 def write_selection(result: SelectionResult, folder: Path) -> None:
     """Write selection.json (everything), selection.md (a table) and selection.png (the picture) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "selection.json").write_text(json.dumps(selection_table(result), indent=2) + "\n")
+    (folder / "selection.json").write_text(_json(result))
     (folder / "selection.md").write_text(selection_markdown(result), encoding="utf-8", errors="replace")
     save_picture(lambda theme: draw_selection(result, theme), LIGHT, folder / "selection.png")
 
 
+def _json(result: SelectionResult) -> str:
+    """The result with its finding, a checkpoint a line: a number a line would make thousands of the scores."""
+    table = {"finding": finding(result), **selection_table(result)}
+    rows = ",\n    ".join(json.dumps(row) for row in table.pop("rows"))
+    return json.dumps(table, indent=2).removesuffix("\n}") + f',\n  "rows": [\n    {rows}\n  ]\n}}\n'
+
+
 def selection_markdown(result: SelectionResult) -> str:
-    """A sentence with the choice, and a table with a row for each checkpoint."""
-    lines = ["# Which SFT checkpoint to keep", "", escape_markdown(_headline(result)), ""]
+    """The finding, and a table with a row for each checkpoint."""
+    lines = ["# Which SFT checkpoint to keep", "", escape_markdown(finding(result)), ""]
     lines += [
         "| checkpoint | epoch | RM score | validation loss | answers cut | picked by |",
         "|---|---|---|---|---|---|",
@@ -35,8 +42,10 @@ def selection_markdown(result: SelectionResult) -> str:
         )
     lines += [
         "",
-        "RM score: mean over the validation prompts, one answer each, ± its standard error; every checkpoint answers "
-        "under the same noise. Validation loss: mean −log p of a demonstration's token, in nats.",
+        "RM score: mean over the validation prompts, one answer each, ± its standard error over prompts. Every "
+        "checkpoint answers the same prompts under the same noise, so two of them are compared prompt by prompt, and "
+        "their difference is surer than the two errors suggest. Validation loss: mean −log p of a demonstration's "
+        "token, in nats.",
         "",
     ]
     return "\n".join(lines)
@@ -45,6 +54,29 @@ def selection_markdown(result: SelectionResult) -> str:
 def _picked_by(result: SelectionResult, row: CheckpointRow) -> str:
     marks = ["RM score"] * (row.checkpoint == result.best) + ["loss"] * (row.checkpoint == result.best_by_loss)
     return " and ".join(marks)
+
+
+def finding(result: SelectionResult) -> str:
+    """Which checkpoint is picked, and whether its lead over the runner-up and over the last one is more than noise."""
+    over = [(gap, what) for gap, what in ((result.runner_up, "runner-up"), (result.last, "last checkpoint")) if gap]
+    if len(over) == 2 and over[0][0] == over[1][0]:
+        over = [(over[0][0], "runner-up and last checkpoint")]
+    return " ".join([_headline(result), *(_lead(result, gap, what) for gap, what in over)])
+
+
+def _lead(result: SelectionResult, gap: Difference, what: str) -> str:
+    """One sentence on the lead over one other checkpoint."""
+    name = _name(next(row for row in result.rows if row.checkpoint == gap.checkpoint))
+    lead = f"lead of {gap.mean:.3f} over the {what}, {name},"
+    if gap.low is None or gap.high is None:
+        few = f"{gap.n_prompts} different prompts are too few for an interval"
+        return f"Whether its {lead} is more than noise cannot be said: {few}."
+    bounds = f"95 % interval over {gap.n_prompts} prompts {_signed(gap.low)} to {_signed(gap.high)}"
+    return f"Its {lead} {'is more than noise' if gap.is_clear else 'cannot be told from noise'} ({bounds})."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _headline(result: SelectionResult) -> str:

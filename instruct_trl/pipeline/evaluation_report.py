@@ -83,6 +83,7 @@ def make_report(
         reward_model=data.get("reward_model", {}),
         trained_on=data.get("trained_on") or {},
         selection_picture=selection if selection.exists() else None,
+        selection_note=_finding(selection.with_suffix(".json")),
         samples=_samples(data),
         settings={name: redact_settings((finished_summary(stages[name]) or {}).get("settings", {})) for name in STAGES},
         deviations=_deviations(run),
@@ -92,6 +93,11 @@ def make_report(
         pretraining_text=run.pretraining_dataset_name or "held-out passages of novels",
     )
     return write_report(report, report_folder(run, folder))
+
+
+def _finding(selection: Path) -> str:
+    """What the selection of the SFT model found, in words; "" where it is not there."""
+    return json.loads(selection.read_text(encoding="utf-8")).get("finding", "") if selection.exists() else ""
 
 
 def _deviations(run: Any) -> list:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from instruct_trl.evaluation.selection import as_prompts, find_checkpoints
 from instruct_trl.models.reward_loading import check_model_path
@@ -20,6 +21,7 @@ def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
     """Compare the checkpoints, write the table and the picture, copy the best one to `<folder>/model`."""
     from instruct_trl import RewardScorer, select_checkpoint
     from instruct_trl.evaluation.plot_style import require_matplotlib
+    from instruct_trl.evaluation.selection_report import finding
 
     require_matplotlib()
     own = run.dataset_name is not None
@@ -44,5 +46,6 @@ def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
     if seen:
         with (folder / "selection.md").open("a", encoding="utf-8") as page:
             page.write(f"\nNot held out: {seen['note']}\n")
+    PartialState().print(f"   {finding(result)}")
     shutil.copytree(result.best, folder / "model", ignore=NOT_OF_THE_MODEL, dirs_exist_ok=True)
     return {"checkpoint": Path(result.best).name}

@@ -18,6 +18,7 @@ from instruct_trl.data.demonstrations import check_sft_dataset, checked_formatti
 from instruct_trl.data.endings import require_eos
 from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
 from instruct_trl.data.pairs import drop_own_bos
+from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
 from instruct_trl.models.adapter_loading import save_token_rows
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
@@ -215,7 +216,8 @@ class InstructSFTTrainer(SFTTrainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         if self._scorer is not None and output.metrics is not None and metric_key_prefix == self._scored_prefix():
-            mean, error = mean_and_standard_error(self._score_selection_prompts())
+            scores, asked = self._score_selection_prompts()
+            mean, error = mean_and_standard_error(scores, asked)
             output.metrics.update({RM_SCORE: mean, f"{RM_SCORE}_se": error})
         return output
 
@@ -225,8 +227,8 @@ class InstructSFTTrainer(SFTTrainer):
             return f"eval_{next(iter(self.eval_dataset))}"
         return "eval"
 
-    def _score_selection_prompts(self) -> list[float]:
-        """Scores of one answer a prompt, those of all processes, under the same noise at every evaluation."""
+    def _score_selection_prompts(self) -> tuple[list[float], list[str]]:
+        """Scores of one answer a prompt, those of all processes, under the same noise at every evaluation; the keys."""
         assert self._scorer is not None
         mine = self._selection_prompts[self.args.process_index :: self.args.world_size]
         scores: list[float] = []
@@ -237,7 +239,7 @@ class InstructSFTTrainer(SFTTrainer):
                 batch_size=self.args.selection_batch_size, seed=self.args.selection_seed,
             )  # fmt: skip
             scores = score_answers(self._scorer, mine, answers)
-        return gather_object(scores)
+        return gather_object(scores), gather_object(prompt_keys(mine))
 
 
 def _as_config(args: Any, model: Any) -> InstructSFTConfig:
