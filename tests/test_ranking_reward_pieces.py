@@ -10,6 +10,7 @@ from ranking_helpers import RANKINGS, fresh_model, make
 from transformers import LlamaForSequenceClassification, OPTConfig, OPTForSequenceClassification
 
 from instruct_trl import RewardScorer
+from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.data.ranking import RankingCollator
 from instruct_trl.data.token_budget import fill, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.trainers.ranking_reward import RankingRewardConfig
@@ -86,11 +87,7 @@ def test_evaluation_shares_too_and_leaves_records(tokenizer, tmp_path):
         assert record["lengths"] == [len(completion) + 1 for completion in row["completions"]]
         better = {(w, k) for w, a in enumerate(row["ranks"]) for k, b in enumerate(row["ranks"]) if a < b}
         assert {tuple(pair) for pair in record["pairs"]} == better
-    prompts = [row["prompt"] for row in rows]
-    same = [
-        [a["prompt_key"] == b["prompt_key"] for b in trainer.evaluation_records] for a in trainer.evaluation_records
-    ]
-    assert same == [[a == b for b in prompts] for a in prompts]
+    assert [record["prompt_key"] for record in trainer.evaluation_records] == prompt_keys(row["prompt"] for row in rows)
 
 
 def test_lora_with_sharing_trains_the_adapter(tokenizer, tmp_path):

@@ -169,7 +169,7 @@ def test_a_lead_is_told_from_noise_prompt_by_prompt():
         assert gap.mean == pytest.approx(expected.mean())
         assert (gap.low, gap.high) == pytest.approx(interval, abs=0.05)
     assert (result.runner_up.is_clear, result.last.is_clear) == (False, True)
-    first, second = finding(result).split(". Its ")
+    _, first, second = finding(result).split(". Its ")
     assert "over the runner-up, epoch 2, cannot be told from noise (95 % interval over 60 prompts −0." in first
     assert "over the last checkpoint, epoch 4, is more than noise (95 % interval over 60 prompts +" in second
 

@@ -191,7 +191,7 @@ class RankingRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "ranks", "pairs", "margins", "weight", "labeler"]
+            self._signature_columns = ["input_ids", "ranks", "pairs", "margins", "weight", "labeler", "prompt_key"]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step, and the weight of their prompts, on all processes together."""
