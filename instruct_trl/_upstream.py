@@ -17,6 +17,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
+from trl.trainer.utils import get_callable_name as get_callable_name
+from trl.trainer.utils import is_async_callable as is_async_callable
 
 
 def apply_cpu_defaults(config: Any) -> None:
@@ -202,6 +204,11 @@ def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
+
+
+def rollout_prompt_ids(trainer: Any, prompts: list[Any]) -> list[list[int]]:
+    """Token ids of prompts as the trainer feeds them to the policy: its template, tools and template settings."""
+    return trainer._tokenize_prompts(prompts)[0]
 
 
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:

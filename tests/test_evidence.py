@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launch_helpers import run_program
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
@@ -281,9 +281,9 @@ def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*options):
-        done = subprocess.run([*command, *options], capture_output=True, text=True, env=env, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout, json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+        return run_program([*command, *options], env=env), json.loads(
+            (tmp_path / "results.json").read_text(encoding="utf-8")
+        )
 
     _, results = run("--all", "--seeds", "1")
     assert sorted(map(int, results)) == list(CLAIM_TEXTS)

@@ -6,14 +6,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from launch_helpers import run_program
 
 ROOT = Path(__file__).parent.parent
 
 
 def python(code, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True, **kwargs
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False, **kwargs
     )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_importing_pulls_nothing_heavy_and_says_nothing():
@@ -41,11 +44,7 @@ def test_the_maths_imports_torch_alone():
 
 @pytest.mark.slow
 def test_the_wheel_holds_recipes_yamls_and_py_typed(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
+    run_program([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT])
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "instruct_trl/py.typed" in names

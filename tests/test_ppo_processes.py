@@ -1,13 +1,13 @@
 """PPOPtxTrainer on two processes (DDP, gloo, CPU): the same run as on one; it saves and resumes."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from launch_helpers import processes
 from peft import LoraConfig
 from ppo_two import assert_same, build, fixed_answers, result_of, save_result
 
@@ -65,9 +65,7 @@ def parameters(trainer):
 
 def launch(root, which):
     """Run the jobs that start afresh, or those that resume, on two processes; results lie in `<job>.pt`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, __file__, str(root), which], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-8000:]
+    processes(2, __file__, root, which)
     return root
 
 

@@ -86,6 +86,7 @@ def test_how_the_policy_is_loaded_outlives_the_first_trainer(tmp_path, policy, s
     args = PPOPtxConfig(
         str(tmp_path / "run"), ptx_coef=0.0, report_to="none", model_init_kwargs={"dtype": "bfloat16"},
         use_cpu=True, bf16=False, generation_batch_size=8, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        max_completion_length=8,
     )  # fmt: skip
     for _ in range(2):
         trainer = PPOPtxTrainer(str(tmp_path / "policy"), scorer, args, PROMPTS, processing_class=tokenizer)

@@ -1,12 +1,12 @@
 """PPO on one base on two processes (DDP, gloo, CPU): the same run as on one; it saves and resumes."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import conftest
 import pytest
 import torch
+from launch_helpers import processes
 from ppo_helpers import PROMPTS, TEXTS
 from ppo_killed import fresh
 from ppo_two import assert_same, fixed_answers, result_of, save_result
@@ -51,9 +51,7 @@ def parameters(trainer):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = save_pieces(tmp_path_factory.mktemp("two"), fresh(conftest.tokenizer))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, __file__, str(root)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-8000:]
+    processes(2, __file__, root)
     return root
 
 

@@ -1,7 +1,6 @@
 """Streamed datasets: prompts to train on and to evaluate on, on one process and on two (DDP, gloo, CPU)."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import conftest
 import pytest
 import torch
 from datasets import Dataset
+from launch_helpers import processes
 from ppo_helpers import make
 from ppo_killed import fresh
 
@@ -71,9 +71,7 @@ def test_streams_on_one_process(tmp_path, name):
 
 @pytest.mark.slow
 def test_streams_on_two_processes(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, __file__, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-8000:]
+    processes(2, __file__, tmp_path)
     for name in EVALUATED:
         results = [json.loads((tmp_path / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
         for result in results:

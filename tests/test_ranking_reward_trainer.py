@@ -4,12 +4,12 @@ import inspect
 import json
 import logging
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from launch_helpers import processes, python
 from ranking_helpers import RANKINGS, config, fresh_model, make
 from trl import RewardConfig, RewardTrainer
 
@@ -248,10 +248,8 @@ def test_a_stream_trains(tokenizer, tmp_path):
 def test_two_processes_equal_one(tmp_path, passes):
     """8 prompts as 1 × 8, and as 2 processes × 2 × 2, also in pieces; 9 to evaluate: one is filled in, and cut off."""
     one, two = tmp_path / "one", tmp_path / "two"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launch, path, batch, accumulation, more in (([], one, 8, 1, "{}"), (launcher, two, 2, 2, passes)):
-        script = [__file__, str(path), str(batch), str(accumulation), more]
-        subprocess.run([sys.executable, *launch, *script], check=True, capture_output=True, text=True)
+    python(__file__, one, 8, 1, "{}")
+    processes(2, __file__, two, 2, 2, passes)
     (weights, metrics), (other_weights, other_metrics) = torch.load(one / "result.pt"), torch.load(two / "result.pt")
     assert (metrics.pop("processes"), other_metrics.pop("processes")) == (1, 2)
     torch.testing.assert_close(other_weights, weights, rtol=1e-5, atol=1e-5)

@@ -3,14 +3,13 @@
 import importlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import tiny_config
+from launch_helpers import python
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, pipeline
 from trl import ModelConfig
 
@@ -149,11 +148,8 @@ def home(tmp_path, tokenizer):
 
 
 def launch(home, recipe, *arguments, launcher=("accelerate.commands.launch", "--num_processes", "1", "--cpu")):
-    command = [sys.executable, "-m", *launcher, str(RECIPES / f"{recipe}.py"), *arguments]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([str(c) for c in command], cwd=home, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
+    return python("-m", *launcher, RECIPES / f"{recipe}.py", *arguments, cwd=home, env=env)
 
 
 TINY = ("--bf16", "false", "--cpu_threads", "1")

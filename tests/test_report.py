@@ -4,11 +4,11 @@ import base64
 import json
 import math
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
+from launch_helpers import run_program
 from report_example import NASTY, example_report
 
 from instruct_trl.evaluation import plots
@@ -195,7 +195,7 @@ def test_import_is_light_and_drawing_leaves_no_global_state():
         "import tempfile; r.write_report(r.ReportData('x', [r.ModelResult('SFT', pretraining_loss=3.0)]), "
         "tempfile.mkdtemp()); assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_program([sys.executable, "-c", code])
 
 
 def test_no_fence_can_be_broken_by_a_command(tmp_path):

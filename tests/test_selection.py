@@ -229,7 +229,7 @@ def test_bad_prompts_are_refused(prompts, message):
 @pytest.mark.parametrize("scores", [[float("nan"), 0.0], [0.0, float("inf")], [0.0, None], [0.0], None])
 def test_scores_that_are_not_finite_numbers_are_refused(scores):
     answers = [Completion("x", [1], False)] * 2
-    with pytest.raises(ValueError, match="The reward model gave"):
+    with pytest.raises(ValueError, match="The reward function '<lambda>' gave"):
         score_answers(lambda **kwargs: scores, PROMPTS, answers)
 
 

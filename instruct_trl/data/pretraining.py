@@ -49,7 +49,7 @@ class PretrainingStream:
     ):
         streamed = isinstance(dataset, IterableDataset)
         self._rows = (_Streamed if streamed else _Stored)(dataset, tokenizer, max_length, seed)
-        self.pad_token_id = tokenizer.pad_token_id
+        self.pad_token_id, self.max_length = tokenizer.pad_token_id, max_length
         self.rank, self.world_size = rank, world_size
         self.position = 0
 

@@ -86,12 +86,14 @@ def score_checkpoints(
         `mean`, `low` and `high`, paired over prompts, where another is best.
     """
     from instruct_trl.data.prompt_keys import prompt_keys
+    from instruct_trl.evaluation.score_values import one_number_each
     from instruct_trl.evaluation.selection import as_prompts, select_checkpoint
 
     proxies: list[float] = []
 
     def both(**columns: Any) -> list[float]:
-        proxies.append(float(np.mean(reward_model(**columns))))
+        scores = one_number_each(reward_model(**columns), len(columns["prompts"]), "The reward model")
+        proxies.append(float(np.mean(np.array(scores, dtype=float))))  # None: NaN
         return labeler(**columns)
 
     result = select_checkpoint(folder, both, prompts, **kwargs)

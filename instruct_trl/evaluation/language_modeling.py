@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from trl.data_utils import common_prefix_length
 
 from instruct_trl.data.pairs import encode_prompt, encode_text, tokenize_pair
+from instruct_trl.models.context import refuse_long_row
 
 IGNORED = -100
+CUTS = "(max_text_length of the evaluate recipe), by which rows are cut."
 
 Pair = tuple[str, str] | tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
@@ -67,9 +69,14 @@ def mean_token_loss(
         The mean, and the number of tokens it is over (the first token of a row has no prediction).
 
     Raises:
-        ValueError: no rows, or no scored token within `max_length` in any of them.
+        ValueError: no rows; no scored token within `max_length` in any of them; or a row that, cut at `max_length`, is
+            longer than the model's context.
     """
     rows = [encode_scored(tokenizer, item) for item in texts_or_pairs]
+    for index, (ids, _) in enumerate(rows):
+        refuse_long_row(
+            len(ids[:max_length]), f"Row {index}", model, "the model", f"Pass max_length={{context}} {CUTS}"
+        )
     rows = sorted(((ids[:max_length], labels[:max_length]) for ids, labels in rows), key=lambda r: -len(r[0]))
     rows = [(ids, labels) for ids, labels in rows if any(label != IGNORED for label in labels[1:])]
     if not rows:

@@ -29,14 +29,15 @@ def one_number_each(scores: Any, count: int, name: str) -> list[float | None]:
     values = list(values)
     if len(values) != count:
         raise ValueError(f"{name} gave {len(values)} scores for {count} answers; {_REMEDY}.")
-    return [_number(value, row, name) for row, value in enumerate(values)]
+    return [_number(value, row, count, name) for row, value in enumerate(values)]
 
 
-def _number(value: Any, row: int, name: str) -> float | None:
+def _number(value: Any, row: int, count: int, name: str) -> float | None:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if value is None:
         return None
     if not isinstance(value, (Real, Decimal)):
-        raise ValueError(f"{name} gave {value!r:.80} ({type(value).__name__}) for answer {row}; {_REMEDY}.")
+        what = f"{value!r:.80} ({type(value).__name__}) for answer {row}"
+        raise ValueError(f"{name} gave {what}, among {count} scores for {count} answers; {_REMEDY}.")
     return float(value)

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from instruct_trl._upstream import get_callable_name
 from instruct_trl.data.chat import as_written
 from instruct_trl.data.checks import check_demonstration, check_rows, check_text, require_columns
 from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.intervals import Prompts, mean_interval, standard_error
 from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.language_modeling import mean_token_loss
@@ -134,13 +136,16 @@ def as_prompts(prompts: Any, name: str = "prompts", least: int = 2) -> list[Prom
 
 
 def score_answers(
-    scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Completion], name: str = "The reward model"
+    scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Completion], name: str | None = None
 ) -> list[float]:
-    """The verdict of a scorer (`name` in errors) on one answer a prompt, called as TRL calls a reward function.
+    """The verdict of a scorer on one answer a prompt, called as TRL calls a reward function.
+
+    `name` is how errors call the scorer; by default its own.
 
     Raises:
         ValueError: not one finite number for each answer.
     """
+    name = name or f"The reward function {get_callable_name(scorer)!r}"
     completions = [as_completion(Answer(prompt, answer.text)) for prompt, answer in zip(prompts, answers, strict=True)]
     scores = scorer(
         prompts=list(prompts),
@@ -265,6 +270,7 @@ def select_checkpoint(
     pairs = _validation_pairs(validation_dataset)
     scorer = as_scorer(reward_model, batch_size=batch_size)
     keys = prompt_keys(questions)
+    check_scorer_room(scorer, questions, max_new_tokens, "max_new_tokens")
     rows = []
     for number, path in enumerate(paths, start=1):
         model, tokenizer = load_policy(path, processing_class)

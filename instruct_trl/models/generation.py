@@ -17,6 +17,7 @@ from instruct_trl.data.chat import in_row
 from instruct_trl.data.checks import check_text
 from instruct_trl.data.endings import ending_ids
 from instruct_trl.data.pairs import encode_prompt as encode_prompt
+from instruct_trl.models.context import context_length
 
 
 class Completion(NamedTuple):
@@ -183,7 +184,7 @@ def _check_numbers(max_new_tokens: int, temperature: float, batch_size: int, num
 def _encode_all(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int) -> list[list[int]]:
     if len(prompts) == 0:
         raise ValueError("There are no prompts to answer: pass at least one.")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     encoded = []
     for row, prompt in enumerate(prompts):
         check_text(prompt, f"Prompt {row}")

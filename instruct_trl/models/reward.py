@@ -20,6 +20,7 @@ from instruct_trl.data.endings import ending_ids
 from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwargs, tokenize_drawn, tokenize_pair
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.data.token_budget import fill, rows_cost
+from instruct_trl.models.context import refuse_long_row
 from instruct_trl.models.reward_loading import check_single_label, load_reward_model, tokenizer_source
 from instruct_trl.models.scoring_route import ScoringRoute
 
@@ -169,6 +170,9 @@ class RewardScorer:
     @torch.no_grad()
     def _score(self, rows: list[list[int]], prompts: Sequence[str]) -> list[float]:
         """Scores of token rows without bias, in eval mode; rows of equal `prompts` are scored side by side."""
+        for index, row in enumerate(rows):
+            what = f"Row {index} (prompt {prompts[index]:.60})"
+            refuse_long_row(len(row), what, self.model, "the reward model", "Shorten it, or drop it.")
         self._place()
         device = next(self.model.parameters()).device
         pad_token_id = (

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.judges import ScoreJudge
 from instruct_trl.evaluation.selection import as_prompts, score_answers
 from instruct_trl.models.generation import Completion, encode_prompt
@@ -71,6 +72,7 @@ def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -
     own = run.dataset_name is not None
     prompts = as_prompts(prompts_for(run, "test"), "The prompts of the evaluation")
     seen = trained_on(run, prompts)
+    check_scorer_room(scorer, prompts, run.max_completion_length, "max_completion_length")
     prefixes = read_prefixes(run, prompts)
     texts = held_out_texts(run)
     if PartialState().num_processes > 1:

@@ -19,13 +19,23 @@ from instruct_trl.data.endings import require_eos
 from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
 from instruct_trl.data.pairs import drop_own_bos
 from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.evaluation.answer_room import check_answer_room, check_scorer_room
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
 from instruct_trl.models.adapter_loading import save_token_rows
+from instruct_trl.models.context import check_rows_fit
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
 from instruct_trl.models.policy_loading import load_tokenizer
 from instruct_trl.models.reward_loading import check_model_path, check_token_rows, tokenizer_source
 from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
+from instruct_trl.trainers.run_checks import (
+    NamedEvalSets,
+    check_not_empty,
+    check_run,
+    check_something_to_learn,
+    rows_of_a_step,
+    say_rows_of_a_step,
+)
 from instruct_trl.trainers.starting_model import (
     check_adapters,
     keep_adapters_in_float32,
@@ -39,9 +49,13 @@ from instruct_trl.trainers.starting_model import (
 logger = logging.getLogger(__name__)
 
 RM_SCORE = "eval_rm_score"
+LONG_ROWS = (
+    "Set max_length={context}, by which longer rows are cut and counted, shorten the texts, or take a model with a "
+    "longer context."
+)
 
 
-class InstructSFTTrainer(SFTTrainer):
+class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
     """`trl.SFTTrainer` with residual dropout on any decoder, a pretraining mix, and selection by RM score.
 
     The arguments are those of `trl.SFTTrainer`, in its order, and three keywords of ours.
@@ -95,6 +109,7 @@ class InstructSFTTrainer(SFTTrainer):
             check_model_path(model)
             if processing_class is None:
                 tokenizer_source(model)  # refuses a folder without one
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
         check_adapters(model, peft_config, "The model")
         check_pretraining_mix(args.pretraining_fraction, pretraining_dataset, train_dataset, args.packing)
@@ -122,6 +137,7 @@ class InstructSFTTrainer(SFTTrainer):
             )  # fmt: skip
         require_eos(self._tokenizer)
         self._settle_models()
+        self._check_fit()
         if self.args.residual_dropout is not None:
             decoder_layers(self.model)  # an architecture we cannot serve is refused here, not at the first step
 
@@ -131,6 +147,17 @@ class InstructSFTTrainer(SFTTrainer):
         keep_adapters_in_float32(self.model)
         match_adapters_to_precision(self.model, self.args.bf16)
         place_reward_models([self._scorer], self.accelerator.device)
+
+    def _check_fit(self) -> None:
+        """Refuse what takes no step, or exceeds the context of a model; upstream would find out in the middle."""
+        check_run(self, rows_of_a_step(self.args), say_rows_of_a_step(self.args), (RM_SCORE.removeprefix("eval_"),))
+        check_something_to_learn(self.train_dataset)
+        for name in ("train_dataset", "eval_dataset"):
+            rows = check_rows_fit(getattr(self, name), name, self.model, "the model", LONG_ROWS)
+            setattr(self, name, rows)
+        room = (self._selection_prompts, self.args.selection_max_new_tokens, "selection_max_new_tokens")
+        check_answer_room(self.model, self._tokenizer, "The model", *room)
+        check_scorer_room(self._scorer, *room)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
@@ -203,18 +230,9 @@ class InstructSFTTrainer(SFTTrainer):
 
     # -- selection ----------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Upstream's loop, then the RM score of the answers, so that it is logged and compared with the others."""
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._scorer is not None and output.metrics is not None and metric_key_prefix == self._scored_prefix():
             scores, asked = self._score_selection_prompts()
             mean, error = mean_and_standard_error(scores, asked)

@@ -28,6 +28,7 @@ from instruct_trl.evaluation.intervals import rate_interval
 from instruct_trl.models.roles import ReferenceRole
 from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics, count_rows, reward_statistics
 from instruct_trl.trainers.ppo_rollout import PPORollout
+from instruct_trl.trainers.run_checks import metric_and_set
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def check_win_rate(args: Any, eval_dataset: Any, rollout_func: Any) -> bool:
     obstacles = [name for name, present in generators.items() if present]
     reason = f"{obstacles[0]} samples from the policy only" if obstacles else "it is switched off"
     possible = args.eval_win_rate and not obstacles
-    if not possible and str(args.metric_for_best_model).removeprefix("eval_").startswith("win_rate"):
+    metric, _ = metric_and_set(args.metric_for_best_model or "", eval_dataset)
+    if not possible and metric.startswith("win_rate"):
         raise ValueError(
             f"metric_for_best_model={args.metric_for_best_model!r} is not logged: {reason}. Set eval_win_rate=True and "
             "sample with transformers, or choose 'eval_score'."

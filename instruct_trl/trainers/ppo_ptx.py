@@ -53,6 +53,7 @@ from instruct_trl.trainers.ppo_ptx_setup import (
 )
 from instruct_trl.trainers.ppo_saving import PPOSaving
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
+from instruct_trl.trainers.room import check_rollouts, pretraining_length
 from instruct_trl.trainers.starting_model import place_reward_models
 from instruct_trl.trainers.stopwatch import Stopwatch
 
@@ -147,6 +148,7 @@ class PPOPtxTrainer(PPOSaving):
         self.beta, self.role_adapters = args.beta, role_adapters
         self._settle_endings()
         self._settle_scorers()
+        check_rollouts(self, value_model, ref_model)
         self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
         self.evaluation_rows = EvaluationRows()
         self.reference_scores = ReferenceScores() if with_win_rate else None
@@ -195,7 +197,7 @@ class PPOPtxTrainer(PPOSaving):
             stream = PretrainingStream(
                 dataset,
                 self._tokenizer,
-                max_length=args.ptx_max_length,
+                max_length=pretraining_length(args, self.model),
                 seed=args.seed if args.data_seed is None else args.data_seed,
                 rank=args.process_index,
                 world_size=args.world_size,

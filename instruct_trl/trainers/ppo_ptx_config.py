@@ -124,6 +124,7 @@ class PPOPtxConfig(GRPOConfig):
             self.lr_scheduler_kwargs = {"min_lr_ratio": 0.1, "num_decay_steps": 0}
         self._check_generation_kwargs()
         self._check_ranges()
+        self._check_episodes()
         log_each_iteration = self.logging_steps is None
         if log_each_iteration:
             self.logging_steps = 1
@@ -185,6 +186,13 @@ class PPOPtxConfig(GRPOConfig):
                 "vllm_importance_sampling_correction=False, which compares them with a forward's, or leave it off."
             )
         DivergenceGuard.from_config(self)  # checks its settings
+
+    def _check_episodes(self) -> None:
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise ValueError(
+                f"total_episodes must be at least 1, got {self.total_episodes}: nothing would be trained. For a number "
+                "of optimizer steps set max_steps, for epochs total_episodes=None."
+            )
 
     def _check_batches(self) -> None:
         if self.generation_batch_size % self.minibatch_size:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from instruct_trl._upstream import without_init_kwargs
 from instruct_trl.models.policy_loading import load_tokenizer
 from instruct_trl.models.reward import RewardScorer
+from instruct_trl.models.reward_functions import checked
 from instruct_trl.models.reward_loading import check_model_path, check_token_rows
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.roles import RewardRole, ValueRole
@@ -132,7 +133,7 @@ def check_engine_of_roles(accelerator: Accelerator) -> None:
 
 
 def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxConfig) -> list[Any]:
-    """Reward models, by path or in memory, become `RewardScorer`s; callables stay as they are.
+    """Reward models, by path or in memory, become `RewardScorer`s; what other functions give is checked.
 
     Raises:
         ValueError: there is no reward function, or the tokenizers do not match them one to one.
@@ -154,6 +155,8 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
         )
         if isinstance(func, kinds) or hasattr(func, "peft_config")
         else func
+        if isinstance(func, (RewardScorer, torch.nn.Module))
+        else checked(func)
         for func, tokenizer in zip(funcs, tokenizers, strict=True)
     ]
     scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
@@ -249,7 +252,10 @@ def say_plan(trainer: Any) -> None:
         stream = trainer.pretraining.stream
         plan += f" on {stream.size or 'streamed'} pretraining texts, {args.ptx_ratio} an episode"
         if stream.truncated:
-            plan += f" ({stream.truncated} cut at ptx_max_length={args.ptx_max_length} tokens)"
+            limit = f"ptx_max_length={args.ptx_max_length}"
+            if stream.max_length < args.ptx_max_length:
+                limit = f"the policy's context of {stream.max_length}, below {limit}"
+            plan += f" ({stream.truncated} cut at {limit} tokens)"
     trainer.accelerator.print(plan + ".")
 
 

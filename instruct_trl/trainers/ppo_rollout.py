@@ -38,6 +38,7 @@ class PPORollout(GRPOTrainer):
     """
 
     args: Any  # a PPOPtxConfig
+    chat_template_kwargs: Any
     model: Any
     ref_model: Any
     critic: Critic

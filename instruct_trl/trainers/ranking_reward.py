@@ -22,6 +22,7 @@ from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ra
 from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapter_loading import save_token_rows
+from instruct_trl.models.context import check_rows_fit, refuse_long_row
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.reward_loading import fit_model_to_tokenizer, save_adapter_config
 from instruct_trl.models.scores import score_rows
@@ -29,6 +30,7 @@ from instruct_trl.models.scoring_route import ScoringRoute
 from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
 from instruct_trl.trainers.ranking_reward_checks import (
     HEAD_REMEDY,
+    LONG_ROWS,
     check_model,
     check_passes,
     check_peft,
@@ -40,6 +42,7 @@ from instruct_trl.trainers.ranking_reward_checks import (
 )
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig as RankingRewardConfig
 from instruct_trl.trainers.ranking_tally import RankingTally
+from instruct_trl.trainers.run_checks import check_not_empty, check_run, rows_of_a_step, say_rows_of_a_step
 from instruct_trl.trainers.starting_model import (
     keep_adapters_in_float32,
     settle_model_kwargs,
@@ -125,6 +128,7 @@ class RankingRewardTrainer(RewardTrainer):
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or RankingRewardConfig(f"{name.rstrip('/').split('/')[-1]}-RankingReward")
+        check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
         check_model(model, args)
         check_peft(model, peft_config)
@@ -157,6 +161,9 @@ class RankingRewardTrainer(RewardTrainer):
         if train_dataset is not None and is_conversational(next(iter(train_dataset), {})):
             say(args, what_template_rewrites(processing_class))
         self._settle_model(args, processing_class)
+        check_run(self, rows_of_a_step(args), say_rows_of_a_step(args))
+        for dataset in ("train_dataset", "eval_dataset"):
+            setattr(self, dataset, check_rows_fit(getattr(self, dataset), dataset, self.model, "the model", LONG_ROWS))
         self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: say(args, line))
 
     def _settle_model(self, args: RankingRewardConfig, processing_class: Any) -> None:
@@ -329,7 +336,11 @@ class RankingRewardTrainer(RewardTrainer):
             with in_row(f"{where}, row {index}"):
                 pair = (row["prompt"], row["completion"])
                 rows.append(tokenize_pair(self.processing_class, *pair, **template_kwargs(row)))
-        kept = [row for row in rows if self.args.max_length is None or len(row) <= self.args.max_length]
+        kept = []
+        for index, row in enumerate(rows):
+            if self.args.max_length is None or len(row) <= self.args.max_length:
+                refuse_long_row(len(row), f"Row {index} of {where}", self.model, "the reward model", LONG_ROWS)
+                kept.append(row)
         if not kept:
             raise ValueError(f"{where}: none of {len(rows)} rows fits max_length={self.args.max_length} tokens.")
         if len(kept) < len(rows):

@@ -29,6 +29,10 @@ HEAD_REMEDY = (
     "It would stay random in training and be another one after reload. Use LoraConfig(task_type='SEQ_CLS'), or "
     "modules_to_save=['score']."
 )
+LONG_ROWS = (
+    "Set max_length={context}, by which longer completions are dropped and counted, shorten the texts, or take a model "
+    "with a longer context."
+)
 
 
 def check_peft(model: Any, peft_config: Any) -> None:

@@ -5,13 +5,12 @@ policy is; checkpoints that continue, and saved models that plain transformers r
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import conftest
 import pytest
 import torch
+from launch_helpers import python
 from ppo_engine_job import ADAM, JOBS, saved_weights, train
 from ppo_helpers import PROMPTS, TEXTS
 from ppo_killed import fresh
@@ -34,13 +33,11 @@ def launch(engine, root, which):
     if "deepspeed" in engine:
         pytest.importorskip("deepspeed", reason="pip install instruct-trl[deepspeed]")
     config = ROOT / "recipes" / "accelerate" / f"{engine}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    # Port 0 is a free one: with the default, 29500, two runs on one machine get into each other's way.
+    options = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0", *ENGINES[engine][1]]
     paths = [str(ROOT), str(ROOT / "tests"), str(JOB.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *ENGINES[engine][1], JOB, root, which], capture_output=True, text=True, env=env, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    python("-m", "accelerate.commands.launch", *options, JOB, root, which, env=env, cwd=ROOT)
     return root
 
 
