@@ -16,6 +16,7 @@ from datasets import Features, IterableDataset, List, Value
 from instruct_trl.data.checks import check_pretraining_row, require_columns
 
 IGNORED_LABEL = -100
+BATCH = 100  # texts that are tokenised at once; a tokenizer takes a hundred bytes for a token meanwhile
 BUFFER = 1000  # texts of a stream that are mixed at a time
 
 
@@ -92,6 +93,7 @@ class _Stored:
             _tokenize,
             with_indices=True,
             batched=True,
+            batch_size=BATCH,
             remove_columns=dataset.column_names,
             features=Features({"input_ids": List(Value(kind)), "cut": Value("bool")}),
             fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},

@@ -24,6 +24,9 @@ SEAMS = {
     (Trainer, "_save_optimizer_and_scheduler"): ["output_dir"],
     (Trainer, "_load_optimizer_and_scheduler"): ["checkpoint"],
     (Trainer, "create_scheduler"): ["num_training_steps", "optimizer"],
+    (Trainer, "evaluation_loop"): [
+        *("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+    ],
     (Trainer, "get_optimizer_cls_and_kwargs"): ["args", "model"],
 }
 
