@@ -13,6 +13,7 @@ from instruct_trl.data.chat import as_written, without_padding
 from instruct_trl.data.checks import check_text
 from instruct_trl.data.demonstrations import check_sft_dataset
 from instruct_trl.data.mixing import tokenize_pretraining
+from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
 from instruct_trl.data.ranking import prepare_ranking_dataset
 from instruct_trl.evaluation.selection import _validation_pairs, as_prompts
@@ -124,6 +125,9 @@ def test_every_kind_of_dataset_names_the_row(policy, tokenizer, tmp_path, bad, m
         "prompts: column 'prompt'": lambda: as_prompts(Dataset.from_dict({"prompt": texts})),
         "column 'completion'": lambda: _validation_pairs(Dataset.from_dict(pairs)),
         "column 'text'": lambda: tokenize_pretraining(Dataset.from_dict({"text": texts}), tokenizer),
+        "pretraining_dataset: column 'text'": lambda: PretrainingStream(
+            Dataset.from_dict({"text": texts}), tokenizer, max_length=8
+        ),
     }
     for place, check in checks.items():
         with pytest.raises(ValueError, match=rf"{place}.*, row {row} {message}"):
@@ -256,6 +260,14 @@ def test_a_margin_on_some_rows_of_a_stream_is_refused(tokenizer, rows, said):
     stream = IterableDataset.from_generator(lambda: iter(rows))
     with pytest.raises(ValueError, match=f"row 1 has {said} 'margin'"):
         list(prepare_ranking_dataset(stream, tokenizer)[0])
+
+
+def test_a_first_row_without_messages_is_named(reward_model, tokenizer, tmp_path):
+    rows = [
+        {"prompt": p, "completions": [[assistant("x")], [assistant("y")]], "ranks": [1, 2]} for p in ([], [user("a")])
+    ]
+    with pytest.raises(ValueError, match=r"row 0: the prompt is empty \(\[\]\)"):
+        make_ranking(reward_model, tokenizer, tmp_path, rows)
 
 
 # -- templates --------------------------------------------------------------------------------------------------------
