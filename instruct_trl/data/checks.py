@@ -107,7 +107,7 @@ def check_text(value: Any, place: str, messages: bool = True) -> None:
     elif isinstance(value, int | float):
         raise ValueError(
             f"{place} is {kind_of(value)} ({value!r}), and {wanted} belongs there. Read the column as text: "
-            "dataset.cast_column(name, datasets.Value('string')), or json lines with quotes around the value."
+            "dataset.cast_column(name, datasets.Value('string')), or give json lines with quotes around the values."
         )
     else:
         raise ValueError(f"{place} is {kind_of(value)}, and {wanted} belongs there, got {shown(value)}.")
