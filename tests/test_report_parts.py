@@ -137,6 +137,16 @@ def test_noise_alone_has_seldom_a_turning_point():
     assert found <= 14
 
 
+@pytest.mark.parametrize(
+    ("low", "says"), [(0.01, "clearly less."), (-0.01, "cannot be told from it."), (None, "cannot be told from it.")]
+)
+def test_best_and_last_checkpoint_are_told_apart_by_their_paired_difference(low, says):
+    """The two errors alone, 0.2 each, would not tell 0.1 apart."""
+    rows = [{"step": step, "labeler_score": score, "labeler_se": 0.2} for step, score in ((1, 0.5), (2, 0.4))]
+    rows[-1]["behind_best"] = {"mean": 0.1, "low": low, "high": None if low is None else 0.2}
+    assert report_parts.checkpoints_caption(example_report(checkpoints=rows)).endswith(says)
+
+
 def test_the_best_checkpoint_is_the_first_of_the_highest():
     rows = [{"step": i, "labeler_score": s} for i, s in enumerate([0.1, 0.9, 0.9, None, float("nan")])]
     assert best_checkpoint(rows)["step"] == 1
