@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -34,7 +35,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, classifier: PreTrainedModel):
         super().__init__()
-        if hasattr(classifier, "peft_config"):
+        if is_peft_model(classifier):
             raise ValueError(
                 "The value model carries PEFT adapters. Merge them first (`model.merge_and_unload()`), or give the "
                 "folder of the reward adapter as value_model=, which is merged as it is read."
@@ -108,7 +109,7 @@ def merged(model: Any) -> Any:
     Raises:
         ValueError: these are quantised, so that nothing merges exactly.
     """
-    if not hasattr(model, "peft_config"):
+    if not is_peft_model(model):
         return model
     if is_quantised(model):
         raise ValueError(
