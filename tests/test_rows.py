@@ -4,11 +4,14 @@ What a chat template should render is what it renders of the messages as they st
 """
 
 import pytest
+from conftest import tiny_config
 from datasets import Dataset, IterableDataset, Value
 from ppo_helpers import make as make_ppo
+from ranking_helpers import fresh_model
 from ranking_helpers import make as make_ranking
+from transformers import LlamaForCausalLM
 
-from instruct_trl import InstructSFTConfig, InstructSFTTrainer
+from instruct_trl import InstructSFTConfig, InstructSFTTrainer, RewardScorer
 from instruct_trl.data.chat import as_written, without_padding
 from instruct_trl.data.checks import check_text
 from instruct_trl.data.demonstrations import check_sft_dataset
@@ -314,7 +317,8 @@ def rendered(tokenizer, messages, **kwargs):
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
 
 
-def test_rankings_are_rendered_as_they_were_written(tokenizer, scorer):
+def test_rankings_are_rendered_as_they_were_written(tokenizer):
+    scorer = RewardScorer(fresh_model(max_position_embeddings=1024), tokenizer)
     tokenizer.chat_template = TOOLS
     dataset = Dataset.from_list([{"prompt": PROMPT, "completions": CALLS, "ranks": [1, 2, 3], "tools": TWO}])
     assert dataset[0]["prompt"][0]["tool_calls"] is None  # Arrow did add something
@@ -325,7 +329,8 @@ def test_rankings_are_rendered_as_they_were_written(tokenizer, scorer):
     assert scores == scorer(prompts=[PROMPT] * 3, completions=CALLS, tools=[TWO] * 3)
 
 
-def test_demonstrations_are_rendered_as_they_were_written(policy, tokenizer, tmp_path):
+def test_demonstrations_are_rendered_as_they_were_written(tokenizer, tmp_path):
+    policy = LlamaForCausalLM(tiny_config(max_position_embeddings=1024))
     tokenizer.chat_template = TOOLS
     kwargs = [{"chat_template_kwargs": {"mood": "odd"}}, {}]
     rows = [{"prompt": PROMPT, "completion": CALLS[i], "tools": TWO, **kwargs[i]} for i in range(2)]
