@@ -184,22 +184,20 @@ def test_the_page_says_how_many_rows_were_trained_on_and_calls_them_not_held_out
     assert "of held-out pairs" not in page
 
 
-def test_a_selection_on_prompts_that_were_trained_on_says_so(tmp_path, run, monkeypatch):
-    import instruct_trl
+def test_a_selection_on_prompts_that_were_trained_on_says_so(tmp_path, run, policy, reward_model, tokenizer):
     from instruct_trl.pipeline.selecting import select_and_copy
 
     prompts("a", "b", "c").to_json(tmp_path / "d.jsonl")
-    for name in ("run/sft", "out", "best"):
-        (tmp_path / name).mkdir(parents=True)
+    for model, name in ((policy, "run/sft/checkpoint-1"), (reward_model, "rm")):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "out").mkdir()
     settings = {"settings": {"dataset_name": str(tmp_path / "d.jsonl")}}
     (tmp_path / "run" / "sft" / FINISHED).write_text(json.dumps(settings))
-    (tmp_path / "out" / "selection.md").write_text("# Which\n")
-    monkeypatch.setattr(instruct_trl, "RewardScorer", lambda *_, **__: None)
-    monkeypatch.setattr(instruct_trl, "select_checkpoint", lambda *_, **__: SimpleNamespace(best=tmp_path / "best"))
     own = SimpleNamespace(
         run=run.run, dataset_name=str(tmp_path / "d.jsonl"), dataset_config=None, dataset_test_split=None,
-        dataset_train_split="train", reward_model_path="rm", sft_path=None, batch_size=1, bf16=False, seed=0,
-        max_completion_length=1, temperature=1.0,
+        dataset_train_split="train", reward_model_path=str(tmp_path / "rm"), sft_path=None, batch_size=1,
+        bf16=False, seed=0, max_completion_length=1, temperature=1.0,
     )  # fmt: skip
     select_and_copy(own, tmp_path / "out")
     assert (

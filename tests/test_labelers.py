@@ -133,9 +133,9 @@ def test_a_labeler_is_called_as_it_will_be_and_no_more_than_once(tokenizer):
 @pytest.mark.parametrize(
     "body", ["return ['good'] * len(prompts)", "return [1.0]", "raise KeyError('a')", "return [None, 1]"]
 )
-def test_a_labeler_that_fails_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, tokenizer, body):
+def test_a_labeler_that_fails_is_refused_before_anything_is_sampled(tmp_path, monkeypatch, policy, tokenizer, body):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q"}\n')
-    (tmp_path / "m").mkdir()
+    policy.save_pretrained(tmp_path / "m")
     module = f"labeler_{abs(hash(body))}"
     (tmp_path / f"{module}.py").write_text(f"def score(prompts, completions, **_):\n    {body}\n")
     monkeypatch.chdir(tmp_path)
@@ -177,8 +177,8 @@ def test_the_same_answer_four_times_is_not_ranked(tmp_path):
         sampling.sample_rankings(run, tmp_path)
 
 
-def test_models_that_are_not_there_are_named_by_their_option(tmp_path):
-    (tmp_path / "m").mkdir()
+def test_models_that_are_not_there_are_named_by_their_option(tmp_path, policy):
+    policy.save_pretrained(tmp_path / "m")
     here, gone = str(tmp_path / "m"), str(tmp_path / "gone")
     given = {"sft_model": here, "ppo_model": here, "reward_model_path": here, "other_models": [f"more={here}"]}
     run = EvaluateArguments(run_dir=str(tmp_path), dataset_name="d.jsonl", cpu_threads=1, **given)

@@ -74,7 +74,9 @@ def test_all_routes_agree(tokenizer, tmp_path, kind, padding_side, conversationa
 
 def test_bf16_weights(tokenizer, tmp_path):
     """A bf16 number has 8 bits, so that one unit in its last place is up to 2⁻⁷ of it; routes sum in other orders."""
-    trainer = trained(classifier(dtype=torch.bfloat16), tokenizer, tmp_path)
+    trainer = trained(classifier(), tokenizer, tmp_path)
+    trainer.model.to(torch.bfloat16)
+    trainer.save_model(str(tmp_path / "rm"))
     rewards = rewards_everywhere(trainer, tmp_path)
     assert RewardScorer(tmp_path / "rm").model.dtype == torch.bfloat16
     spread, by_route = largest_gap(rewards)

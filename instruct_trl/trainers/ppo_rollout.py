@@ -45,7 +45,7 @@ class PPORollout(GRPOTrainer):
     divergence: DivergenceMonitor
     stopwatch: Stopwatch
     _rewards: torch.Tensor
-    _prompt_ids: list[list[int]] | None  # of the rollout under way; None where a rollout_func made them
+    _prompt_ids: list[list[int]] | None  # what the policy read of the answers that are scored next
     _minibatch: dict[str, Any]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -81,15 +81,19 @@ class PPORollout(GRPOTrainer):
             self._hand_over_prompt_ids = False
 
     def _tokenize_prompts(self, prompts: list) -> Any:
-        """Prompts as everything of ours reads them (`encode_prompt`); upstream's way with images and environments."""
+        """As `encode_prompt` does it everywhere; upstream's way with images and environments."""
         if self._is_vlm or self.environment_factories is not None:
             prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         else:
             given: Any = self.chat_template_kwargs | {"tools": self.tools or None, "chat_template": self.chat_template}  # type: ignore[operator]
             options = {name: value for name, value in given.items() if value is not None}
             prompt_ids, images, fields = [encode_prompt(self._tokenizer, p, **options) for p in prompts], None, {}
-        self._prompt_ids = prompt_ids
         return prompt_ids, images, fields
+
+    def _generate(self, prompts: list) -> Any:
+        generated = super()._generate(prompts)
+        self._prompt_ids = generated[0]
+        return generated
 
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
@@ -126,8 +130,9 @@ class PPORollout(GRPOTrainer):
         # Whether an answer ended is known here, by the policy's own ending ids; another tokenizer's would not be found.
         ended = [len(ids) > 0 and int(ids[-1]) in self.eos_token_ids for ids in completion_ids]
         inputs = [{**row, "truncated": not end} for row, end in zip(inputs, ended, strict=True)]
-        if self._hand_over_prompt_ids and self._prompt_ids is not None:
-            inputs = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, self._prompt_ids, strict=True)]
+        prompt_ids, self._prompt_ids = self._prompt_ids, None
+        if self._hand_over_prompt_ids and prompt_ids is not None:
+            inputs = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
         drawn = [ids[:-1] if end else ids for ids, end in zip(completion_ids, ended, strict=True)]
         completions = [self._as_drawn(*answer) for answer in zip(completions, completion_ids, drawn, strict=True)]
         with self.stopwatch("score"), ExitStack() as precision:
@@ -207,7 +212,6 @@ class PPORollout(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # The KL from the reference is always reported, so the reference log-probs are always wanted: beta = 1 for now.
         beta, self.beta = self.beta, 1.0
-        self._prompt_ids = None
         try:
             rollout = super()._generate_and_score_completions(inputs)
         finally:
