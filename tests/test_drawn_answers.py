@@ -11,7 +11,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import RewardScorer
+from instruct_trl.data.mixing import tokenize_pretraining
 from instruct_trl.data.pairs import encode_prompt, encode_text, tokenize_drawn, tokenize_pair, what_template_rewrites
+from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.ranking import prepare_ranking_dataset
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion
@@ -124,6 +126,16 @@ def test_a_rendered_chat_has_one_bos(tokenizer):
     assert tokenize_pair(tokenizer, rendered, "4") == tokenize_pair(tokenizer, CHAT, said("4"))
     assert encode_text(tokenizer, "plain") == [tokenizer.bos_token_id, *encode_text(tokenizer, "plain")[1:]]
     assert encode_text(tokenizer, "<s><s>x")[:3] == [tokenizer.bos_token_id] * 3  # both are the user's
+
+
+def test_pretraining_texts_have_one_bos(tokenizer):
+    with_bos(tokenizer)
+    texts = Dataset.from_dict({"text": ["<s>a text", "a text"]})
+    expected = tokenizer("a text")["input_ids"]
+    assert expected[0] == tokenizer.bos_token_id
+    stream = PretrainingStream(texts, tokenizer, max_length=32)
+    assert stream.draw(2) == [expected] * 2
+    assert tokenize_pretraining(texts, tokenizer)["input_ids"] == [expected] * 2
 
 
 def test_demonstrations_of_rendered_chats_have_one_bos(tmp_path, tokenizer):

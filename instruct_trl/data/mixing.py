@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from instruct_trl.data.checks import check_pretraining_row, check_rows
+from instruct_trl.data.pairs import encode_text
 
 
 def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_dataset: Any, packing: bool) -> None:
@@ -60,7 +61,7 @@ def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
     encode: Callable[[dict[str, Any]], list[int]] = (
         (lambda row: list(row["input_ids"]))
         if "input_ids" in columns
-        else (lambda row: list(tokenizer(text=row["text"])["input_ids"]))
+        else (lambda row: encode_text(tokenizer, row["text"]))
     )
 
     def to_example(row: dict[str, Any], index: int) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ import torch
 from datasets import Features, IterableDataset, List, Value
 
 from instruct_trl.data.checks import check_pretraining_row, require_columns
+from instruct_trl.data.pairs import drop_own_bos
 
 IGNORED_LABEL = -100
 BATCH = 100  # texts that are tokenised at once; a tokenizer takes a hundred bytes for a token meanwhile
@@ -180,7 +181,11 @@ def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max
     column = "input_ids" if "input_ids" in batch else "text"
     for value, index in zip(batch[column], indices, strict=True):
         check_pretraining_row({column: value}, index)
-    rows = batch["input_ids"] if column == "input_ids" else tokenizer(batch["text"])["input_ids"]
+    rows = (
+        batch["input_ids"]
+        if column == "input_ids"
+        else tokenizer([drop_own_bos(tokenizer, text) for text in batch["text"]])["input_ids"]
+    )
     for value, row, index in zip(batch[column], rows, indices, strict=True):
         if len(row) < 2:
             raise ValueError(
