@@ -320,9 +320,8 @@ def test_continuous_batching_trains_and_evaluates(tmp_path, policy, scorer, toke
 
     trainer._generate_single_turn = generate_and_compare
     trainer.train()
-    parameters = len(list(policy.parameters()))
-    assert [found[:2] for found in kept] == [(True, True)] * 6
-    assert max(found[2] for found in kept) > 2 * parameters  # gradients of the γ term are there when it samples
+    state_without_gradients = len([*policy.parameters(), *policy.buffers()])
+    assert kept == [(True, True, state_without_gradients)] * 6  # sampling has the room that gradients would take
     assert trainer.state.global_step == 8
     # Rollout and update pad a row differently, by which bf16 rounds differently; its numbers are 1/256 apart near 1.
     assert [rows(trainer, "ratio")[i] for i in (0, 4)] == pytest.approx([1, 1], abs=1e-3 if bf16 else 1e-5)
