@@ -27,7 +27,8 @@ _KEY_NAME = re.compile(r"(?:^|[_-])(?:api|access|secret|private|judge|auth)?[_-]
 # Settings of a tokenizer, whose values are words like <|im_end|>.
 _TEXT_TOKEN = re.compile(r"(?:^|[_-])(?:pad|eos|bos|unk|sep|cls|mask|start|end|stop|image|video|audio)[_-]token$", re.I)
 _PAIR = re.compile(r"""(["']?([\w-]+)["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}"']+)""")  # token=X, or 'token': 'X'
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*|[a-z_]+")
+# The name of an environment variable. Many letters and digits without a _ are a key.
+_VARIABLE = re.compile(r"(?=.{1,40}$)(?:_?[A-Z][A-Z0-9]{0,11}(?:_[A-Z0-9]+)*|[a-z_]+)")
 
 
 def redact(text: str) -> str:
@@ -73,7 +74,12 @@ def _redact_argument(value: str, name: str) -> str:
     return redact(_PAIR.sub(lambda found: found[1] + HIDDEN if _is_secret(found[2], found[3]) else found[0], value))
 
 
+def looks_like_variable(value: str) -> bool:
+    """Whether `value` looks like the name of an environment variable, and so may be shown."""
+    return _VARIABLE.fullmatch(value) is not None
+
+
 def _is_secret(name: str, value: str) -> bool:
     if _KEY_NAME.search(name):
-        return value not in os.environ and not (_VARIABLE.fullmatch(value) and len(value) <= 40)
+        return value not in os.environ and not looks_like_variable(value)
     return bool(_SECRET_NAME.search(name)) and not _TEXT_TOKEN.search(name)

@@ -173,3 +173,12 @@ def test_what_peft_leaves_out_is_in_the_file(base, grown, tmp_path):
     trainer = sft(base, grown, "low rank", tmp_path / "out")
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert torch.equal(saved["base_model.model.lm_head.weight"], trainer.model.get_output_embeddings().weight)
+
+
+def test_a_token_that_stands_for_pictures_needs_no_row(policy, tokenizer):
+    """Gemma 3's tokenizer has one, and its model of text has no row for it."""
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    with pytest.raises(ValueError, match="nothing is there for '<picture>'"):
+        check_token_rows(policy, tokenizer, "it")
+    tokenizer.image_token = "<picture>"
+    check_token_rows(policy, tokenizer, "it")

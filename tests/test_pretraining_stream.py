@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 from instruct_trl.data.pretraining import PretrainingStream
 
@@ -153,3 +153,15 @@ def test_streamed_columns_without_text_are_refused(tokenizer):
     for empty in (Dataset.from_dict({"text": []}), texts.filter(lambda row: False)):
         with pytest.raises(ValueError, match="has no rows"):
             PretrainingStream(empty, tokenizer, max_length=8)
+
+
+def test_a_stream_that_can_be_read_only_once_is_refused_where_it_ends(tokenizer):
+    texts = iter(["a b c"] * 5)
+
+    def rows():
+        yield from ({"text": text} for text in texts)
+
+    once = IterableDataset.from_generator(rows)
+    stream = PretrainingStream(once, tokenizer, max_length=8)
+    with pytest.raises(ValueError, match="no row when it was read for pass 1.*only once"):
+        stream.draw(6)

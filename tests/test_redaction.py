@@ -108,3 +108,29 @@ def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"labeler\.npz cannot be read as the demo's labeler.*Move .* away"):
         SentimentLabeler.load(tmp_path / "labeler.npz")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("key", ["0A1B2C3D4E5F60718293A4B5C6D7E8F9", "A1B2C3D4E5F60718293A4B5C6D7E8F90"])
+def test_a_key_of_capitals_is_no_name_of_a_variable(key):
+    from instruct_trl.pipeline.judging import _no_key
+
+    assert redact_settings({"judge_key": key}) == {"judge_key": "***"}
+    assert key not in _no_key(key)
+    assert redact_settings({"judge_key": "AZURE_OPENAI_KEY2"}) == {"judge_key": "AZURE_OPENAI_KEY2"}
+
+
+def test_what_is_refused_shows_no_password(tmp_path):
+    from instruct_trl.models.reward_loading import check_model_path
+    from instruct_trl.pipeline.arguments import read_yaml
+    from instruct_trl.pipeline.loading import load_splits
+
+    (tmp_path / "token").write_text(HUB)
+    refused = [
+        (load_splits, "https://me:secret@host/rows.jsonl"),
+        (check_model_path, "https://me:secret@host/model"),
+        (read_yaml, tmp_path / "token"),
+    ]
+    for check, given in refused:
+        with pytest.raises(ValueError) as error:
+            check(given)
+        assert not any(word in str(error.value) for word in ("secret", HUB))

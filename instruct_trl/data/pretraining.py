@@ -137,7 +137,15 @@ class _Streamed:
         epoch = 0
         while True:
             self._dataset.set_epoch(epoch)
-            yield from self._dataset
+            rows = iter(self._dataset)
+            first = next(rows, None)
+            if first is None:
+                raise ValueError(
+                    f"pretraining_dataset gave no row when it was read for pass {epoch} (from 0): it can be read only "
+                    "once. Make it from a function that begins anew at each call (IterableDataset.from_generator)."
+                )
+            yield first
+            yield from rows
             epoch += 1
 
     def take(self, start: int, count: int) -> list[list[int]]:

@@ -9,17 +9,24 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from instruct_trl.data.chat import in_row, without_padding
-from instruct_trl.data.checks import check_text, kind_of, require_columns
+from instruct_trl.data.checks import check_text, column_names, kind_of, require_columns
 from instruct_trl.data.pairs import encode_prompt
 
 logger = logging.getLogger(__name__)
+
+# What a trainer itself hands to reward functions beside a row's own columns.
+_HANDED_OVER = (
+    *("prompts", "completions", "completion_ids", "prompt_ids", "truncated"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
 
 
 def filter_prompts(dataset: Any, tokenizer: Any, max_prompt_length: int | None, name: str) -> Any:
     """Check the `prompt` column; drop prompts of more than `max_prompt_length` tokens, with one line that counts them.
 
-    A streamed dataset is checked and filtered as it flows, so its drops cannot be counted beforehand. Messages come
-    back without the nulls that Arrow added.
+    Columns with a name under which reward functions get something of the trainer's (`completions`, `truncated`, ...)
+    are left out, and a line says so. A streamed dataset is checked and filtered as it flows, so its drops cannot be
+    counted beforehand. Messages come back without the nulls that Arrow added.
 
     Raises:
         ValueError: no `prompt` column, a prompt that is empty or no text, one that the chat template refuses, text
@@ -30,11 +37,22 @@ def filter_prompts(dataset: Any, tokenizer: Any, max_prompt_length: int | None, 
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
     require_columns(dataset, ["prompt"], name)
-    dataset = without_padding(dataset)
+    dataset = without_padding(_without_handed_over(dataset, name))
     if isinstance(dataset, IterableDataset):
         kwargs = {"tokenizer": tokenizer, "limit": max_prompt_length, "name": name}
         return dataset.filter(_fits, with_indices=True, fn_kwargs=kwargs)
     return _filter_rows(dataset, tokenizer, max_prompt_length, name)
+
+
+def _without_handed_over(dataset: Any, name: str) -> Any:
+    taken = [column for column in column_names(dataset) if column in _HANDED_OVER]
+    if not taken:
+        return dataset
+    logger.warning(
+        "%s: left out its %s: reward functions get the trainer's own under these names. Rename a column that they are "
+        "to read.", name, ", ".join(map(repr, taken)),
+    )  # fmt: skip
+    return dataset.remove_columns(taken)
 
 
 def _fits(row: Mapping[str, Any], index: int, tokenizer: Any, limit: int | None, name: str) -> bool:

@@ -25,7 +25,7 @@ def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: An
     """
     path = str(path)
     kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
-    check_model_path(path)
+    check_model_path(path, **kwargs)
     if not names_adapter(path):
         return AutoModelForCausalLM.from_pretrained(path, **kwargs)
     from peft import PeftConfig

@@ -16,12 +16,18 @@ from instruct_trl._upstream import keep_4bit_trainable, score_head
 from instruct_trl.models.adapter_loading import put_adapter_on, resize_token_rows, token_rows
 from instruct_trl.models.model_files import check_config, check_tokenizer, check_weights
 from instruct_trl.models.precision import is_quantised, one_dtype
+from instruct_trl.redaction import redact
 
 # Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
 ADAPTER_CONFIG = "reward_config.json"
 
 # Special tokens that tokenizers carry for padding or leave unused, in order of preference.
 _PAD_CANDIDATES = ("<|endoftext|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+
+# Of the arguments of `from_pretrained`, those that say where a model lies.
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
+# Tokens that stand for what is no text: Gemma 3's tokenizer has one for pictures, and its model of 1B no row for it.
+_PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 
 
 def ensure_distinct_pad_token(tokenizer: Any, model: nn.Module | None = None) -> str | None:
@@ -79,7 +85,10 @@ def check_token_rows(model: Any, tokenizer: Any, name: str, *, pad: bool = True)
         ValueError: there are such ids; says which tokens they are.
     """
     rows = token_rows(model)
-    read = {token: index for token, index in tokenizer.get_vocab().items() if pad or index != tokenizer.pad_token_id}
+    unread = {str(getattr(tokenizer, name, None)) for name in _PLACEHOLDERS} - {"None"}
+    if not pad:
+        unread.add(tokenizer.pad_token)
+    read = {token: index for token, index in tokenizer.get_vocab().items() if token not in unread}
     beyond = sorted((index, token) for token, index in read.items() if index >= rows)
     if beyond:
         tokens = ", ".join(repr(token) for _, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
@@ -91,26 +100,29 @@ def check_token_rows(model: Any, tokenizer: Any, name: str, *, pad: bool = True)
         )
 
 
-def check_model_path(path: str | Path, *, weights: bool = True) -> None:
+def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -> None:
     """Refuse a path that is not there, or whose files are missing or cut short, with one line in place of a traceback.
 
     Args:
         path: local folder or hub name.
         weights: look at a folder's weights too, not at its config and tokenizer alone.
+        kwargs: those that the model is going to be loaded with; `subfolder`, `token` and their like say where it lies.
 
     Raises:
         ValueError: neither a folder with a whole model nor a reachable repository of the hub with this name.
     """
-    path = str(path)
+    path, subfolder = str(path), kwargs.get("subfolder") or ""
+    if kwargs.get("gguf_file"):  # one file, of a format of its own
+        return
     if os.path.isdir(path):
-        check_config(Path(path))
+        check_config(Path(path, subfolder))
         if weights:
-            check_weights(Path(path))
+            check_weights(Path(path, subfolder))
         return
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"There is no model folder {path!r}. Check the path, or train the model first.")
+        raise ValueError(f"There is no model folder {redact(path)!r}. Check the path, or train the model first.")
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _WHERE if kwargs.get(name)})
     except OSError as error:
         if names_adapter(path):
             return
@@ -211,7 +223,7 @@ def load_reward_model(path: str | Path, *, trainable: bool = False, **kwargs: An
             fit.
     """
     path, kwargs = str(path), one_dtype(kwargs, "kwargs") or {}
-    check_model_path(path)
+    check_model_path(path, **kwargs)
     shared = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token") if key in kwargs}
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(path), **shared)
     if names_adapter(path):

@@ -96,8 +96,8 @@ class ValueModel(nn.Module):
         Raises:
             ValueError: no such path, more than one label, or an adapter of a base that is stored quantised.
         """
-        check_model_path(path)
         kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
+        check_model_path(path, **kwargs)
         if names_adapter(path):
             return cls(merged(load_reward_model(path, **kwargs)[0]).requires_grad_(True))
         return cls(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))

@@ -156,7 +156,7 @@ def read_yaml(path: Path, known: Collection[str] | None = None) -> dict[str, Any
     """
     content = load_yaml(path) if path.exists() else None
     if not isinstance(content, dict | None):
-        kind = "a list" if isinstance(content, list) else f"the value {content!r}"
+        kind = "a list" if isinstance(content, list) else f"the value {redact(repr(content))}"
         raise ValueError(f"{path} holds {kind} where settings should be. Write one `key: value` per line.")
     for key in content or {}:
         if known is not None and key not in known:

@@ -28,6 +28,7 @@ from instruct_trl.evaluation.judges.tally import judged_row, rating_row
 from instruct_trl.pipeline.bounds import require_at_least
 from instruct_trl.pipeline.functions import load_function, names_a_function
 from instruct_trl.pipeline.stage import write_json
+from instruct_trl.redaction import looks_like_variable
 
 RESULT = "judged.json"
 
@@ -209,7 +210,7 @@ def _endpoint(url: str, criterion: str, settings: JudgeArguments, folder: Path) 
 
 def _no_key(variable: str) -> str:
     """What to say where the variable is not set; a key that was given in place of a variable's name is not shown."""
-    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+    if not looks_like_variable(variable):
         return (
             "judge_key is the name of no environment variable that is set. Give the name of the one that holds the API "
             "key, such as --judge_key OPENAI_API_KEY, and never the key itself."

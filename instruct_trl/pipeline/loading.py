@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 
 from instruct_trl.pipeline.file_faults import FILE_TYPES, fault_in
+from instruct_trl.redaction import redact
 
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "held_out")
 """Usual names of a split that is not trained on, in the order in which one is taken."""
@@ -40,7 +41,7 @@ def load_splits(name: str | Path, config: str | None = None) -> dict[str, Any]:
     if path.is_dir():
         return _read_folder(path, config)
     if path.suffix.lower() in FILE_TYPES or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise ValueError(f"The dataset {name} does not exist.{_beside(path)} Check the path.")
+        raise ValueError(f"The dataset {redact(str(name))} does not exist.{_beside(path)} Check the path.")
     return _read_hub(str(name), config)
 
 
@@ -211,7 +212,7 @@ def _read_hub(name: str, config: str | None) -> dict[str, Any]:
     except Exception as error:
         offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
         raise ValueError(
-            f"{name!r} is no file or folder here, and it could not be loaded from the Hugging Face hub: "
+            f"{redact(str(name))!r} is no file or folder here, and it could not be loaded from the Hugging Face hub: "
             f"{_reason(error)}{offline}{_beside(Path(name))} Check the path or the name, --dataset_config, the network "
             "and, for private data, `hf auth login`."
         ) from error

@@ -40,6 +40,7 @@ from instruct_trl.trainers.starting_model import (
     check_adapters,
     keep_adapters_in_float32,
     load_adapter_to_train,
+    loading_kwargs,
     place_reward_models,
     settle_model_kwargs,
     train_in_float32,
@@ -106,7 +107,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
     ):
         args = _as_config(args, model)
         if isinstance(model, str) and (os.path.isdir(model) or not args.trust_remote_code):
-            check_model_path(model)
+            check_model_path(model, **loading_kwargs(args))
             if processing_class is None:
                 tokenizer_source(model)  # refuses a folder without one
         check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -301,6 +302,9 @@ def _with_one_bos(dataset: Any, formatting_func: Any, tokenizer: Any, text_field
         return dataset, formatting_func
     if formatting_func is not None:
         return dataset, lambda row: drop_own_bos(tokenizer, formatting_func(row))
+    first: dict[str, Any] = next(iter(dataset), {})
+    if "input_ids" in first or not any(isinstance(first.get(name), str) for name in (text_field, "prompt")):
+        return dataset, None  # messages, or tokens
 
     def drop(row: dict[str, Any]) -> dict[str, Any]:
         texts = {name: row[name] for name in (text_field, "prompt") if isinstance(row.get(name), str)}

@@ -208,7 +208,8 @@ class PPOEvaluation(PPORollout):
         size, ids, mask = len(inputs["completion_ids"]), inputs["completion_ids"], inputs["completion_mask"]
         first = self.accelerator.process_index * size
         own = torch.where(inputs["loss_mask"].any(dim=1, keepdim=True), inputs["loss_mask"], mask)  # no tool's words
-        last = ids.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
+        place = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0)  # a rollout_func may give no token
+        last = ids.gather(1, place).squeeze(1)
         endings = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=ids.device)
         columns = {"_length": own.sum(dim=1), "_ended": torch.isin(last, endings)}
         rewards = self._rewards[first : first + size].unbind(dim=1)

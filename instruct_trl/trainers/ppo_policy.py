@@ -22,6 +22,7 @@ from instruct_trl.trainers.starting_model import (
     check_adapters,
     keep_adapters_in_float32,
     load_adapter_to_train,
+    loading_kwargs,
     settle_model_kwargs,
     train_in_float32,
     trained_beside_a_base,
@@ -65,13 +66,8 @@ def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_c
             raise ValueError(
                 "quantization_config needs peft_config: quantised weights do not train, adapters on them do."
             )
-        return load_causal_model(policy, **_init_kwargs(args))  # in float32, or in the precision that was asked for
+        return load_causal_model(policy, **loading_kwargs(args))  # in float32, or in the precision that was asked for
     return train_in_float32(policy, "The policy", args, peft_config)
-
-
-def _init_kwargs(args: PPOPtxConfig) -> dict[str, Any]:
-    given: Any = args.model_init_kwargs or {}
-    return {"trust_remote_code": args.trust_remote_code, **given}
 
 
 def settle_policy(model: Any, tokenizer: Any, roles: RoleAdapters | None) -> None:
@@ -103,7 +99,7 @@ def resolve_reference(policy: Any, ref_model: Any, with_peft: bool, args: PPOPtx
     if ref_model is policy:
         raise ValueError("ref_model is the policy itself. Leave it out: a frozen copy of the policy is made.")
     if isinstance(ref_model, (str, Path)):
-        return merged(load_causal_model(ref_model, **_init_kwargs(args)))
+        return merged(load_causal_model(ref_model, **loading_kwargs(args)))
     if ref_model is None and not with_peft:
         reference = copy.deepcopy(policy).requires_grad_(False)
         # A trainer before may have set a forward of its own on the policy; copied, it would go on calling the policy.

@@ -54,7 +54,7 @@ from instruct_trl.trainers.ppo_ptx_setup import (
 from instruct_trl.trainers.ppo_saving import PPOSaving
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 from instruct_trl.trainers.room import check_rollouts, pretraining_length
-from instruct_trl.trainers.starting_model import place_reward_models
+from instruct_trl.trainers.starting_model import loading_kwargs, place_reward_models
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
@@ -119,7 +119,7 @@ class PPOPtxTrainer(PPOSaving):
         if role_adapters is not None:
             model, value_model, ref_model = role_adapters.policy, role_adapters.value, role_adapters.reference
             reward_funcs = role_adapters.reward if reward_funcs is None else reward_funcs
-        processing_class = processing_class or load_policy_tokenizer(model, role_adapters)
+        processing_class = processing_class or load_policy_tokenizer(model, role_adapters, **loading_kwargs(args))
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class, args)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
+from instruct_trl.data.pairs import encode_prompt
 from instruct_trl.models.policy_loading import load_tokenizer
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_functions import checked
@@ -57,8 +58,10 @@ def check_whole(**models: Any) -> None:
             )
 
 
-def load_policy_tokenizer(model: Any, roles: RoleAdapters | None) -> Any:
+def load_policy_tokenizer(model: Any, roles: RoleAdapters | None, **kwargs: Any) -> Any:
     """The tokenizer that was saved with the policy, or with the adapters of `roles`, padding on the left.
+
+    `kwargs` are those that a policy by path is going to be loaded with.
 
     Raises:
         ValueError: the policy is a path that does not exist, or a base of `roles` that has no name.
@@ -67,7 +70,7 @@ def load_policy_tokenizer(model: Any, roles: RoleAdapters | None) -> Any:
         path = roles.tokenizer_path
     else:
         path = model if isinstance(model, str) else model.config._name_or_path
-        check_model_path(path, weights=isinstance(model, str))
+        check_model_path(path, weights=isinstance(model, str), **kwargs)
     if not path:
         raise ValueError("The base of role_adapters was built in memory: pass its tokenizer as processing_class.")
     return load_tokenizer(path, padding_side="left", truncation_side="left")
@@ -233,6 +236,11 @@ def same_tokens(first: Any, second: Any) -> bool:
     one, two = first.get_vocab(), second.get_vocab()
     small, large = sorted((one, two), key=len)
     return all(large.get(token) == index for token, index in small.items()) and len(large) - len(small) <= 16
+
+
+def begins_alike(first: Any, second: Any) -> bool:
+    """True where both tokenizers put the same special tokens, a BOS or none, before a text."""
+    return encode_prompt(first, "x") == encode_prompt(second, "x")
 
 
 def say_plan(trainer: Any) -> None:

@@ -26,7 +26,7 @@ from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.minibatches import arrange_minibatches, compute_by_length
-from instruct_trl.trainers.ppo_ptx_setup import same_tokens
+from instruct_trl.trainers.ppo_ptx_setup import begins_alike, same_tokens
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
@@ -76,7 +76,7 @@ class PPORollout(GRPOTrainer):
             tokenizer = scorer.processing_class
             if not same_tokens(tokenizer, self._tokenizer):
                 scorer.say_text_is_read("its tokenizer is not the policy's")
-            elif tokenizer.chat_template == template:
+            elif tokenizer.chat_template == template and begins_alike(tokenizer, self._tokenizer):
                 continue
             self._hand_over_prompt_ids = False
 

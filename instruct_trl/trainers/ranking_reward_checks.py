@@ -21,7 +21,12 @@ from instruct_trl.models.reward_loading import (
     tokenizer_source,
 )
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
-from instruct_trl.trainers.starting_model import check_adapters, check_peft_config, check_something_trains
+from instruct_trl.trainers.starting_model import (
+    check_adapters,
+    check_peft_config,
+    check_something_trains,
+    loading_kwargs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +67,7 @@ def load_adapter(model: Any, peft_config: Any, args: RankingRewardConfig, quanti
     """
     if not isinstance(model, str) or not names_adapter(model):
         return model
-    kwargs = _init_kwargs(args, quantization_config)
+    kwargs = loading_kwargs(args, quantization_config)
     if not is_sft_adapter(model):
         check_adapters(model, peft_config, "The reward model")
         return load_reward_model(model, trainable=True, **kwargs)[0]
@@ -86,16 +91,9 @@ def load_grown(
     if AutoConfig.from_pretrained(model, **_hub_options(args)).get_text_config().vocab_size >= rows_for(tokenizer):
         return model
     set_seed(args.seed)
-    base = create_classifier(model, **_init_kwargs(args, quantization_config))
+    base = create_classifier(model, **loading_kwargs(args, quantization_config))
     fit_model_to_tokenizer(base, tokenizer)
     return base
-
-
-def _init_kwargs(args: RankingRewardConfig, quantization_config: Any) -> dict[str, Any]:
-    """What `from_pretrained` is to be given for a model that upstream does not load."""
-    given: Any = args.model_init_kwargs or {}
-    kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
-    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def check_model(model: Any, args: RankingRewardConfig) -> None:
@@ -103,7 +101,7 @@ def check_model(model: Any, args: RankingRewardConfig) -> None:
     if not isinstance(model, str):
         check_single_label(model.config, type(model).__name__)
         return
-    check_model_path(model)
+    check_model_path(model, **loading_kwargs(args))
     if names_adapter(model):
         return
     # A causal LM's config has transformers' default of 2 labels; TRL gives it a new head with one.

@@ -157,11 +157,14 @@ def load_adapter_to_train(model: Any, args: Any, quantization_config: Any = None
     """
     if not isinstance(model, str) or not names_adapter(model):
         return model
+    return load_causal_model(model, trainable=True, **loading_kwargs(args, quantization_config))
+
+
+def loading_kwargs(args: Any, quantization_config: Any = None) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for a model that upstream does not load, as the user gave them in `args`."""
     given: Any = args.model_init_kwargs or {}
     kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
-    return load_causal_model(
-        model, trainable=True, **{key: value for key, value in kwargs.items() if value is not None}
-    )
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def trained_beside_a_base(model: Any, peft_config: Any) -> bool:

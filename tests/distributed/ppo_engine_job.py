@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.divergence import Verdict
 
-# A fifth of the critic's gradients are below 1e-7: with Adam's usual epsilon their rounding is what moves those weights,
-# so that already 1 × 8 and 2 × 4 rows on one process differ by 6e-6 somewhere.
+# A fifth of the critic's gradients are below 1e-7. With Adam's usual epsilon their rounding moves those weights: 1 × 8
+# and 2 × 4 rows on one process then differ by 6e-6 in one place.
 ADAM = {
     "optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 0.5, "value_max_grad_norm": 0.3,
     "adam_epsilon": 1e-5,
