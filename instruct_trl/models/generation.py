@@ -120,26 +120,29 @@ def generate_completions(
     results: dict[int, Completion] = {}
     config = _sampling_config(tokenizer, ends, max_new_tokens, temperature)
     device = next(model.parameters()).device
+    progress = tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer")
+    with _ready_to_sample(model), progress as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            # A seed of its own for each batch: one that ends early does not shift the noise of those after it.
+            with seeded(seed + start, device):
+                answers = _generate_batch(model, config, [rows[i] for i in batch])
+            for i, ids in zip(batch, answers, strict=True):
+                results[i] = _cut(tokenizer, ids, next((token for token in ids if token in ends), ends[0]))
+            bar.update(len(batch))
+    return [results[i] for i in range(len(rows))]
+
+
+@contextmanager
+def _ready_to_sample(model: Any) -> Iterator[None]:
+    """Inside, the model is in eval mode, keeps no graph, and has no generation config of its own."""
     was_training = model.training
     model.eval()
     try:
-        with (
-            torch.no_grad(),
-            neutral_generation_config(model),
-            contiguous_head_input(model),
-            tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer") as bar,
-        ):
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                # A seed of its own for each batch: one that ends early does not shift the noise of those after it.
-                with seeded(seed + start, device):
-                    answers = _generate_batch(model, config, [rows[i] for i in batch])
-                for i, ids in zip(batch, answers, strict=True):
-                    results[i] = _cut(tokenizer, ids, next((token for token in ids if token in ends), ends[0]))
-                bar.update(len(batch))
+        with torch.no_grad(), neutral_generation_config(model), contiguous_head_input(model):
+            yield
     finally:
         model.train(was_training)
-    return [results[i] for i in range(len(rows))]
 
 
 def _sampling_config(tokenizer: Any, ends: list[int], max_new_tokens: int, temperature: float) -> GenerationConfig:

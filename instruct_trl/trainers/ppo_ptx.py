@@ -146,17 +146,16 @@ class PPOPtxTrainer(PPOSaving):
                 environment_factory=environment_factory,
             )
         self.beta, self.role_adapters = args.beta, role_adapters
-        self._settle_endings()
-        self._settle_scorers()
-        check_rollouts(self, value_model, ref_model)
         self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
-        self.evaluation_rows = EvaluationRows()
         self.reference_scores = ReferenceScores() if with_win_rate else None
         say_plan(self)
 
     def _add_ppo_parts(self, value_model: ValueModel, ref_model: Any, pretraining_dataset: Any) -> None:
         """What PPO-ptx has and GRPO has not: an own reference, the critic, the pretraining gradient, the average."""
         args, roles = self.args, self.role_adapters
+        self._settle_endings()
+        self._settle_scorers()
+        check_rollouts(self, value_model, ref_model)
         check_engine(self.accelerator)
         keep_4bit_trainable(self.model)
         settle_policy(self.model, self._tokenizer, roles)
@@ -187,6 +186,7 @@ class PPOPtxTrainer(PPOSaving):
         if args.ema_decay is not None:
             self.ema = EMACallback(self.model, args.ema_decay)
             self.add_callback(self.ema)
+        self.evaluation_rows = EvaluationRows()
         self.stopwatch = Stopwatch(self.accelerator.device)
         self._minibatch = {}
         self._paced = False
