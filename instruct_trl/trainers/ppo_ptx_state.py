@@ -17,6 +17,8 @@ def save_state(trainer: Any, checkpoint: str) -> None:
     position = {
         "step": trainer._step,
         "processes": trainer.args.world_size,
+        "settings": _settings(trainer),
+        "micro_batches": _micro_batches(trainer),
         "buffered_inputs": trainer._buffered_inputs,
         "pretraining_position": 0 if trainer.pretraining is None else trainer.pretraining.stream.position,
     }
@@ -27,7 +29,7 @@ def load_state(trainer: Any, checkpoint: str) -> None:
     """Take up what `save_state` wrote.
 
     Raises:
-        ValueError: the checkpoint is not one of PPO-ptx.
+        ValueError: the checkpoint is not one of PPO-ptx, or was written under settings that make another trajectory.
     """
     path = _rollout_file(trainer, checkpoint)
     if not os.path.isfile(path):
@@ -42,12 +44,41 @@ def load_state(trainer: Any, checkpoint: str) -> None:
             f"{checkpoint} was written by {position['processes']} processes, these are {trainer.args.world_size}. "
             "Resume with the number of processes that the run had, or start afresh."
         )
+    if "settings" in position:
+        _check_settings(trainer, position, checkpoint)
     trainer.critic.load(checkpoint)
     if trainer.ema is not None:
         trainer.ema.load_state_dict(torch.load(_ema_file(trainer, checkpoint), map_location="cpu", weights_only=True))
     trainer._step, trainer._buffered_inputs = position["step"], position["buffered_inputs"]
+    if "settings" in position and trainer._step % position["micro_batches"] == 0:  # which may be of another size now
+        trainer._step = trainer._step // position["micro_batches"] * _micro_batches(trainer)
     if trainer.pretraining is not None:
         trainer.pretraining.stream.position = position["pretraining_position"]
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    """What a trajectory depends on: how many answers to which prompts a step and an iteration take."""
+    names = ("generation_batch_size", "num_generations", "num_iterations", "seed", "data_seed", "shuffle_dataset")
+    return {name: getattr(trainer.args, name) for name in (*names, "minibatch_size", "per_device_train_batch_size")}
+
+
+def _micro_batches(trainer: Any) -> int:
+    """Micro-batches of one iteration on one process."""
+    return trainer.args.steps_per_generation * trainer.num_iterations
+
+
+def _check_settings(trainer: Any, position: dict[str, Any], checkpoint: str) -> None:
+    before, now = position["settings"], _settings(trainer)
+    changed = [name for name in now if before[name] != now[name]]
+    if position["step"] % position["micro_batches"] == 0 and "per_device_train_batch_size" in changed:
+        changed.remove("per_device_train_batch_size")  # no micro-batch of a rollout is left
+    if changed:
+        was, asked = (", ".join(f"{name}={values[name]}" for name in changed) for values in (before, now))
+        raise ValueError(
+            f"{checkpoint} was written with {was}, and this run has {asked}: it would go on from there with other "
+            "prompts, or with other minibatches of the rollout that it stands in. Resume with the settings that the "
+            "run had, or start a run of its own from the policy that the checkpoint holds."
+        )
 
 
 def _rollout_file(trainer: Any, checkpoint: str) -> str:
