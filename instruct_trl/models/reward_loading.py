@@ -158,6 +158,15 @@ def has_tokenizer(name: str) -> bool:
         return False
 
 
+def tokenizer_beside(path: str) -> Any:
+    """The tokenizer saved beside a model, by folder or name, or for an adapter beside its base; None without one."""
+    from peft import PeftConfig
+
+    if path and names_adapter(path) and not has_tokenizer(path):
+        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    return AutoTokenizer.from_pretrained(path) if has_tokenizer(path) else None
+
+
 def is_sft_adapter(path: str | Path) -> bool:
     """True for an adapter, by folder or name, that is not a classifier's, on which a reward adapter may be trained."""
     from peft import PeftConfig

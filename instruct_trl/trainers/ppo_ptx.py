@@ -42,6 +42,7 @@ from instruct_trl.trainers.ppo_ptx_setup import (
     check_beside_roles,
     check_engine_of_roles,
     check_pretraining,
+    check_read_alike,
     check_reward_rows,
     check_whole,
     load_policy_tokenizer,
@@ -122,6 +123,7 @@ class PPOPtxTrainer(PPOSaving):
         processing_class = processing_class or load_policy_tokenizer(model, role_adapters, **loading_kwargs(args))
         require_eos(processing_class)
         reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
+        check_read_alike(processing_class, value_model=value_model, ref_model=ref_model)
         value_model = resolve_value_model(value_model, reward_funcs, processing_class, args)
         check_reward_rows(reward_funcs)
         policy = load_policy(model, args, quantization_config, peft_config)

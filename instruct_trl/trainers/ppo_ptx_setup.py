@@ -17,9 +17,9 @@ from instruct_trl.data.pairs import encode_prompt
 from instruct_trl.models.policy_loading import load_tokenizer
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_functions import checked
-from instruct_trl.models.reward_loading import check_model_path, check_token_rows
+from instruct_trl.models.reward_loading import check_model_path, check_token_rows, tokenizer_beside
 from instruct_trl.models.role_adapters import RoleAdapters
-from instruct_trl.models.roles import RewardRole, ValueRole
+from instruct_trl.models.roles import ReferenceRole, RewardRole, ValueRole
 from instruct_trl.models.value import ValueModel, value_model_from_reward_model
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
@@ -234,6 +234,9 @@ def _check_tokens(scorer: RewardScorer, policy_tokenizer: Any) -> None:
 def same_tokens(first: Any, second: Any) -> bool:
     """True where every token that both tokenizers know has the same id, and they share all but added special ones."""
     one, two = first.get_vocab(), second.get_vocab()
+    if first.pad_token_id == second.pad_token_id is not None:  # by whatever name, it is never read
+        for vocabulary, tokenizer in ((one, first), (two, second)):
+            vocabulary.pop(tokenizer.pad_token, None)
     small, large = sorted((one, two), key=len)
     return all(large.get(token) == index for token, index in small.items()) and len(large) - len(small) <= 16
 
@@ -241,6 +244,29 @@ def same_tokens(first: Any, second: Any) -> bool:
 def begins_alike(first: Any, second: Any) -> bool:
     """True where both tokenizers put the same special tokens, a BOS or none, before a text."""
     return encode_prompt(first, "x") == encode_prompt(second, "x")
+
+
+def check_read_alike(policy_tokenizer: Any, **models: Any) -> None:
+    """Refuse models that read the policy's tokens, and were saved beside a tokenizer of other ids.
+
+    Args:
+        policy_tokenizer: the policy's.
+        models: by the name of their argument: a path, a model, or None.
+
+    Raises:
+        ValueError: naming the model, and a token whose id differs.
+    """
+    for name, model in models.items():
+        if model is None or isinstance(model, (ValueRole, ReferenceRole)):
+            continue
+        path = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+        tokenizer = tokenizer_beside(path)
+        if tokenizer is not None and not same_tokens(tokenizer, policy_tokenizer):
+            raise ValueError(
+                f"{name} ({path}) was saved beside a tokenizer that is not the policy's "
+                f"({policy_tokenizer.name_or_path}): it would read the policy's token ids as other words. Pass a model "
+                "with the policy's tokenizer."
+            )
 
 
 def say_plan(trainer: Any) -> None:

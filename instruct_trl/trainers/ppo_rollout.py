@@ -47,6 +47,7 @@ class PPORollout(GRPOTrainer):
     _rewards: torch.Tensor
     _prompt_ids: list[list[int]] | None  # what the policy read of the answers that are scored next
     _minibatch: dict[str, Any]
+    any_scored: bool | None = None  # whether an answer of this run had a score; None before the first rollout
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         args, data_source = self.args, self.train_dataset if dataset is None else dataset
@@ -290,6 +291,7 @@ class PPORollout(GRPOTrainer):
         if self.model.training:
             missing = self.accelerator.reduce((~scored).sum(), "sum").item()
             self._metrics["train"]["missing_rewards"].append(float(missing))
+            self.any_scored = bool(self.any_scored) or missing < len(scored) * self.accelerator.num_processes
 
     def _add_advantages(self, rollout: dict[str, Any]) -> None:
         """Replace `advantages` by GAE's, (B, T), whitened over the whole rollout; add `old_values` and `returns`."""

@@ -54,7 +54,14 @@ class PPOSaving(PPOEvaluation):
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. Leave it "
                     "out to start afresh."
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.any_scored = None
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.any_scored is False:
+            raise ValueError(
+                "No answer of this run got a score: every reward function gave None, NaN or infinity for each. Nothing "
+                "was learned. Look at what the reward functions return."
+            )
+        return output
 
     def _init_training_state(self, max_steps: int, steps_an_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
         """A finished run has no epoch left. Upstream would take a step more, where it ended inside an epoch."""
