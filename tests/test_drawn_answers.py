@@ -1,6 +1,5 @@
 """Guards that a reward model reads what the policy read and drew, whatever the tokenizer or the template would make."""
 
-import copy
 import logging
 
 import pytest
@@ -210,30 +209,6 @@ def test_in_ppo_policy_and_reward_model_read_the_same_tokens(tmp_path, tokenizer
     rows = spied(trainer)
     assert rows == drawn  # with this template an answer ends in EOS and nothing follows
     assert all(tokenizer.decode(row).startswith("(quiet)[user]q") for row in rows)
-
-
-def test_a_reward_model_keeps_the_bos_that_the_policy_does_not_read(tmp_path, tokenizer):
-    plain = copy.deepcopy(tokenizer)
-    plain.add_special_tokens({"bos_token": "<s>"})
-    reader = with_bos(tokenizer)
-    reader.chat_template = plain.chat_template
-    policy, reward_model = (
-        kind(tiny_config(vocab_size=260, **sizes))
-        for kind, sizes in ((LlamaForCausalLM, {}), (LlamaForSequenceClassification, {"num_labels": 1}))
-    )
-    settings = {"ptx_coef": 0, "learning_rate": 0.0, "total_episodes": 16}
-    rows = spied(make(tmp_path, policy, RewardScorer(reward_model, reader), plain, **settings))
-    assert {row[0] for row in rows} == {reader.bos_token_id}
-    assert all(plain.decode(row[1:]).startswith("hello ") for row in rows)
-
-
-def test_rankings_may_be_given_as_prompts(tmp_path, tokenizer, policy, reward_model, caplog):
-    rows = [{"prompt": f"q{i}", "completions": ["a", "b"], "truncated": [True, False]} for i in range(16)]
-    settings = {"ptx_coef": 0, "learning_rate": 0.0, "total_episodes": 16, "prompts": Dataset.from_list(rows)}
-    trainer = make(tmp_path, policy, RewardScorer(reward_model, tokenizer), tokenizer, **settings)
-    assert trainer.train_dataset.column_names == ["prompt"]
-    assert "left out its 'completions', 'truncated'" in caplog.text
-    assert len(spied(trainer)) == 16
 
 
 def test_special_tokens_in_an_answer_reach_reward_functions_and_the_reward_model(tmp_path, tokenizer):
