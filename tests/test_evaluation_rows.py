@@ -92,3 +92,12 @@ def test_statistics_of_answers_follow_trls_names():
     rows.add_batch({"sampling/ratio/min": 0.5, "sampling/ratio/max": 2.0, "tools/x": 1.0, "gone": nan}, 4)
     rows.add_batch({"sampling/ratio/min": 0.25, "sampling/ratio/max": 1.0, "tools/x": 4.0, "gone": nan}, 2)
     assert rows.means(None) == {"sampling/ratio/min": 0.25, "sampling/ratio/max": 2.0, "tools/x": 2.0}
+
+
+def test_an_evaluation_without_any_reward_stops_no_run_that_chooses_by_it(tmp_path):
+    options = {"metric_for_best_model": "eval_score", "greater_is_better": True, "save_strategy": "no", "max_steps": 4}
+    trainer = trainer_of(tmp_path, prompts([5, 10]), **options)
+    found = trainer.evaluate()
+    assert found["eval_score"] is None
+    assert not trainer._determine_best_metric(found, None)
+    assert trainer._determine_best_metric(found | {"eval_score": -3.0}, None)

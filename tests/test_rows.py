@@ -390,3 +390,12 @@ def test_content_null_beside_tool_calls_is_rendered(tokenizer):
     rows = Dataset.from_list([{"prompt": prompt, "completions": [[assistant("a")], [assistant("b")]], "ranks": [1, 2]}])
     [text, _] = map(tokenizer.decode, prepare_ranking_dataset(rows, tokenizer)[0][0]["input_ids"])
     assert text == "<|user|>q<|eos|><|assistant|><|eos|><|tool|>3<|eos|><|assistant|>a<|eos|>"
+
+
+def test_columns_that_are_not_text_are_not_read_to_check_rows():
+    from instruct_trl.data.checks import check_rows
+
+    seen = []
+    rows = Dataset.from_dict({"text": ["a", "b"], "image": [1, 2]})
+    assert check_rows(rows, lambda row, index: seen.append((index, dict(row))), ["text"]) is rows
+    assert seen == [(0, {"text": "a"}), (1, {"text": "b"})]

@@ -45,7 +45,8 @@ def check_sft_dataset(dataset: Any, tokenizer: Any, chat_template: str | None, t
     if first is None:
         return dataset
     kind = type(first.get(column))
-    dataset = check_rows(dataset, partial(_check_row, column=column, kind=kind, where=where))
+    read = ("prompt", "completion") if column == "prompt" else (column,)
+    dataset = check_rows(dataset, partial(_check_row, column=column, kind=kind, where=where), read)
     if isinstance(dataset, Dataset) or kind is not list:
         return dataset
     return check_rows(dataset, _renderer(tokenizer, chat_template, column, where))

@@ -27,7 +27,7 @@ def end_of_text(text: str, eos_token: str, truncated: bool = False) -> str:
 
 
 def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row's `tools` and `chat_template_kwargs` columns hand to the chat template, as in TRL's RewardTrainer.
+    """Arguments for the chat template from a row's `tools` and `chat_template_kwargs`, as in TRL's RewardTrainer.
 
     Nulls are Arrow's and go (`as_written`), except in tools that are a JSON string.
     """
@@ -126,7 +126,7 @@ def plain_answer(completion: Text) -> str | None:
 
 
 def turn_end(tokenizer: Any, prompt: Sequence[dict[str, Any]], **kwargs: Any) -> str:
-    """What the chat template writes after an answer to `prompt`.
+    """The text that the chat template writes after an answer to `prompt`.
 
     Raises:
         ValueError: the template leaves the answer out.

@@ -98,7 +98,7 @@ def tokenize_ranking(
 def _tokens_of(
     ranking: Ranking, example: Mapping[str, Any], tokenizer: Any, max_length: int | None, max_prompt_length: int | None
 ) -> dict[str, Any]:
-    """What `tokenize_ranking` returns, of a row that is checked."""
+    """The result of `tokenize_ranking` for a row that is checked."""
     kwargs = template_kwargs(example)
     result: dict[str, Any] = {"input_ids": [], "ranks": [], "pairs": [], "weight": ranking.weight}
     result["prompt_key"] = _key(ranking.prompt, example)

@@ -3,8 +3,8 @@
 Rows of one prompt go together: the pairs of its answers, the verdicts of several labelers, its repetitions in a test
 set, several answers to it. An interval that counts them as independent is too narrow: with 36 pairs of a prompt it can
 be a third of its true width. So each function here takes the `prompts` that the rows belong to (such as
-`data.prompt_keys` gives), sums up the rows of a
-prompt, and asks how another draw of prompts would come out. Without `prompts` each row is a prompt of its own.
+`data.prompt_keys` gives), sums up the rows of a prompt, and asks how another draw of prompts would come out. Without
+`prompts` each row is a prompt of its own.
 
 Legend: P rows, G different prompts.
 """
@@ -68,7 +68,7 @@ def finite(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must be a list with one number a prompt and at least one prompt.")
+        raise ValueError(f"{name} must be a list with one number per prompt and at least one prompt.")
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
         raise ValueError(
@@ -206,7 +206,7 @@ def bootstrap_mean_ci(
     """Mean of `values` (N,) with the percentile bootstrap interval (Efron 1979), resampling the N prompts.
 
     Args:
-        values: one number a prompt. Where a prompt gives several, `mean_interval` takes them together.
+        values: one number per prompt. Where a prompt gives several, `mean_interval` takes them together.
         seed: of the resampling; the same seed gives the same interval.
         n_boot: number of resamples; 10,000 settles the bounds to about 1 % of the interval's width.
         confidence: of the interval.

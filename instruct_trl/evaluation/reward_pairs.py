@@ -1,6 +1,6 @@
 """The compared pairs of an evaluation, and the share of them that the reward model orders right, with its interval.
 
-The input is `RankingRewardTrainer.evaluation_records`, a dict a row of the data: `rewards` (K floats), `pairs`
+The input is `RankingRewardTrainer.evaluation_records`, one dict per row of the data: `rewards` (K floats), `pairs`
 ([winner, loser] indices), `ranks` (K ints, lower is better, or empty), `lengths` (K token counts), `prompt_length`,
 `labeler`, `prompt_key` (records with the same one are of one prompt; a record without one has a prompt of its own).
 

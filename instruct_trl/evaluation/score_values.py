@@ -1,4 +1,4 @@
-"""What a scoring function of the user's gave back, as one number for each answer, or refused by name."""
+"""The scores of a user's function: one number for each answer, or an error that names the function."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class CheckpointRow:
     Attributes:
         checkpoint: its folder.
         step, epoch: from its trainer_state.json; without one, the step is that of the folder's name.
-        rm_score, rm_score_se: mean RM score of an answer a prompt, and its standard error over prompts.
+        rm_score, rm_score_se: mean RM score of one answer per prompt, and its standard error over prompts.
         validation_loss: mean −log p of a demonstration's token, in nats; None without validation data.
         truncated: share of the answers cut at the length limit.
         scores: RM score of each answer, in the order of the prompts.
@@ -138,7 +138,7 @@ def as_prompts(prompts: Any, name: str = "prompts", least: int = 2) -> list[Prom
 def score_answers(
     scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Completion], name: str | None = None
 ) -> list[float]:
-    """The verdict of a scorer on one answer a prompt, called as TRL calls a reward function.
+    """The verdict of a scorer on one answer per prompt, called as TRL calls a reward function.
 
     `name` is how errors call the scorer; by default its own.
 

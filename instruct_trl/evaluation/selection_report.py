@@ -21,7 +21,7 @@ def write_selection(result: SelectionResult, folder: Path) -> None:
 
 
 def _json(result: SelectionResult) -> str:
-    """The result with its finding, a checkpoint a line: a number a line would make thousands of the scores."""
+    """The result with its finding, one line per checkpoint: one line per number would make thousands of the scores."""
     table = {"finding": finding(result), **selection_table(result)}
     rows = ",\n    ".join(json.dumps(row) for row in table.pop("rows"))
     return json.dumps(table, indent=2).removesuffix("\n}") + f',\n  "rows": [\n    {rows}\n  ]\n}}\n'

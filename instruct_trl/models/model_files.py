@@ -89,7 +89,7 @@ def _files_of(weights: Path) -> list[Path]:
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with a file of weights, as the end of "The weights ..."; None where it is whole."""
+    """The fault of a file of weights, as the end of "The weights ..."; None where it is whole."""
     if not path.is_file():
         return "lack a file that their index names"
     with open(path, "rb") as file:

@@ -130,7 +130,7 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
 
 
 def load_yaml(path: Path) -> Any:
-    """What a YAML file says; None if it is empty.
+    """The content of a YAML file; None if it is empty.
 
     Raises:
         ValueError: it is not UTF-8 or no YAML; names file and, where known, line.

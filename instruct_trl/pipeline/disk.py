@@ -64,7 +64,7 @@ def disk_errors(folder: Path, title: str) -> Iterator[None]:
 
 
 def _disk_problem(error: BaseException | None, folder: Path) -> tuple[str | None, str]:
-    """What is wrong with the disk and the path that was written, by an error or one that led to it."""
+    """The problem of the disk and the path that was written, told from an error or from one that led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

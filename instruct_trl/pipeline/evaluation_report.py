@@ -96,7 +96,7 @@ def make_report(
 
 
 def _finding(selection: Path) -> str:
-    """What the selection of the SFT model found, in words; "" where it is not there."""
+    """The finding of the selection of the SFT model, in words; "" where there was none."""
     return json.loads(selection.read_text(encoding="utf-8")).get("finding", "") if selection.exists() else ""
 
 

@@ -9,19 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from instruct_trl.data.checks import shown
+
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 _ONE_PER_LINE = "A json lines file has one object {...} per line."
 
 
-def shown(value: Any, width: int = 60) -> str:
-    """A value as Python writes it, so that text has quotes; cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= width else text[:width] + "…"
-
-
 def fault_in(path: Path) -> str | None:
-    """What is wrong with a json, jsonl, csv or parquet file, where, and what to do; None if nothing is found.
+    """The fault of a json, jsonl, csv or parquet file, its place, and the remedy; None if none is found.
 
     Lines count from 1, as editors count them; rows of a json array from 0.
     """

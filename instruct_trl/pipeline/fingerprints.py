@@ -1,4 +1,4 @@
-"""What a stage read, told by content: a local data file or model that changed afterwards is noticed, a copy is not."""
+"""Digests of the local data and models that a stage read: it is noticed where they changed, not where they moved."""
 
 from __future__ import annotations
 

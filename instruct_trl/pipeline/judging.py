@@ -209,7 +209,7 @@ def _endpoint(url: str, criterion: str, settings: JudgeArguments, folder: Path) 
 
 
 def _no_key(variable: str) -> str:
-    """What to say where the variable is not set; a key that was given in place of a variable's name is not shown."""
+    """The error for a variable that is not set. A key that was given in place of a variable's name is not shown."""
     if not looks_like_variable(variable):
         return (
             "judge_key is the name of no environment variable that is set. Give the name of the one that holds the API "

@@ -100,7 +100,7 @@ def run_stage(
 
 
 def _agreed(state: PartialState, decide: Callable[[], _Start]) -> _Start:
-    """What the main process decides, on every process: where it raises, all do, and none waits for it."""
+    """The main process decides, and every process gets the result. Where it raises, all do, and none waits for it."""
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -135,7 +135,7 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool, held: ExitStack
 
 
 def _contents(folder: Path) -> list[str]:
-    """What lies in a folder, but for its lock."""
+    """The names of what lies in a folder, without its lock."""
     return sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.exists() else []
 
 

@@ -16,7 +16,7 @@ from accelerate.data_loader import IterableDatasetShard
 
 
 class EvaluationRows:
-    """One number a row and metric, of all processes, in the order of the data. NaN: the row does not count."""
+    """One number per row and metric, of all processes, in the order of the data. NaN: the row does not count."""
 
     def __init__(self) -> None:
         self._rows: dict[str, list[torch.Tensor]] = defaultdict(list)

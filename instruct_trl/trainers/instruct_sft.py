@@ -143,7 +143,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
             decoder_layers(self.model)  # an architecture we cannot serve is refused here, not at the first step
 
     def _settle_models(self) -> None:
-        """What can be asked of the models only once upstream has loaded them and added adapters."""
+        """Checks and casts of the models once upstream has loaded them and added adapters."""
         check_token_rows(self.model, self._tokenizer, "The model")
         keep_adapters_in_float32(self.model)
         match_adapters_to_precision(self.model, self.args.bf16)
@@ -247,7 +247,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         return "eval"
 
     def _score_selection_prompts(self) -> tuple[list[float], list[str]]:
-        """Scores of one answer a prompt, those of all processes, under the same noise at every evaluation; the keys."""
+        """Scores of one answer per prompt, of all processes, under the same noise at every evaluation; the prompts' keys."""
         assert self._scorer is not None
         mine = self._selection_prompts[self.args.process_index :: self.args.world_size]
         scores: list[float] = []

@@ -174,6 +174,11 @@ class PPOEvaluation(PPORollout):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        """As Trainer's; a metric that is None, where no answer had a reward, is no better than any."""
+        known = {name: math.nan if value is None else value for name, value in metrics.items()}
+        return super()._determine_best_metric(known, trial)
+
     def _evaluation_metrics(self, count: int | None) -> dict[str, float | None]:
         """All metrics over the first `count` rows; None for all."""
         rows = self.evaluation_rows

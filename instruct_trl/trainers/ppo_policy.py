@@ -71,7 +71,7 @@ def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_c
 
 
 def settle_policy(model: Any, tokenizer: Any, roles: RoleAdapters | None) -> None:
-    """What can be asked of the policy only once upstream has put adapters on it, and made a reference of old ones.
+    """Checks and casts of the policy once upstream has put adapters on it, and has made a reference of old ones.
 
     Upstream copies of an adapter's weights those whose names hold it between dots, so not those of single tokens.
 

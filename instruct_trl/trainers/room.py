@@ -93,9 +93,12 @@ def _check_prompts(trainer: Any, dataset: Any, name: str, readers: list[Reader])
 
 
 def _fits_by_limits(trainer: Any, reader: Reader) -> bool:
-    """True where no prompt needs to be counted: `max_prompt_length` has dropped what would not fit."""
-    args = trainer.args
-    counted = args.max_prompt_length is not None and reader.tokenizer is None and not trainer.tools
+    """True where no prompt needs to be counted: `max_prompt_length` has dropped what would not fit.
+
+    Prompts were counted without tools and template settings, which may lengthen them.
+    """
+    args, settings = trainer.args, (trainer.tools, trainer.chat_template, trainer.chat_template_kwargs)
+    counted = args.max_prompt_length is not None and reader.tokenizer is None and not any(settings)
     return counted and args.max_prompt_length + args.max_completion_length <= context_length(reader.model)
 
 

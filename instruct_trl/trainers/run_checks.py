@@ -1,4 +1,4 @@
-"""What every trainer asks before it trains: is there a step to take, do the rows fit, is the chosen metric logged?"""
+"""Questions of every trainer before it trains: is there a step to take, are there rows, is the chosen metric logged?"""
 
 from __future__ import annotations
 

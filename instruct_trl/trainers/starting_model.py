@@ -1,4 +1,4 @@
-"""What all three trainers ask of the model that they are to train, before any training.
+"""Checks of the model that is to be trained, the same in all three trainers, before any training.
 
 An adapter that was saved goes on training. What is trained has float32 weights. A model in which nothing would train,
 or which lacks rows for its tokenizer's tokens, is refused.

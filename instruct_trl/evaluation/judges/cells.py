@@ -1,4 +1,4 @@
-"""What spreadsheets do to cells, and how text and ids are kept from it.
+"""Cells of a spreadsheet, and how text and ids come through one unchanged.
 
 A spreadsheet reads a CSV cell as a number, a date or a formula where it looks like one, holds 32,767 characters in a
 cell, and saves in the encoding, with the separator and the decimal sign of its language.

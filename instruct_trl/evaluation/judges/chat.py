@@ -259,7 +259,7 @@ class ChatEndpoint:
             self.usage.add(entry, cached=False)
 
     def _without_key(self, body: bytes) -> bytes:
-        """What a server sent, less the API key, which it may send back: it goes into the cache and into errors."""
+        """The reply of a server without the API key, which a server may send back; replies go into cache and errors."""
         return body.replace(self._api_key, b"[API key]") if len(self._api_key) >= _SHORTEST_SECRET else body
 
     def _post(self, body: dict[str, Any]) -> Any:

@@ -70,7 +70,7 @@ class EndpointJudge:
         return replies
 
     def _ask(self, chats: Sequence[wording.Messages], desc: str) -> list[str | None]:
-        """What each reply concludes; None of one that was cut, which has no verdict whatever stands in it."""
+        """The conclusion of each reply; None for one that was cut, which has no verdict whatever stands in it."""
         texts = self.endpoint.ask(chats, desc=desc)
         whole = [None if self.endpoint.was_cut(chat) else text for chat, text in zip(chats, texts, strict=True)]
         said = [None if text is None else wording.conclusion(text) for text in whole]

@@ -1,4 +1,4 @@
-"""What a chat server sent back: its text and counts, or a refusal that says what came in place of a chat reply."""
+"""The reply of a chat server: its text and counts. A reply of another kind is refused, and the error shows it."""
 
 from __future__ import annotations
 
