@@ -247,7 +247,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         return "eval"
 
     def _score_selection_prompts(self) -> tuple[list[float], list[str]]:
-        """Scores of one answer per prompt, of all processes, under the same noise at every evaluation; the prompts' keys."""
+        """Scores of one answer per prompt, of all processes, under the same noise at each evaluation; the keys too."""
         assert self._scorer is not None
         mine = self._selection_prompts[self.args.process_index :: self.args.world_size]
         scores: list[float] = []
