@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -190,3 +192,17 @@ def _suggestion(wanted: Sequence[str], present: list[str], names: Sequence[str |
 
 def _quoted(names: Sequence[str], joint: str = ", ") -> str:
     return joint.join(repr(name) for name in names)
+
+
+def read_json(path: Path) -> Any:
+    """What a json file says that a run wrote.
+
+    Raises:
+        ValueError: it is broken or cut short; names the file and the remedy.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is broken or cut short: {error}. Restore it, or move it away and run again what writes it."
+        ) from error

@@ -97,6 +97,8 @@ def _check_row(row: Mapping[str, Any], index: int, column: str, kind: type, wher
         check_demonstration(row, index, where)
     else:
         check_text(_as_messages(value), place)
+        if column in ("messages", "conversations") and not isinstance(value, list):
+            raise ValueError(f"{place} is {kind_of(value)}. Give a list of messages, or call the column 'text'.")
     if type(value) is not kind:  # upstream looks at the first row to see what all of them are
         raise ValueError(
             f"{place} is {kind_of(value)}, unlike row 0. Make all rows plain text, or all of them lists of messages."

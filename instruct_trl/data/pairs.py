@@ -31,9 +31,14 @@ def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
 
     Nulls are Arrow's and go (`as_written`), except in tools that are a JSON string.
     """
-    tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else as_written(tools)
-    return {**({"tools": tools} if tools else {}), **(as_written(example.get("chat_template_kwargs")) or {})}
+    tools, kwargs = example.get("tools"), as_written(example.get("chat_template_kwargs")) or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else as_written(tools)
+    except ValueError as error:
+        raise ValueError(f"'tools' is {tools!r:.80}, which is no JSON: {error}. Mend it, or give a list.") from error
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"'chat_template_kwargs' is {kwargs!r:.80}; give a dictionary of settings of the template.")
+    return {**({"tools": tools} if tools else {}), **kwargs}
 
 
 def drop_own_bos(tokenizer: Any, text: str) -> str:

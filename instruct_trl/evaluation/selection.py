@@ -6,7 +6,6 @@ the RM score on the validation prompts.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import torch
 
 from instruct_trl._upstream import get_callable_name
 from instruct_trl.data.chat import as_written
-from instruct_trl.data.checks import check_demonstration, check_rows, check_text, require_columns
+from instruct_trl.data.checks import check_demonstration, check_rows, check_text, read_json, require_columns
 from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.intervals import Prompts, mean_interval, standard_error
@@ -206,8 +205,9 @@ def find_checkpoints(checkpoints: Any) -> list[Path]:
 def _step_and_epoch(path: Path) -> tuple[int | None, float | None]:
     state_file = path / "trainer_state.json"
     if state_file.is_file():
-        state = json.loads(state_file.read_text())
-        return state["global_step"], state["epoch"]
+        state = read_json(state_file)
+        if isinstance(state, dict) and "global_step" in state:
+            return state["global_step"], state.get("epoch")
     number = path.name.rpartition("-")[2]
     return (int(number) if number.isdigit() else None), None
 

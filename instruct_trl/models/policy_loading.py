@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from instruct_trl.models.adapter_loading import put_adapter_on
 from instruct_trl.models.precision import one_dtype
@@ -27,6 +27,7 @@ def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: An
     kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
     check_model_path(path, **kwargs)
     if not names_adapter(path):
+        check_causal(path, **kwargs)
         return AutoModelForCausalLM.from_pretrained(path, **kwargs)
     from peft import PeftConfig
 
@@ -40,6 +41,25 @@ def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: An
     check_model_path(base)
     model = AutoModelForCausalLM.from_pretrained(base, **{**kwargs, "revision": config.revision})
     return put_adapter_on(model, path, trainable=trainable)
+
+
+def check_causal(path: str | Path, **kwargs: Any) -> None:
+    """Refuse a classifier, such as a reward model, in a language model's place: its head for words would be random.
+
+    Args:
+        path: of a full model, not of an adapter.
+        kwargs: of `from_pretrained`; those that say where the model lies count.
+
+    Raises:
+        ValueError: it is one.
+    """
+    where = {name: kwargs[name] for name in ("revision", "subfolder", "token", "trust_remote_code") if kwargs.get(name)}
+    kinds = [] if kwargs.get("gguf_file") else AutoConfig.from_pretrained(path, **where).architectures or []
+    if any("Classification" in kind for kind in kinds):
+        raise ValueError(
+            f"{str(path)!r} is a classifier ({', '.join(kinds)}), such as a reward model, and no language model: what "
+            "draws its words would be random. Give the folder of the policy or of the SFT model."
+        )
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> Any:

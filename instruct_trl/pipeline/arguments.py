@@ -12,7 +12,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.pipeline.bounds import check_sampling
+from instruct_trl.pipeline.bounds import check_sampling, require_at_least
 from instruct_trl.redaction import redact
 
 
@@ -70,6 +70,7 @@ class RunArguments:
         from instruct_trl.pipeline.cpu import use_cpu_well
 
         check_sampling(self)
+        require_at_least(self, cpu_threads=1)
         use_cpu_well(self.cpu_threads)
 
 
@@ -129,6 +130,22 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     return parsed
 
 
+def _loader_of_keys_once() -> Any:
+    """YAML's safe loader, which refuses a key that comes twice; of two it would take the last and say nothing."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for place, key in enumerate(keys):
+                if key in keys[:place]:
+                    problem = f"the key {key!r} comes twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, node.value[place][0].start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
 def load_yaml(path: Path) -> Any:
     """The content of a YAML file; None if it is empty.
 
@@ -138,7 +155,7 @@ def load_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _loader_of_keys_once())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     except yaml.YAMLError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from instruct_trl.data.checks import read_json
 from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.judges import ScoreJudge
 from instruct_trl.evaluation.selection import as_prompts, score_answers
@@ -330,7 +330,7 @@ def training_log(stage: Path) -> list[dict[str, Any]]:
     state = stage / "trainer_state.json"
     if not state.exists():
         return []
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    history = read_json(state)["log_history"]
     return [
         {**row, "labeler_score": row.get("rewards/labeler/mean")} for row in history if "score" in row and "kl" in row
     ]

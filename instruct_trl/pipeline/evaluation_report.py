@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from instruct_trl.data.checks import read_json
 from instruct_trl.evaluation.judges.base import as_text
 from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
 from instruct_trl.pipeline.arguments import default_config, load_yaml
@@ -69,7 +69,7 @@ def make_report(
     """
     from instruct_trl.evaluation.report import write_report
 
-    data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "answers.json")
     stages = stage_folders(run, folder)
     selection = stages["selected_sft"] / "selection.png"
     report = ReportData(
@@ -97,7 +97,7 @@ def make_report(
 
 def _finding(selection: Path) -> str:
     """The finding of the selection of the SFT model, in words; "" where there was none."""
-    return json.loads(selection.read_text(encoding="utf-8")).get("finding", "") if selection.exists() else ""
+    return read_json(selection).get("finding", "") if selection.exists() else ""
 
 
 def _deviations(run: Any) -> list:

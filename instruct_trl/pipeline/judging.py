@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from instruct_trl.data.checks import read_json
 from instruct_trl.evaluation.judges import (
     EndpointJudge,
     Judge,
@@ -116,7 +116,7 @@ def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str,
     """
     questions = find_questions(settings.questions)
     path = folder / RESULT
-    said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    said: dict[str, Any] = read_json(path) if path.exists() else {}
     for name in settings.judges:
         key = f"{name} {settings.judge_model}" if _is_url(name) else name  # one server may hold several judges
         now = _ask(name, run, settings, folder, questions)
@@ -131,7 +131,7 @@ def _ask(name: str, run: Any, settings: JudgeArguments, folder: Path, questions:
     """One judge's `judged`, `ratings` and `judge_notes`."""
     from instruct_trl.pipeline.evaluating import SFT
 
-    data = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    data = read_json(folder / "answers.json")
     prompts = data["prompts"][: settings.judge_prompts]
     models = data["models"].items()
     answers = {name: row["completions"][: settings.judge_prompts] for name, row in models}

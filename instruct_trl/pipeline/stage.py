@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from instruct_trl.data.checks import read_json
 from instruct_trl.pipeline.disk import check_output_folder, disk_errors
 from instruct_trl.pipeline.fingerprints import fingerprints
 from instruct_trl.pipeline.stage_lock import LOCK, locked
@@ -37,7 +38,7 @@ def write_json(path: Path, content: Any) -> None:
 def finished_summary(folder: Path) -> dict | None:
     """What the finished stage in `folder` reported, or None."""
     path = folder / FINISHED
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -189,5 +190,5 @@ def _earlier_record(folder: Path) -> dict[str, Any]:
             f"The output folder {folder} is not empty and was not made by this stage. Name another --output_dir or "
             "--run_dir, or empty it yourself."
         )
-    record = json.loads((folder / STARTED).read_text(encoding="utf-8"))
+    record = read_json(folder / STARTED)
     return record if isinstance(record.get("settings"), dict) else {"settings": record}  # as older versions wrote it

@@ -25,8 +25,8 @@ from instruct_trl.models.adapter_loading import save_token_rows
 from instruct_trl.models.context import check_rows_fit
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
-from instruct_trl.models.policy_loading import load_tokenizer
-from instruct_trl.models.reward_loading import check_model_path, check_token_rows, tokenizer_source
+from instruct_trl.models.policy_loading import check_causal, load_tokenizer
+from instruct_trl.models.reward_loading import check_model_path, check_token_rows, names_adapter, tokenizer_source
 from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
 from instruct_trl.trainers.run_checks import (
     NamedEvalSets,
@@ -108,6 +108,8 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         args = _as_config(args, model)
         if isinstance(model, str) and (os.path.isdir(model) or not args.trust_remote_code):
             check_model_path(model, **loading_kwargs(args))
+            if not names_adapter(model):
+                check_causal(model, **loading_kwargs(args))
             if processing_class is None:
                 tokenizer_source(model)  # refuses a folder without one
         check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -183,6 +185,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
     ) -> Any:
         """Upstream's preparation of checked rows, with what it cuts and drops counted; pretraining rows mixed in."""
         where = f"the {dataset_name} dataset"
+        require_eos(self._tokenizer)
         if formatting_func is None:
             dataset = check_sft_dataset(dataset, self._tokenizer, self.chat_template, args.dataset_text_field, where)
         else:

@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from instruct_trl._upstream import apply_cpu_defaults
 from instruct_trl.models.precision import one_dtype
+from instruct_trl.trainers.run_checks import check_training_numbers
 
 
 @dataclass
@@ -76,6 +77,7 @@ class InstructSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
+        check_training_numbers(self)
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         # Upstream fills in "loss" below; the trainer puts the RM score there only where the user named nothing.

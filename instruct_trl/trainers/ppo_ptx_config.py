@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from instruct_trl._upstream import apply_cpu_defaults, load_models_whole
 from instruct_trl.models.precision import one_dtype
 from instruct_trl.trainers.divergence import DivergenceGuard
+from instruct_trl.trainers.run_checks import check_training_numbers
 
 # Inherited knobs that would change the objective of Eq. 2 behind the user's back → the only value they may have.
 FIXED: dict[str, Any] = {
@@ -115,6 +116,7 @@ class PPOPtxConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
+        check_training_numbers(self)
         for name, only in FIXED.items():
             if getattr(self, name) != only:
                 raise ValueError(

@@ -8,6 +8,7 @@ from trl import RewardConfig
 
 from instruct_trl._upstream import apply_cpu_defaults
 from instruct_trl.models.precision import one_dtype
+from instruct_trl.trainers.run_checks import check_training_numbers
 
 
 @dataclass
@@ -79,6 +80,7 @@ class RankingRewardConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
+        check_training_numbers(self)
         if self.prefix_sharing not in ("auto", "on", "off"):
             raise ValueError(f"prefix_sharing must be 'auto', 'on' or 'off', got {self.prefix_sharing!r}.")
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":

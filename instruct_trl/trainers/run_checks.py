@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -30,6 +31,31 @@ def check_run(trainer: Any, rows_needed: int, takes: str, metrics_without_set: C
         _check_rows(trainer.train_dataset, rows_needed, takes)
     check_best_metric(trainer.args, trainer.eval_dataset, metrics_without_set)
     trainer.add_callback(RefuseIdleRun(takes))
+
+
+def check_training_numbers(args: Any) -> None:
+    """Refuse numbers of a TrainingArguments under which no step is taken, or one that says nothing.
+
+    Raises:
+        ValueError: naming the setting, its value, and what it must be.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        _require(
+            name, getattr(args, name), "a whole number, at least 1", lambda number: number >= 1 and number % 1 == 0
+        )
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        _require(name, getattr(args, name), "a number, at least 0", lambda number: 0 <= number < math.inf)
+
+
+def _require(name: str, value: Any, what: str, holds: Callable[[float], bool]) -> None:
+    if value is None:
+        return
+    try:
+        number = float(value)  # a YAML may say 1e-4, which is a text to YAML
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not holds(number):
+        raise ValueError(f"{name} is {value!r}; it must be {what}.")
 
 
 def check_not_empty(**datasets: Any) -> None:
