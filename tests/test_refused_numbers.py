@@ -39,6 +39,7 @@ def test_numbers_that_train_nothing_are_refused(tmp_path, config, name, value):
 def test_a_learning_rate_that_a_yaml_reads_as_text_is_one(tmp_path, config):
     assert float(config(str(tmp_path), learning_rate="1e-4").learning_rate) == 1e-4
     assert config(str(tmp_path), learning_rate=0).learning_rate == 0
+    assert config(str(tmp_path), max_grad_norm=float("inf")).max_grad_norm == float("inf")
 
 
 def test_cpu_threads_are_at_least_one():

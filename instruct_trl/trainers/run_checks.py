@@ -43,7 +43,8 @@ def check_training_numbers(args: Any) -> None:
         _require(
             name, getattr(args, name), "a whole number, at least 1", lambda number: number >= 1 and number % 1 == 0
         )
-    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+    _require("max_grad_norm", args.max_grad_norm, "a number, at least 0", lambda n: n >= 0)  # infinity clips nothing
+    for name in ("learning_rate", "weight_decay"):
         _require(name, getattr(args, name), "a number, at least 0", lambda number: 0 <= number < math.inf)
 
 
