@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
+from instruct_trl.memory.plan import MemoryPlan
+from instruct_trl.memory.ppo import PPOModels, ppo_plan, sizes_of
 from instruct_trl.models.value import ValueModel
 from instruct_trl.pipeline.assets import base_model
-from instruct_trl.pipeline.memory_plan import MemoryPlan
-from instruct_trl.pipeline.memory_ppo import PPOModels, ppo_plan, sizes_of
 
 QUANTISATION: dict[str, Any] = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,

@@ -1,7 +1,17 @@
 """Programs that tests start: what one said on its way to an error is in the failure, not lost."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+TESTS = str(Path(__file__).parent)
+
+
+def with_helpers(environment):
+    """The environment of a program that imports this folder's helpers, as a test does."""
+    paths = [TESTS, environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def run_program(command, timeout=1200, **kwargs):
@@ -10,6 +20,7 @@ def run_program(command, timeout=1200, **kwargs):
     Other keywords are those of `subprocess.Popen`. Where the program fails, so does the test, with what it said.
     """
     command = [str(part) for part in command]
+    kwargs["env"] = with_helpers(kwargs.get("env", os.environ))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
     try:
         stdout, stderr = process.communicate(timeout=timeout)

@@ -22,9 +22,9 @@ from instruct_trl.data.checks import check_demonstration, check_rows, check_text
 from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.intervals import Prompts, mean_interval, standard_error
-from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.evaluation.score_values import one_number_each
+from instruct_trl.judges.base import Answer, as_completion
 from instruct_trl.models.generation import Completion, generate_completions
 from instruct_trl.models.policy_loading import load_policy_and_tokenizer
 
@@ -287,7 +287,7 @@ def select_checkpoint(
         rows.append(CheckpointRow(str(path), *_step_and_epoch(path), mean, error, loss, cut, scores))
     result = _choose(rows, keys)
     if output_dir is not None:
-        from instruct_trl.evaluation.selection_report import write_selection
+        from instruct_trl.report.selection_report import write_selection
 
         write_selection(result, Path(output_dir))
     return result

@@ -123,7 +123,7 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     _load_as_asked(parsed)
     _tokens_to_environment(parsed)
     if getattr(parsed[0], "dry_run", False):
-        from instruct_trl.pipeline.dry_run import dry_run
+        from instruct_trl.memory.dry_run import dry_run
 
         dry_run(recipe, parsed)
         raise SystemExit(0)

@@ -14,8 +14,8 @@ from accelerate import PartialState
 
 from instruct_trl.data.checks import read_json
 from instruct_trl.evaluation.answer_room import check_scorer_room
-from instruct_trl.evaluation.judges import ScoreJudge
 from instruct_trl.evaluation.selection import as_prompts, score_answers
+from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt
 from instruct_trl.pipeline.held_out import prompts_to_judge, trained_on
 from instruct_trl.pipeline.loading import load_split, load_splits
@@ -60,7 +60,7 @@ def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -
             judge that fails.
     """
     from instruct_trl import RewardScorer
-    from instruct_trl.evaluation.plot_style import require_matplotlib
+    from instruct_trl.report.plot_style import require_matplotlib
 
     require_matplotlib()
     paths = model_paths(run)

@@ -12,14 +12,14 @@ import torch
 from accelerate import PartialState
 
 from instruct_trl.data.checks import read_json
-from instruct_trl.evaluation.judges.base import as_text
-from instruct_trl.evaluation.report_data import ModelResult, ReportData, Sample
+from instruct_trl.judges.base import as_text
 from instruct_trl.pipeline.arguments import default_config, load_yaml
 from instruct_trl.pipeline.disk import disk_errors
 from instruct_trl.pipeline.evaluating import SFT, other_logs, ppo_folder, training_log, win_against_sft
 from instruct_trl.pipeline.stage import finished_summary
 from instruct_trl.pipeline.stage_lock import locked
 from instruct_trl.redaction import redact_command, redact_settings
+from instruct_trl.report.data import ModelResult, ReportData, Sample
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
 DEMO_LABELER = "a sentiment classifier (TF-IDF, logistic regression) trained on film reviews that no other stage uses"
@@ -67,7 +67,7 @@ def make_report(
         tasks: of `benchmarking.measure_tasks`.
         judged: of `judging.judge_answers`.
     """
-    from instruct_trl.evaluation.report import write_report
+    from instruct_trl.report.evaluation_page import write_report
 
     data = read_json(folder / "answers.json")
     stages = stage_folders(run, folder)

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from instruct_trl.data.checks import read_json
-from instruct_trl.evaluation.judges import (
+from instruct_trl.judges import (
     EndpointJudge,
     Judge,
     PeopleJudge,
@@ -23,8 +23,8 @@ from instruct_trl.evaluation.judges import (
     find_questions,
     rate_models,
 )
-from instruct_trl.evaluation.judges.chat import check_url
-from instruct_trl.evaluation.judges.tally import judged_row, rating_row
+from instruct_trl.judges.chat import check_url
+from instruct_trl.judges.tally import judged_row, rating_row
 from instruct_trl.pipeline.bounds import require_at_least
 from instruct_trl.pipeline.functions import load_function, names_a_function
 from instruct_trl.pipeline.stage import write_json
@@ -167,7 +167,7 @@ def make_judge(name: str, run: Any, settings: JudgeArguments, folder: Path) -> J
         ValueError: there is no such judge; an endpoint without a model's name, with a key that is not set, or with a
             URL that cannot be used; a function that cannot be imported.
     """
-    from instruct_trl.evaluation.judges.wording import CRITERION
+    from instruct_trl.judges.wording import CRITERION
 
     criterion = settings.judge_criterion or CRITERION
     if name == "people":

@@ -70,7 +70,7 @@ def write_page(
 
     With `train` and `test` the page says how many rows of `test` have a prompt that is trained on.
     """
-    from instruct_trl.evaluation.reward_report import write_reward_report
+    from instruct_trl.report.reward_page import write_reward_report
 
     if not trainer.accelerator.is_main_process:
         return

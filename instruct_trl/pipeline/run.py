@@ -34,7 +34,7 @@ def quiet_progress(trainer: Any, metrics: list[str]) -> None:
     """Show a progress bar and these metrics, instead of every logged one."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from instruct_trl.callbacks.progress import CompactProgress
+    from instruct_trl.pipeline.progress import CompactProgress
 
     trainer.remove_callback(PrinterCallback)
     if not trainer.args.disable_tqdm:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from instruct_trl.evaluation.judges.base import Answer, as_completion
 from instruct_trl.evaluation.selection import as_prompts, score_answers
+from instruct_trl.judges.base import Answer, as_completion
 from instruct_trl.models.generation import Completion
 from instruct_trl.models.reward_loading import check_model_path
 from instruct_trl.pipeline.loading import load_split

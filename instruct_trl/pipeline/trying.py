@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from instruct_trl.evaluation.judges import Answer, Pair, ScoreJudge
 from instruct_trl.evaluation.selection import Prompt, score_answers
+from instruct_trl.judges import Answer, Pair, ScoreJudge
 from instruct_trl.models.generation import Completion
 
 STAND_INS = ("Yes, it is so.", "No.")  # two, so that one number for all is told from one number each

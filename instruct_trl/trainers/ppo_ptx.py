@@ -20,7 +20,6 @@ from instruct_trl._upstream import (
     match_adapters_to_precision,
     prepare_reference,
 )
-from instruct_trl.callbacks.ema import EMACallback
 from instruct_trl.data.endings import require_eos
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
@@ -31,6 +30,7 @@ from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
+from instruct_trl.trainers.ema import EMACallback
 from instruct_trl.trainers.engines import before_last_backward, check_engine, skip_step, take_over_steps, take_step
 from instruct_trl.trainers.evaluation_rows import EvaluationRows
 from instruct_trl.trainers.minibatches import trim_padding
