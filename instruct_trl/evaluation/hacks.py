@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from instruct_trl.evaluation.intervals import Prompts
+from instruct_trl.evaluation.estimates import Prompts
 from instruct_trl.evaluation.win_rate import WinRate, win_rate
 
 

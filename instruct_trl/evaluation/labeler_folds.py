@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from instruct_trl.data.prompt_keys import prompt_keys
-from instruct_trl.evaluation.intervals import standard_error
+from instruct_trl.evaluation.estimates import standard_error
 from instruct_trl.evaluation.reward_pairs import Record, pair_accuracy
 
 EVALUATION_SETS = ("held_in", "held_out")

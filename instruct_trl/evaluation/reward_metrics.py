@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from instruct_trl.evaluation.intervals import (
+from instruct_trl.evaluation.estimates import (
     MIN_PROMPTS,
     bootstrap_ratio_ci,
     standard_error,

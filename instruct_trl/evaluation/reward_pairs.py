@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from instruct_trl.evaluation.intervals import MIN_PROMPTS, Prompts, resampled_rate, sums_by_prompt
+from instruct_trl.evaluation.estimates import MIN_PROMPTS, Prompts, resampled_rate, sums_by_prompt
 
 Record = Mapping[str, Any]
 

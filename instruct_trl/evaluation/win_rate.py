@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from instruct_trl.evaluation.intervals import (
-    MeanInterval,
+from instruct_trl.evaluation.estimates import (
+    Estimate,
     Prompts,
     bootstrap_mean_ci,
     bootstrap_ratio_ci,
@@ -24,7 +24,7 @@ from instruct_trl.evaluation.intervals import (
 )
 
 __all__ = [
-    "MeanInterval",
+    "Estimate",
     "WinRate",
     "bootstrap_mean_ci",
     "bootstrap_mean_difference",
@@ -109,7 +109,7 @@ def bootstrap_mean_difference(
     seed: int = 0,
     n_boot: int = 10_000,
     confidence: float = 0.95,
-) -> MeanInterval:
+) -> Estimate:
     """Mean of scores − baseline_scores, both (N,), with the interval of the paired bootstrap over prompts.
 
     Raises:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from instruct_trl.data.prompt_keys import prompt_keys
-from instruct_trl.evaluation.intervals import MeanInterval, Prompts, mean_interval, rate_interval
+from instruct_trl.evaluation.estimates import Estimate, Prompts, mean_interval, rate_interval
 from instruct_trl.evaluation.win_rate import WinRate, win_rate
 from instruct_trl.judges.base import NOT_APPLICABLE, Answer, Judge, Pair, Prompt, Question, Reply
 
@@ -147,7 +147,7 @@ def _sign(value: float) -> float:
     return 1.0 if value > 0.5 else 0.0 if value < 0.5 else 0.5
 
 
-def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int = 0) -> MeanInterval:
+def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int = 0) -> Estimate:
     """Win rate of one model less that of another, against one baseline, paired over prompts, as `mean_interval`.
 
     Both met the baseline's same answers, so their separate intervals overlap more than they should: this is the
@@ -199,7 +199,7 @@ def tally_question(
     values = [reply.value for reply in replies]
     valid, keys = _valid(values, prompts)
     unasked = sum(reply.value is None and reply.said == NOT_APPLICABLE for reply in replies)
-    found = _interval(valid, keys, question) if valid else MeanInterval(0.0, None, None, 0)
+    found = _interval(valid, keys, question) if valid else Estimate(0.0, None, None, 0)
     return Rating(
         judge,
         model,
@@ -214,7 +214,7 @@ def tally_question(
     )
 
 
-def _interval(values: list[float], prompts: Prompts, question: Question) -> MeanInterval:
+def _interval(values: list[float], prompts: Prompts, question: Question) -> Estimate:
     if question.kind == "flag":
         return rate_interval(values, prompts)
     return mean_interval(values, prompts, scale=LIKERT)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from instruct_trl.evaluation.benchmarks import squad_results
+from instruct_trl.evaluation.tasks import squad_results
 from instruct_trl.pipeline.assets import LAMBADA, Asset, fetch_all
 
 # lm-eval's name → folder of the package. What a stage trains on is no benchmark: LAMBADA is left out for that.

@@ -53,7 +53,7 @@ def check_tasks(run: Any, settings: TaskArguments) -> None:
         ImportError: lm-eval is missing.
         ValueError: no such task.
     """
-    from instruct_trl.evaluation.benchmarks import check_hub_tasks, require_lm_eval
+    from instruct_trl.evaluation.tasks import check_hub_tasks, require_lm_eval
     from instruct_trl.pipeline.benchmark_data import check_offline_tasks
 
     missing = _missing(run, settings)
@@ -77,7 +77,7 @@ def measure_tasks(run: Any, settings: TaskArguments) -> dict[str, Any]:
         ImportError: lm-eval is missing.
         ValueError: no such task, or one that was run with other settings.
     """
-    from instruct_trl.evaluation.benchmarks import require_lm_eval
+    from instruct_trl.evaluation.tasks import require_lm_eval
     from instruct_trl.pipeline.benchmark_data import offline_tasks
     from instruct_trl.pipeline.evaluating import model_paths, name_and_path
 
@@ -106,7 +106,7 @@ def _finished(root: Path) -> dict[str, Any]:
 
 
 def _run(task: str, paths: dict[str, str], settings: TaskArguments, folder: Path, _: str | None) -> dict[str, Any]:
-    from instruct_trl.evaluation.benchmarks import TaskScore, run_tasks, task_table
+    from instruct_trl.evaluation.tasks import TaskScore, run_tasks, task_table
     from instruct_trl.pipeline.benchmark_data import offline_tasks
     from instruct_trl.pipeline.sampling import load_causal_lm
 

@@ -113,7 +113,7 @@ def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResu
     from instruct_trl.data.prompt_keys import prompt_keys
     from instruct_trl.evaluation import hacks
     from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
-    from instruct_trl.evaluation.intervals import mean_interval
+    from instruct_trl.evaluation.estimates import mean_interval
     from instruct_trl.evaluation.win_rate import paired_difference
 
     models, prompts = data["models"], prompt_keys(data["prompts"])

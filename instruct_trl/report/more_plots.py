@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from instruct_trl.evaluation.estimates import student_t
 from instruct_trl.evaluation.gold import best_checkpoint
-from instruct_trl.evaluation.intervals import student_t
 from instruct_trl.report.captions import number, path_means, percent, percent_range
 from instruct_trl.report.data import ReportData
 from instruct_trl.report.parts import tasks_of

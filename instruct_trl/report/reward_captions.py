@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from instruct_trl.evaluation.intervals import student_t
+from instruct_trl.evaluation.estimates import student_t
 from instruct_trl.report.captions import NBSP, OVERLAP_LIMIT, Verdict, number, percent, percent_range
 
 Metrics = dict[str, Any]

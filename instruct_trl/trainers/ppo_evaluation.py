@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
 from instruct_trl.data.prompt_keys import prompt_key
-from instruct_trl.evaluation.intervals import rate_interval
+from instruct_trl.evaluation.estimates import rate_interval
 from instruct_trl.models.roles import ReferenceRole
 from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics, count_rows, reward_statistics
 from instruct_trl.trainers.ppo_rollout import PPORollout

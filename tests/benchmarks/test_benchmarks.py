@@ -9,8 +9,8 @@ from conftest import tiny_config
 from scipy import stats
 from transformers import LlamaForCausalLM
 
-from instruct_trl.evaluation.benchmarks import TaskScore, _score, require_lm_eval, run_tasks, squad_f1, task_table
 from instruct_trl.evaluation.divergence import answer_logprobs
+from instruct_trl.evaluation.tasks import TaskScore, _score, require_lm_eval, run_tasks, squad_f1, task_table
 from instruct_trl.pipeline import benchmark_data
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")

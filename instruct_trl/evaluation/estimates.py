@@ -30,7 +30,7 @@ Prompts = Sequence[Hashable] | np.ndarray | None
 
 
 @dataclass(frozen=True)
-class MeanInterval:
+class Estimate:
     """A mean over n prompts, in the unit of the values; `low` and `high` are None where n is too small for them."""
 
     mean: float
@@ -121,7 +121,7 @@ def mean_interval(
     prompts: Prompts = None,
     scale: tuple[float, float] = (-math.inf, math.inf),
     seed: int = 0,
-) -> MeanInterval:
+) -> Estimate:
     """Mean of `values` (P,) over all rows with its 95 % interval over prompts: the one to report.
 
     The bootstrap (`widened`) from `MIN_PROMPTS` prompts on, Student's t for fewer. No interval for fewer than
@@ -136,9 +136,9 @@ def mean_interval(
     if n >= MIN_PROMPTS:
         return bootstrap_ratio_ci(top, bottom, seed=seed, confidence=widened(n))
     if n < MIN_PROMPTS_OF_T or not error or error < 1e-12 * abs(mean):
-        return MeanInterval(mean, None, None, n)
+        return Estimate(mean, None, None, n)
     half = student_t(n - 1) * error
-    return MeanInterval(mean, max(scale[0], mean - half), min(scale[1], mean + half), n)
+    return Estimate(mean, max(scale[0], mean - half), min(scale[1], mean + half), n)
 
 
 def rate_interval(
@@ -147,7 +147,7 @@ def rate_interval(
     confidence: float = 0.95,
     seed: int = 0,
     n_boot: int = 10_000,
-) -> MeanInterval:
+) -> Estimate:
     """Mean of `values` (P,), each from 0 to 1, with its interval over prompts; there is one for any number of them.
 
     Wilson's where each row has its own prompt. Where prompts repeat, the bootstrap; with fewer than `MIN_PROMPTS`
@@ -158,12 +158,12 @@ def rate_interval(
     if n >= MIN_PROMPTS and n < len(values):
         return resampled_rate(top, bottom, seed, n_boot, confidence)
     rate = float(top.sum() / bottom.sum())
-    return MeanInterval(rate, *wilson_interval(rate * n, n, confidence), n)
+    return Estimate(rate, *wilson_interval(rate * n, n, confidence), n)
 
 
 def resampled_rate(
     top: np.ndarray, bottom: np.ndarray, seed: int = 0, n_boot: int = 10_000, confidence: float = 0.95
-) -> MeanInterval:
+) -> Estimate:
     """The bootstrap over prompts of a rate, Σ top / Σ bottom, both (G,).
 
     Where all prompts say the same it is Wilson's with a prompt as one trial: resampling prompts that agree shows no
@@ -171,7 +171,7 @@ def resampled_rate(
     """
     n, rate = len(top), min(1.0, float(top.sum() / bottom.sum()))
     if (_ratio_error(top, bottom) or 0.0) < 1e-12:
-        return MeanInterval(rate, *wilson_interval(rate * n, n, confidence), n)
+        return Estimate(rate, *wilson_interval(rate * n, n, confidence), n)
     return bootstrap_ratio_ci(top, bottom, seed=seed, n_boot=n_boot, confidence=widened(n, confidence))
 
 
@@ -202,7 +202,7 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
 
 def bootstrap_mean_ci(
     values: Sequence[float], seed: int = 0, n_boot: int = 10_000, confidence: float = 0.95
-) -> MeanInterval:
+) -> Estimate:
     """Mean of `values` (N,) with the percentile bootstrap interval (Efron 1979), resampling the N prompts.
 
     Args:
@@ -223,7 +223,7 @@ def bootstrap_ratio_ci(
     seed: int = 0,
     n_boot: int = 10_000,
     confidence: float = 0.95,
-) -> MeanInterval:
+) -> Estimate:
     """Σ numerators / Σ denominators, both (N,), with the percentile bootstrap interval, resampling the N prompts.
 
     For a rate over things that come in bundles, as the K(K−1)/2 pairs of a ranking do: give the pairs ordered right
@@ -246,7 +246,7 @@ def bootstrap_ratio_ci(
     draws = (rng.integers(0, n, size=(min(block, n_boot - start), n)) for start in range(0, n_boot, block))
     ratios = np.concatenate([top[draw].sum(axis=1) / bottom[draw].sum(axis=1) for draw in draws])
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return MeanInterval(mean=float(top.sum() / bottom.sum()), low=float(low), high=float(high), n=n)
+    return Estimate(mean=float(top.sum() / bottom.sum()), low=float(low), high=float(high), n=n)
 
 
 def widened(n: int, confidence: float = 0.95) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from instruct_trl.evaluation.intervals import mean_interval
+from instruct_trl.evaluation.estimates import mean_interval
 from instruct_trl.evaluation.win_rate import paired_difference
 
 METRICS = ("acc_norm", "f1", "acc", "exact_match", "em")  # the first of these that a task has a number of, by item

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from instruct_trl.data.prompt_keys import prompt_key, prompt_keys
-from instruct_trl.evaluation.intervals import mean_interval, rate_interval, standard_error, student_t, wilson_interval
+from instruct_trl.evaluation.estimates import mean_interval, rate_interval, standard_error, student_t, wilson_interval
 from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.evaluation.win_rate import win_rate
 from instruct_trl.judges import find_questions
