@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN     = .venv/bin
 
-.PHONY: demo demo-long evidence evidence-full evidence-gpu test test-fast test-slow check format report clean
+.PHONY: demo demo-long evidence evidence-full evidence-gpu test test-fast test-slow check docs docs-links format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -54,6 +54,14 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test-fast
+
+## The documentation as a site, in build/docs/index.html. Strict: a broken link or reference is an error. Needs no network
+docs: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+
+## Whether the links to other sites still lead somewhere. Needs the network
+docs-links: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/sphinx-build -b linkcheck --quiet docs build/links
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .

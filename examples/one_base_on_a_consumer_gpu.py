@@ -4,7 +4,7 @@
 
 SFT_ADAPTER and REWARD_ADAPTER are folders that `InstructSFTTrainer` and `RankingRewardTrainer` saved with a LoraConfig
 (recipes/sft.py --use_peft; recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS). On a GPU the base is in
-4 bits. See docs/one_base.md.
+4 bits. See docs/guides/one_base.md.
 """
 
 import sys

@@ -3,7 +3,7 @@
     python examples/reward_in_a_trl_project.py MODEL RANKINGS.jsonl DEMONSTRATIONS.jsonl [OUTPUT]
 
 RANKINGS has `prompt`, `completions` (a list) and `ranks` (1 is best, ties allowed); DEMONSTRATIONS has `prompt` and
-`completion`. docs/data_format.md says more.
+`completion`. docs/reference/data_format.md says more.
 """
 
 import sys

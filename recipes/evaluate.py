@@ -5,7 +5,7 @@ accelerate launch recipes/evaluate.py --tasks hellaswag boolq squad      # and w
 accelerate launch recipes/evaluate.py --judges http://localhost:8000/v1 people --judge_model NAME --questions likert
 accelerate launch recipes/evaluate.py --run_dir outputs/mine --dataset_name prompts.jsonl --labeler my.module:score
 accelerate launch recipes/evaluate.py --other_models prompted=BASE --prefixes prompted=shots.txt --output_dir DIR
-Answers are sampled once; judges and tasks can be added in later runs. docs/evaluation.md is the guide.
+Answers are sampled once; judges and tasks can be added in later runs. docs/guides/evaluation.md is the guide.
 """
 
 from dataclasses import dataclass, field

@@ -16,7 +16,7 @@ import instruct_trl
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAPER_MAP = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
 def code_blocks(text, language):
@@ -67,7 +67,11 @@ def test_a_code_block_compiles_and_calls_us_with_arguments_that_we_take(block):
 
 
 def test_the_commands_name_recipes_yamls_and_settings_that_exist():
-    commands = "\n".join(code_blocks(README, "")).replace("\\\n", " ").replace("$P", "recipes/paper")
+    commands = (
+        "\n".join(code_blocks((ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"), ""))
+        .replace("\\\n", " ")
+        .replace("$P", "recipes/paper")
+    )
     launches = [line.split() for line in commands.splitlines() if line.startswith("accelerate launch")]
     assert len(launches) == 7
     for _, _, recipe, *rest in launches:
@@ -147,3 +151,7 @@ def test_deviations_are_numbered_without_gaps_and_every_reference_has_one():
     body = PAPER_MAP.split("## Deviations")[0]
     referenced = {int(n) for n in re.findall(r"\bD(\d+)\b", body)}
     assert referenced == set(numbers)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150

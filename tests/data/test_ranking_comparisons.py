@@ -301,7 +301,7 @@ def test_prefix_lengths_equal_a_naive_loop():
 
 
 def test_the_forms_in_the_docs_are_accepted(tokenizer):
-    page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "data_format.md").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in page.splitlines() if line.startswith('{"prompt": "Name a prime number.", "c')]
     forms = [row for row in rows if "completions" in row or "chosen" in row]
     assert {form for row in forms for form in ("ranks", "scores", "pairs", "chosen") if form in row} == {
