@@ -1,6 +1,6 @@
 """TRL 1.12.0's PPOTrainer as an oracle: its recorded numbers against ours, where both mean the same.
 
-`record_trl112_ppo.py` recorded them, with versions. Where the two differ on purpose (docs/reference/algorithm.md, section 4):
+`record_trl112_ppo.py` recorded them, with versions. Where the two differ on purpose (docs/guides/migration.md):
 - whitening: TRL divides by the sample's variance (n − 1), ours by the population's;
 - an ended answer: TRL puts the score on the position after the EOS, if there is one, ours on the EOS; so rewards,
   advantages and returns of such rows differ, and TRL's value loss counts that position;
