@@ -1,9 +1,6 @@
-"""What a judge is asked and what it replies: one protocol for reward models, programs, endpoints and people.
+"""The protocol of a judge: what it is asked and what it replies. `Judge` shows how to add one.
 
-TRL 1.16 ships no judges (neither did 1.12; older releases had pairwise ones). What it does have, reward functions, are
-judges here through `ScoreJudge`, and a judge's win rate stands beside `PPOPtxTrainer`'s `eval_win_rate`.
-
-Legend: N prompts.
+TRL 1.16 ships no judges. Its reward functions become judges through `ScoreJudge`.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ NOT_APPLICABLE = "n/a"
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one prompt; `truncated` where it was cut at the length limit."""
+    """One answer to one prompt; `truncated` if it was cut at the length limit."""
 
     prompt: Prompt
     text: str
@@ -29,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Pair:
-    """A model's answer and the baseline's to the same prompt. No judge is told which is which."""
+    """A model's answer and the baseline's answer to the same prompt. No judge is told which is which."""
 
     answer: Answer
     baseline: Answer
@@ -42,18 +39,18 @@ class Pair:
 
     @property
     def same(self) -> bool:
-        """Two equal texts: a tie without asking."""
+        """Whether both texts are equal. Such a pair is a tie, and nobody is asked about it."""
         return self.answer.text == self.baseline.text
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge made of one pair, or of one question about one answer.
+    """A judge's reply about one pair, or to one question about one answer.
 
     Attributes:
-        value: of a pair 1 (the model's answer wins), 0.5 (tie) or 0; of a Likert question 1 to 7; of a flag 1 (yes)
-            or 0 (no). Means of these where several people replied. None where there is no valid reply.
-        said: without a value, what came instead; "n/a" where the question did not apply.
+        value: for a pair 1 (the model's answer wins), 0.5 (tie) or 0; for a Likert question 1 to 7; for a flag 1 (yes)
+            or 0 (no). The mean if several people answered a question. None without a valid reply.
+        said: what came instead of a value; "n/a" if the question does not apply.
         flipped: the two orders of a pair gave opposite winners. The pair counts as a tie.
     """
 
@@ -67,10 +64,8 @@ class Question:
     """A question about a single answer.
 
     Attributes:
-        name: column and key.
-        text: as it is put to the judge.
         kind: "likert" (1 to 7) or "flag" (yes, no, or n/a).
-        good: for a flag, whether yes is the good reply; None where it is neither.
+        good: for a flag, whether yes is the good reply; None if it is neither good nor bad.
     """
 
     name: str
@@ -80,11 +75,11 @@ class Question:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The replies that are valid."""
+        """The valid replies."""
         return tuple("1234567") if self.kind == "likert" else ("yes", "no", NOT_APPLICABLE)
 
 
-# The paper's Table 3: what its labelers noted about every output, with our wording of the questions.
+# The paper's Table 3: the labelers noted this about every output. The wording of the questions is ours.
 QUESTIONS = (
     Question("quality", "How good is the answer overall? 1 is worst, 7 is best.", "likert"),
     Question("fails_instruction", "Does it fail to follow the correct instruction or task?"),
@@ -103,7 +98,7 @@ FLAGS = tuple(question.name for question in QUESTIONS if question.kind == "flag"
 
 
 def find_questions(names: Sequence[str]) -> list[Question]:
-    """The questions of these names, in the paper's order; "likert" stands for `quality`, "flags" for all flags.
+    """The questions with these names, in the paper's order; "likert" means `quality`, "flags" means all flags.
 
     Raises:
         ValueError: no such question.
@@ -112,30 +107,43 @@ def find_questions(names: Sequence[str]) -> list[Question]:
     wanted: set[str] = set()
     for name in names:
         wanted |= {"likert": {"quality"}, "flags": set(FLAGS)}.get(name, {name})
-    unknown = sorted(wanted - known)
-    if unknown:
+    if unknown := sorted(wanted - known):
         raise ValueError(f"There is no question {unknown[0]!r}. Choose from likert, flags, {', '.join(sorted(known))}.")
     return [question for question in QUESTIONS if question.name in wanted]
 
 
 class Judge(Protocol):
-    """Whoever says which of two answers is better. `name` is how the report calls it.
+    """Says which of two answers is better. To add a judge, write a class with these three members:
 
-    A judge that cannot answer raises; a single pair or question without a valid reply is a `Reply` with value None,
-    which the tally counts and leaves out.
+        class Shorter:
+            name = "the shorter answer"
+
+            def compare(self, pairs):
+                return [Reply(float(len(pair.answer.text) < len(pair.baseline.text))) for pair in pairs]
+
+            def rate(self, answers, questions):
+                raise ValueError("This judge answers no questions.")
+
+        compare_models(Shorter(), prompts, {"SFT": [...], "PPO": [...]}, baseline="SFT")
+
+    A function that gives each answer a number needs no class: pass it to `ScoreJudge`, or name it on the command line,
+    `--judges module:function`. For a new word in `--judges`, add a line to `pipeline.judging.make_judge`.
+
+    A judge that cannot answer at all raises an error. If it has no valid reply to a single pair or question, it
+    returns `Reply(None, what_it_said)`; the tally counts that and leaves it out.
     """
 
     @property
     def name(self) -> str:
-        """For a reader: "reward model", "gpt-x", "3 people"."""
+        """The judge's name in the report: "reward model", "gpt-x", "3 people"."""
         ...
 
     def compare(self, pairs: Sequence[Pair]) -> list[Reply]:
-        """One reply a pair, in their order."""
+        """One reply per pair, in the same order."""
         ...
 
     def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
-        """For each answer, one reply a question, by the question's name."""
+        """For each answer its replies by the question's name."""
         ...
 
 
@@ -147,10 +155,10 @@ def as_text(prompt: Prompt) -> str:
 
 
 def as_completion(answer: Answer) -> Any:
-    """The answer in the form in which TRL hands completions to a reward function: text, or one message."""
+    """The answer as TRL hands it to a reward function: text, or one message."""
     return answer.text if isinstance(answer.prompt, str) else [{"role": "assistant", "content": answer.text}]
 
 
 def digest(*parts: str) -> str:
-    """A name for these texts, the same on every machine."""
+    """A hash of these texts, the same on every machine."""
     return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

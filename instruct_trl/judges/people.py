@@ -1,22 +1,40 @@
 """People as judges, through files that come back: written blind and shuffled, filled in by hand, read again.
 
-`<folder>/compare.csv` has one row a pair, `rate.csv` one row an answer, `compare.md` and `rate.md` say what to do. No
-column names a model; which answer of a pair is A is settled by a hash, so that no key file can be lost or seen.
+`<folder>/compare.csv` has one row per pair and `rate.csv` one row per answer; `compare.md` and `rate.md` say what to
+do. No column names a model. A hash decides which answer of a pair is A, so there is no key file to lose or to see.
+
+A spreadsheet reads a cell as a number, a date or a formula if it looks like one, keeps 32,767 characters per cell, and
+saves with the encoding, the separator and the decimal sign of its language. The second half of this file copes.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
+import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from instruct_trl.judges.base import Answer, Pair, Question, Reply, as_text, digest
-from instruct_trl.judges.cells import LONGEST_CELL, is_long, is_odd, letters_of
-from instruct_trl.judges.sheets import read_sheet, write_sheet
 from instruct_trl.judges.wording import CRITERION, read_choice
 
+Columns = Mapping[str, Sequence[str]]  # column to fill in → valid values
+Rows = Mapping[str, Mapping[str, str]]  # id → column to read → text
+Sheet = dict[str, dict[str, str]]  # id → column to fill in → value
+
+LONGEST_CELL = 32_767  # characters, of Excel and LibreOffice
+_SHOWN = 10  # problems per error
+_BETTER = ("a", "b", "tie")
+# Letters that hexadecimal has not: no number, no exponent, no date, no word that a spreadsheet knows.
+_LETTERS = "ghjkmnpqrstvwxyz"
+_TO_LETTERS = str.maketrans("0123456789abcdef", _LETTERS)
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # the last four are what an Asian keyboard types for the first
 _COMPARE = """# Which answer is better?
 
 Open `{file}`. Each row has a prompt and two answers. Read both to the end, then write into the column `better`:
@@ -37,7 +55,6 @@ _RULES = """
 Change no other column and remove no row; their order does not matter. Save the file in the same format and leave it
 in this folder. If several people judge, give each a copy named `{stem}_<who>{suffix}` and put the filled copies here.
 """
-_BETTER = ("a", "b", "tie")
 
 
 class WaitingForPeople(Exception):
@@ -48,18 +65,18 @@ class PeopleJudge:
     """People who fill in files. The first call writes a file and raises `WaitingForPeople`; a later one reads it.
 
     A file that is there is never overwritten. Several people fill in copies, `compare_<who>.csv` and `rate_<who>.csv`:
-    the mean of their replies counts, and `agreement` says how often two of them named the same winner.
+    the verdict of most of them counts, and the mean of their ratings.
 
     Args:
         folder: where the files are.
         file_type: "csv" for spreadsheets, "jsonl" for labeling tools.
-        seed: of the order of rows and of which answer is A.
+        seed: decides the order of the rows and which answer is A.
         criterion: what makes an answer better, for the instructions.
-        allow_unfilled: rows that are not filled in count as invalid; otherwise they are refused.
+        allow_unfilled: count rows that are not filled in as invalid; otherwise they are refused.
 
     Attributes:
-        agreement: (share of equal verdicts, number of them) over pairs of people on the same row, the paper's 72.6 %;
-            None with one person.
+        agreement: (share of equal verdicts, number of comparisons) over pairs of people on the same row, the paper's
+            72.6 %; None with one person.
 
     Raises:
         ValueError: another file type; when reading, whatever `read_sheet` finds.
@@ -79,34 +96,30 @@ class PeopleJudge:
         self.folder, self.suffix, self.seed = Path(folder), f".{file_type}", seed
         self.criterion, self.allow_unfilled = criterion, allow_unfilled
         self.agreement: tuple[float, int] | None = None
-        self._people = 1
-
-    @property
-    def name(self) -> str:
-        return "a person" if self._people == 1 else f"{self._people} people"
+        self.name = "a person"
 
     def compare(self, pairs: Sequence[Pair]) -> list[Reply]:
+        """Write `compare` with a row per pair, or read it."""
         keys = [self._key(pair.answer, pair.baseline) for pair in pairs]
         rows = {}
         for key, pair in zip(keys, pairs, strict=True):
             if not pair.same:
-                a, b = self._sides(key, pair)
+                a, b = _sides(key, pair)
                 rows[key] = {"prompt": as_text(pair.answer.prompt), "answer_a": a, "answer_b": b}
         guide = _COMPARE.format(file=f"compare{self.suffix}", criterion=self.criterion)
         filled = self._filled("compare", rows, {"better": _BETTER}, guide)
         said = {key: [sheet[key]["better"] for sheet in filled] for key in rows}
-        self.agreement = _agreement(list(said.values()))
+        same = [a == b for words in said.values() for a, b in combinations(filter(None, words), 2)]
+        self.agreement = (fmean(same), len(same)) if same else None
         return [
-            Reply(0.5) if pair.same else _majority([self._outcome(key, pair, word) for word in said[key]])
+            Reply(0.5) if pair.same else _majority([_outcome(key, pair, word) for word in said[key]])
             for key, pair in zip(keys, pairs, strict=True)
         ]
 
     def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
+        """Write `rate` with a row per answer, or read it."""
         keys = [self._key(answer) for answer in answers]
-        rows = {
-            key: {"prompt": as_text(answer.prompt), "answer": answer.text}
-            for key, answer in zip(keys, answers, strict=True)
-        }
+        rows = {k: {"prompt": as_text(a.prompt), "answer": a.text} for k, a in zip(keys, answers, strict=True)}
         lines = [f"- `{q.name}`: {q.text} Write {', '.join(q.choices)}." for q in questions]
         guide = _RATE.format(file=f"rate{self.suffix}", questions="\n".join(lines))
         filled = self._filled("rate", rows, {q.name: q.choices for q in questions}, guide)
@@ -119,26 +132,12 @@ class PeopleJudge:
         ]
 
     def _key(self, *answers: Answer) -> str:
-        """The same whichever of two answers is the model's: a row does not betray it."""
+        """A row's id. It does not depend on which of two answers is the model's, so it gives nothing away."""
         texts = sorted(answer.text for answer in answers)
-        return letters_of(digest(str(self.seed), as_text(answers[0].prompt), *texts)[:16])
+        return digest(str(self.seed), as_text(answers[0].prompt), *texts)[:16].translate(_TO_LETTERS)
 
-    def _sides(self, key: str, pair: Pair) -> list[str]:
-        """(answer A, answer B): in alphabetical order or the other way, by the row's hash."""
-        return sorted([pair.answer.text, pair.baseline.text], reverse=is_odd(key))
-
-    def _outcome(self, key: str, pair: Pair, word: str) -> Reply:
-        if word not in _BETTER:
-            return Reply(None, "not filled in")
-        if word == "tie":
-            return Reply(0.5)
-        chosen = self._sides(key, pair)[_BETTER.index(word)]
-        return Reply(1.0 if chosen == pair.answer.text else 0.0)
-
-    def _filled(
-        self, kind: str, rows: dict[str, dict[str, str]], fill: dict[str, tuple[str, ...]], guide: str
-    ) -> list[dict[str, dict[str, str]]]:
-        """What each person filled in; writes the file and its guide where there is none.
+    def _filled(self, kind: str, rows: Rows, fill: Columns, guide: str) -> list[Sheet]:
+        """Each person's sheet; writes the file and its guide if there is none.
 
         Raises:
             WaitingForPeople: nothing is filled in yet.
@@ -151,53 +150,215 @@ class PeopleJudge:
             rules = _RULES.format(stem=kind, suffix=self.suffix)
             (self.folder / f"{kind}.md").write_text(guide + rules, encoding="utf-8")
         copies = sorted(self.folder.glob(f"{kind}_*{self.suffix}"))
-        read = [read_sheet(path, rows, fill, self.allow_unfilled) for path in [blank, *copies]]
-        if read[0] in read[1:]:
-            read[0] = None  # somebody filled in the blank, then copied it under a name of theirs
-        filled = [sheet for sheet in read if sheet is not None]
+        first, *others = [read_sheet(path, rows, fill, self.allow_unfilled) for path in [blank, *copies]]
+        # Somebody may fill in the blank, then copy it under a name of theirs.
+        filled = [sheet for sheet in ([] if first in others else [first]) + others if sheet is not None]
         if not filled:
-            raise WaitingForPeople(
-                f"{len(rows)} rows wait to be filled in: {blank}. {blank.with_suffix('.md')} says how. Then run again."
-                + (_long_cells(rows) if self.suffix == ".csv" else "")
-                + _other_formats(self.folder, kind, self.suffix)
-            )
-        self._people = len(filled)
+            raise WaitingForPeople(self._waiting(kind, rows))
+        self.name = "a person" if len(filled) == 1 else f"{len(filled)} people"
         return filled
 
+    def _waiting(self, kind: str, rows: Rows) -> str:
+        blank = self.folder / f"{kind}{self.suffix}"
+        text = f"{len(rows)} rows wait to be filled in: {blank}. {blank.with_suffix('.md')} says how. Then run again."
+        long = sum(_is_long(cell) for row in rows.values() for cell in row.values())
+        if long and self.suffix == ".csv":
+            text += (
+                f" {long} texts have more than the {LONGEST_CELL:,} characters that a spreadsheet keeps of a cell: "
+                "have them judged from a jsonl file, --people_file_type jsonl."
+            )
+        books = [path.name for path in sorted(self.folder.glob(f"{kind}*")) if path.suffix in (".xlsx", ".xls", ".ods")]
+        return text + (f" {books[0]!r} is not read: save it as a {self.suffix} file." if books else "")
 
-def _long_cells(rows: dict[str, dict[str, str]]) -> str:
-    """A sentence where a spreadsheet would show the beginning of a text alone; "" where none is so long."""
-    count = sum(is_long(text) for row in rows.values() for text in row.values())
-    if not count:
-        return ""
-    return (
-        f" {count} texts have more than the {LONGEST_CELL:,} characters that a spreadsheet keeps of a cell: have them "
-        "judged from a jsonl file, --people_file_type jsonl."
-    )
+
+def _sides(key: str, pair: Pair) -> list[str]:
+    """[answer A, answer B]: in alphabetical order or the other way, by the row's hash."""
+    return sorted([pair.answer.text, pair.baseline.text], reverse=_LETTERS.index(key[-1]) % 2 == 1)
 
 
-def _other_formats(folder: Path, kind: str, suffix: str) -> str:
-    """A sentence where somebody saved a workbook, which is not read; "" where nobody did."""
-    found = [path.name for path in sorted(folder.glob(f"{kind}*")) if path.suffix in (".xlsx", ".xls", ".ods")]
-    return f" {found[0]!r} is not read: save it as a {suffix} file." if found else ""
+def _outcome(key: str, pair: Pair, word: str) -> Reply:
+    if word not in _BETTER:
+        return Reply(None, "not filled in")
+    if word == "tie":
+        return Reply(0.5)
+    return Reply(float(_sides(key, pair)[_BETTER.index(word)] == pair.answer.text))
 
 
 def _majority(replies: Sequence[Reply]) -> Reply:
-    """The reply that most people gave; a tie where two are equally common."""
+    """The reply that most people gave; a tie if two are equally common."""
     values = Counter(reply.value for reply in replies if reply.value is not None)
     if not values:
-        return Reply(None, replies[0].said)
+        return replies[0]
     (first, most), *others = values.most_common()
     return Reply(0.5 if others and others[0][1] == most else first)
 
 
 def _mean(replies: Sequence[Reply]) -> Reply:
-    """Of several people's replies to one thing; the first one's remark where none of them has a value."""
+    """The mean of several people's replies; the first one's remark if none of them has a value."""
     values = [reply.value for reply in replies if reply.value is not None]
-    return Reply(fmean(values)) if values else Reply(None, replies[0].said)
+    return Reply(fmean(values)) if values else replies[0]
 
 
-def _agreement(rows: Sequence[Sequence[str]]) -> tuple[float, int] | None:
-    """Share of equal verdicts over all pairs of people on a row, and how many pairs; None without one."""
-    same = [a == b for row in rows for a, b in combinations([word for word in row if word], 2)]
-    return (fmean(same), len(same)) if same else None
+def write_sheet(path: Path, rows: Rows, fill: Columns) -> None:
+    """Write rows with their `id`, the columns to read, and empty columns to fill in.
+
+    Raises:
+        FileExistsError: the file is there; it is never overwritten.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"id": key, **row, **dict.fromkeys(fill, "")} for key, row in rows.items()]
+    # The signature makes spreadsheets read the file as UTF-8; half a surrogate pair, which it has not, becomes "?".
+    encoding = "utf-8-sig" if path.suffix == ".csv" else "utf-8"
+    with path.open("x", encoding=encoding, errors="replace", newline="") as file:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+            writer.writeheader()
+            writer.writerows({name: _inert(cell) for name, cell in line.items()} for line in lines)
+        else:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def read_sheet(path: Path, rows: Rows, fill: Columns, allow_unfilled: bool = False) -> Sheet | None:
+    """The values that were filled in, in lower case; "" for an empty cell if that is allowed.
+
+    Args:
+        path: the file that came back.
+        rows: what was written.
+        fill: the columns to fill in.
+        allow_unfilled: whether cells may be empty.
+
+    Returns:
+        None if no cell of the file is filled in yet.
+
+    Raises:
+        ValueError: missing columns; rows that are missing, doubled or unknown; texts that the spreadsheet cut; empty
+            cells; unknown values. It names the first ten with their row, column, value and remedy.
+    """
+    text = _decode(path.read_bytes())
+    lines = list(_read_csv(text) if path.suffix == ".csv" else _read_jsonl(path, text))
+    missing = [name for name in ("id", *fill) if lines and name not in lines[0][1]]
+    if missing:
+        raise ValueError(
+            f"{path}: there is no column {missing[0]!r}, only {', '.join(lines[0][1])}. Restore its header, or fill in "
+            "a fresh copy of the file."
+        )
+    problems, found = _check_ids(lines, rows)
+    if not problems and not any(_value(line.get(name)) for _, line in lines for name in fill):
+        return None
+    for key, (number, line) in found.items():
+        problems += _check_texts(number, line, rows[key])
+    for number, line in lines:
+        problems += _check_cells(number, line, fill, allow_unfilled)
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise ValueError("\n  ".join([f"{path} cannot be read yet:", *problems[:_SHOWN], *more]))
+    return {key: {name: _value(line.get(name)) for name in fill} for key, (_, line) in found.items()}
+
+
+def _decode(raw: bytes) -> str:
+    """The text of a file that a spreadsheet saved. Ids and values to read are ASCII in every encoding."""
+    utf_16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text"
+    return raw.decode("utf-16" if utf_16 else "utf-8-sig", errors="replace")
+
+
+def _read_csv(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number as a spreadsheet shows it, column → cell) of every row that is not blank."""
+    separator = re.match(r"sep=(.)\s*?(\r\n|\r|\n)", text)  # a first line of Excel's own
+    text = text[separator.end() :] if separator else text
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    delimiter = separator[1] if separator else max(",;\t", key=header.count)
+    limit = csv.field_size_limit(2**31 - 1)  # the csv module refuses a cell over 131,072 characters otherwise
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    finally:
+        csv.field_size_limit(limit)
+    names = [name.strip() for name in rows[0]] if rows else []
+    for number, cells in enumerate(rows[1:], 3 if separator else 2):
+        if any(cell.strip() for cell in cells):
+            yield number, dict(zip(names, cells, strict=False))
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}). Mend the line.") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: {line.strip()!r:.80} is no JSON object. Mend the line.")
+        yield number, row
+
+
+def _check_ids(
+    lines: list[tuple[int, dict[str, Any]]], rows: Rows
+) -> tuple[list[str], dict[str, tuple[int, dict[str, Any]]]]:
+    """(problems, id → its row)."""
+    problems: list[str] = []
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    for number, line in lines:
+        shown = str(line.get("id") or "").strip()
+        key = shown.lower().translate({} if shown.lower() in rows else _TO_LETTERS)  # older sheets have digits
+        place = f"row {number}, column 'id': {shown!r}"
+        if key in found:
+            problems.append(f"{place} is there twice. Remove one of the two rows.")
+        elif key in rows:
+            found[key] = number, line
+        elif re.fullmatch(r"[\d.,]+(E[+-]?\d+)?", shown):
+            remedy = "A spreadsheet made a number of the id: copy the ids from a fresh file, importing them as text."
+            problems.append(f"{place} is none of this evaluation's. {remedy}")
+        else:
+            remedy = "The file belongs to other answers, or the cell was changed: restore it, or remove the row."
+            problems.append(f"{place} is none of this evaluation's. {remedy}")
+    if lost := rows.keys() - found.keys():
+        problems.insert(
+            0,
+            f"{len(lost)} of {len(rows)} rows are missing, such as id {min(lost)!r}. Put them back from a fresh file, "
+            "or evaluate the answers that this file was made for.",
+        )
+    return problems, found
+
+
+def _check_texts(number: int, line: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
+    """Find texts that came back cut: whoever filled in the row judged the beginning alone."""
+    return [
+        f"row {number}, column {name!r}: a spreadsheet cut the text, {len(text):,} characters long, at "
+        f"{len(str(line[name])):,}, so that whoever filled in the row read no more. Judge it from a jsonl file "
+        "(--people_file_type jsonl), then put the whole text back from a fresh file."
+        for name, text in written.items()
+        if name in line and _was_cut(str(line[name]), _inert(text))
+    ]
+
+
+def _check_cells(number: int, line: Mapping[str, Any], fill: Columns, allow_unfilled: bool) -> list[str]:
+    problems = []
+    for name, choices in fill.items():
+        value = _value(line.get(name))
+        problem = f"{line.get(name)!r} is unknown" if value else "not filled in"
+        if value not in choices and (value or not allow_unfilled):
+            either = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            problems.append(f"row {number}, column {name!r}: {problem}. Write {either}.")
+    return problems
+
+
+def _value(cell: Any) -> str:
+    """A cell as it is compared: trimmed, in lower case, a spreadsheet's 5.0 or 5,0 as 5."""
+    text = "" if cell is None else str(cell).strip().lower()
+    return re.sub(r"(?<=\d)[.,]0+$", "", text)
+
+
+def _inert(cell: str) -> str:
+    """The cell as text, even if a spreadsheet would run it as a formula: answers may hold anything."""
+    return "'" + cell if cell.startswith(_FORMULA) else cell
+
+
+def _is_long(text: str) -> bool:
+    """Whether a spreadsheet would keep only the beginning of `text`; it counts in units of UTF-16."""
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2 > LONGEST_CELL
+
+
+def _was_cut(cell: str, written: str) -> bool:
+    """Whether only the beginning of `written` came back; line ends, blanks and the encoding may differ."""
+    came, whole = " ".join(cell.split()), " ".join(written.split())
+    return _is_long(written) and len(came) < len(whole) and (not _is_long(came) or whole.startswith(came))

@@ -1,14 +1,12 @@
-"""From a judge's replies to win rates, ratings and their intervals.
+"""Win rates and ratings, with intervals, from a judge's replies. Ties count half; invalid replies are left out.
 
-Ties count half (`win_rate`); pairs without a valid reply are left out and counted.
-
-Legend: N rows, of a prompt each (a prompt may have several), M models beside the baseline.
+Legend: N rows, each with one prompt (a prompt may have several rows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from instruct_trl.data.prompt_keys import prompt_keys
@@ -18,17 +16,19 @@ from instruct_trl.judges.base import NOT_APPLICABLE, Answer, Judge, Pair, Prompt
 
 LIKERT = (1.0, 7.0)
 
+Truncated = Mapping[str, Sequence[bool]] | None
+
 
 @dataclass(frozen=True)
 class JudgedWinRate:
     """One model against the baseline by one judge.
 
     Attributes:
-        win: over the pairs with a valid reply; None where there is none.
-        invalid: pairs without one.
-        flipped: pairs whose two orders named opposite winners; they are among the ties.
-        outcomes: (N,) 1, 0.5 or 0 for each row, None where invalid.
-        prompts: (N,) the key of each row's prompt; empty where they are not known and count as different.
+        win: over the pairs with a valid reply; None if there are none.
+        invalid: the number of pairs without a valid reply.
+        flipped: the number of pairs whose two orders named opposite winners; they are among the ties.
+        outcomes: (N,) 1, 0.5 or 0 per row, None if invalid.
+        prompts: (N,) keys of the prompts; if it is empty, every row counts as a prompt of its own.
     """
 
     judge: str
@@ -43,14 +43,14 @@ class JudgedWinRate:
 
 @dataclass(frozen=True)
 class Rating:
-    """One question over one model's answers, by one judge.
+    """One question about one model's answers, by one judge.
 
     Attributes:
-        mean: of a Likert question its mean (`mean_interval`), of a flag the share of yes (`rate_interval`); None
-            where there is no valid reply.
-        n: answers it is over.
-        not_applicable, invalid: answers left out of it.
-        values: (N,) each answer's value, None where left out.
+        mean: the mean of a Likert question (`mean_interval`), or the share of yes (`rate_interval`); None without a
+            valid reply.
+        n: the number of answers with a valid reply.
+        not_applicable, invalid: the numbers of answers left out.
+        values: (N,) each answer's value, None if it was left out.
     """
 
     judge: str
@@ -70,45 +70,58 @@ def compare_models(
     prompts: Sequence[Prompt],
     completions: Mapping[str, Sequence[str]],
     baseline: str,
-    truncated: Mapping[str, Sequence[bool]] | None = None,
+    truncated: Truncated = None,
 ) -> dict[str, JudgedWinRate]:
-    """The win rate of each of the M models against `baseline` by `judge`, which is asked once, for all pairs together.
+    """The win rate of each model against `baseline`. The judge is asked once, about all pairs together.
 
     Args:
         judge: see `Judge`.
         prompts: (N,).
-        completions: model → (N,) answers, the baseline's among them.
+        completions: model → (N,) answers, including the baseline's.
         baseline: its name in `completions`.
         truncated: model → (N,) whether the answer was cut at the length limit; for judges that score tokens.
 
     Raises:
-        ValueError: no such baseline, or not one answer for each prompt.
+        ValueError: no such baseline, or not one answer per prompt.
     """
-    answers = model_answers(prompts, completions, truncated)
+    answers = _answers(prompts, completions, truncated)
     if baseline not in answers:
         raise ValueError(f"The baseline {baseline!r} is none of the models {list(completions)}.")
-    models = [name for name in answers if name != baseline]
-    pairs = [
-        Pair(answer, base) for name in models for answer, base in zip(answers[name], answers[baseline], strict=True)
-    ]
-    replies = judge.compare(pairs)
+    against = answers.pop(baseline)
+    replies = judge.compare([Pair(*sides) for rows in answers.values() for sides in zip(rows, against, strict=True)])
     n, keys = len(prompts), prompt_keys(prompts)
     return {
         name: tally_pairs(replies[i * n : (i + 1) * n], judge.name, name, baseline, keys)
-        for i, name in enumerate(models)
+        for i, name in enumerate(answers)
     }
 
 
-def model_answers(
+def rate_models(
+    judge: Judge,
     prompts: Sequence[Prompt],
     completions: Mapping[str, Sequence[str]],
-    truncated: Mapping[str, Sequence[bool]] | None = None,
-) -> dict[str, list[Answer]]:
-    """Model → its N answers as judges take them.
+    questions: Sequence[Question],
+    truncated: Truncated = None,
+) -> list[Rating]:
+    """Ask `judge` all questions about every answer; the ratings of model by model, in the order of the questions.
 
     Raises:
-        ValueError: a model without one answer for each prompt.
+        ValueError: the judge cannot answer one of them, or not one answer per prompt.
     """
+    answers = _answers(prompts, completions, truncated)
+    replies = judge.rate([answer for rows in answers.values() for answer in rows], questions)
+    n, keys = len(prompts), prompt_keys(prompts)
+    return [
+        tally_question([row[question.name] for row in replies[i * n : (i + 1) * n]], judge.name, name, question, keys)
+        for i, name in enumerate(answers)
+        for question in questions
+    ]
+
+
+def _answers(
+    prompts: Sequence[Prompt], completions: Mapping[str, Sequence[str]], truncated: Truncated
+) -> dict[str, list[Answer]]:
+    """Each model's N answers."""
     answers = {}
     for name, texts in completions.items():
         if len(texts) != len(prompts):
@@ -121,8 +134,9 @@ def model_answers(
 def tally_pairs(
     replies: Sequence[Reply], judge: str, model: str, baseline: str, prompts: Sequence[str] = ()
 ) -> JudgedWinRate:
-    """Count (N,) replies; the value of a pair is above, at or below one half. `prompts` are the keys of theirs."""
-    outcomes = [None if reply.value is None else _sign(reply.value) for reply in replies]
+    """Count (N,) replies; a value above one half is a win. `prompts` (N,) are the keys of the prompts."""
+    values = [reply.value for reply in replies]
+    outcomes = [None if value is None else (1 + (value > 0.5) - (value < 0.5)) / 2 for value in values]
     valid, keys = _valid(outcomes, prompts)
     return JudgedWinRate(
         judge,
@@ -136,22 +150,33 @@ def tally_pairs(
     )
 
 
+def tally_question(
+    replies: Sequence[Reply], judge: str, model: str, question: Question, prompts: Sequence[str] = ()
+) -> Rating:
+    """Mean and interval of (N,) replies to one question; `prompts` (N,) are the keys of the prompts."""
+    values = [reply.value for reply in replies]
+    valid, keys = _valid(values, prompts)
+    unasked = sum(reply.value is None and reply.said == NOT_APPLICABLE for reply in replies)
+    mean, low, high = None, None, None
+    if valid:
+        flag = question.kind == "flag"
+        found = rate_interval(valid, keys) if flag else mean_interval(valid, keys, scale=LIKERT)
+        mean, low, high = found.mean, found.low, found.high
+    invalid = len(values) - len(valid) - unasked
+    return Rating(judge, model, question.name, mean, low, high, len(valid), unasked, invalid, values)
+
+
 def _valid(values: Sequence[float | None], prompts: Sequence[str]) -> tuple[list[float], Prompts]:
-    """The values that are there, and the keys of their prompts if they are known."""
-    kept = [row for row, value in enumerate(values) if value is not None]
-    valid = [value for value in values if value is not None]
-    return valid, [prompts[row] for row in kept] if prompts else None
-
-
-def _sign(value: float) -> float:
-    return 1.0 if value > 0.5 else 0.0 if value < 0.5 else 0.5
+    """The values that are not None, and the keys of their prompts if they are known."""
+    kept = [(value, row) for row, value in enumerate(values) if value is not None]
+    return [value for value, _ in kept], [prompts[row] for _, row in kept] if prompts else None
 
 
 def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int = 0) -> Estimate:
-    """Win rate of one model less that of another, against one baseline, paired over prompts, as `mean_interval`.
+    """One model's win rate minus another's, against the same baseline, paired over prompts (`mean_interval`).
 
-    Both met the baseline's same answers, so their separate intervals overlap more than they should: this is the
-    interval to read. Prompts where either has no valid reply are left out.
+    Both models met the same answers of the baseline, so comparing their separate intervals overstates the doubt: read
+    this interval instead. Prompts without a valid reply for both are left out.
 
     Raises:
         ValueError: another judge or baseline, another number of prompts, fewer than two prompts left.
@@ -170,65 +195,14 @@ def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int =
     return mean_interval(gaps, keys, scale=(-1.0, 1.0), seed=seed)
 
 
-def rate_models(
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    completions: Mapping[str, Sequence[str]],
-    questions: Sequence[Question],
-    truncated: Mapping[str, Sequence[bool]] | None = None,
-) -> list[Rating]:
-    """Put `questions` about every answer of every model to `judge`; model by model, in the order of the questions.
-
-    Raises:
-        ValueError: the judge cannot answer one of them, or not one answer for each prompt.
-    """
-    answers = model_answers(prompts, completions, truncated)
-    replies = judge.rate([answer for rows in answers.values() for answer in rows], questions)
-    n, keys = len(prompts), prompt_keys(prompts)
-    return [
-        tally_question([row[question.name] for row in replies[i * n : (i + 1) * n]], judge.name, name, question, keys)
-        for i, name in enumerate(answers)
-        for question in questions
-    ]
-
-
-def tally_question(
-    replies: Sequence[Reply], judge: str, model: str, question: Question, prompts: Sequence[str] = ()
-) -> Rating:
-    """Mean and interval of (N,) replies to one question; `prompts` are the keys of theirs."""
-    values = [reply.value for reply in replies]
-    valid, keys = _valid(values, prompts)
-    unasked = sum(reply.value is None and reply.said == NOT_APPLICABLE for reply in replies)
-    found = _interval(valid, keys, question) if valid else Estimate(0.0, None, None, 0)
-    return Rating(
-        judge,
-        model,
-        question.name,
-        found.mean if valid else None,
-        found.low,
-        found.high,
-        len(valid),
-        unasked,
-        len(values) - len(valid) - unasked,
-        values,
-    )
-
-
-def _interval(values: list[float], prompts: Prompts, question: Question) -> Estimate:
-    if question.kind == "flag":
-        return rate_interval(values, prompts)
-    return mean_interval(values, prompts, scale=LIKERT)
-
-
 def judged_row(result: JudgedWinRate) -> dict[str, Any]:
-    """What a report keeps of a win rate: judge, model, rate and interval (None without a valid pair), counts."""
-    win = result.win
-    counts = {"invalid": result.invalid, "flipped": result.flipped}
-    names = ("rate", "low", "high", "wins", "ties", "losses", "n")
-    kept: dict[str, Any] = {name: getattr(win, name, None) for name in names}
-    return {"judge": result.judge, "model": result.model, "baseline": result.baseline, **kept, **counts}
+    """A win rate as a row of the report; the rate and its interval are None without a valid pair."""
+    row: dict[str, Any] = {"judge": result.judge, "model": result.model, "baseline": result.baseline}
+    for name in ("rate", "low", "high", "wins", "ties", "losses", "n"):
+        row[name] = getattr(result.win, name, None)
+    return row | {"invalid": result.invalid, "flipped": result.flipped}
 
 
 def rating_row(rating: Rating) -> dict[str, Any]:
-    """What a report keeps of a rating: all but the single values."""
-    return {item.name: getattr(rating, item.name) for item in fields(rating) if item.name != "values"}
+    """A rating as a row of the report, without the single values."""
+    return {name: value for name, value in vars(rating).items() if name != "values"}

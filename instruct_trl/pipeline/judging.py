@@ -1,14 +1,12 @@
-"""Further judges of an evaluation's answers, asked after sampling: they may be changed, added or waited for."""
+"""More judges of an evaluation's answers, asked after sampling: they can be changed, added or waited for."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from instruct_trl.data.checks import read_json
@@ -23,14 +21,17 @@ from instruct_trl.judges import (
     find_questions,
     rate_models,
 )
-from instruct_trl.judges.chat import check_url
+from instruct_trl.judges.endpoint import check_url
 from instruct_trl.judges.tally import judged_row, rating_row
+from instruct_trl.judges.wording import CRITERION
 from instruct_trl.pipeline.bounds import require_at_least
 from instruct_trl.pipeline.functions import load_function, names_a_function
 from instruct_trl.pipeline.stage import write_json
 from instruct_trl.redaction import looks_like_variable
 
 RESULT = "judged.json"
+
+Result = dict[str, list[Any]]  # "judged", "ratings" and "judge_notes"
 
 
 @dataclass
@@ -45,21 +46,21 @@ class JudgeArguments:
     )
     questions: list[str] = field(
         default_factory=list,
-        metadata={"help": "Put to endpoints and people about every answer: 'likert', 'flags', or single flags."},
+        metadata={"help": "Ask endpoints and people about every answer: 'likert', 'flags', or single flags."},
     )
     judge_prompts: int | None = field(
-        default=None, metadata={"help": "Judge the first so many prompts only. Default: all."}
+        default=None, metadata={"help": "Judge only this many prompts, from the first on. Default: all."}
     )
-    judge_model: str = field(default="", metadata={"help": "Endpoint: the model's name there."})
+    judge_model: str = field(default="", metadata={"help": "Endpoint: the model's name on the server."})
     judge_key: str = field(
         default="",
-        metadata={"help": "Endpoint: the environment variable that holds the API key; none is sent without."},
+        metadata={"help": "Endpoint: the environment variable that holds the API key. Default: send no key."},
     )
     judge_both_orders: bool = field(
-        default=True, metadata={"help": "Endpoint: ask about each pair twice, its answers exchanged."}
+        default=True, metadata={"help": "Endpoint: ask about each pair twice, with the answers swapped."}
     )
-    judge_max_tokens: int = field(default=512, metadata={"help": "Endpoint: longest reply."})
-    judge_workers: int = field(default=4, metadata={"help": "Endpoint: requests under way at a time."})
+    judge_max_tokens: int = field(default=512, metadata={"help": "Endpoint: the most tokens per reply."})
+    judge_workers: int = field(default=4, metadata={"help": "Endpoint: requests at a time."})
     judge_price_in: float = field(default=0.0, metadata={"help": "Endpoint: price of a million prompt tokens."})
     judge_price_out: float = field(default=0.0, metadata={"help": "Endpoint: price of a million completion tokens."})
     judge_criterion: str = field(
@@ -70,26 +71,34 @@ class JudgeArguments:
     def __post_init__(self) -> None:
         require_at_least(self, judge_prompts=1, judge_max_tokens=1, judge_workers=1)
         require_at_least(self, judge_price_in=0.0, judge_price_out=0.0)
-        if find_questions(self.questions) and not any(_may_be_asked(name) for name in self.judges):
+        # A judge that gives scores answers no questions.
+        if find_questions(self.questions) and not any(name == "people" or _is_url(name) for name in self.judges):
             raise ValueError("questions need someone to answer them: name an endpoint or people in judges.")
+
+
+class JudgedRun(Protocol):
+    """The settings of a run that judges need; `run` is its folder."""
+
+    seed: int
+    batch_size: int
+    reward_model_path: str | None
+
+    @property
+    def run(self) -> Path: ...
 
 
 def _is_url(name: str) -> bool:
     return "://" in name
 
 
-def _may_be_asked(name: str) -> bool:
-    """Whether this judge answers questions; one that gives scores does not."""
-    return name == "people" or _is_url(name)
-
-
-def check_judges(run: Any, settings: JudgeArguments, folder: Path) -> list[ScoreJudge]:
+def check_judges(run: JudgedRun, settings: JudgeArguments, folder: Path) -> list[ScoreJudge]:
     """Refuse judges that could not be asked, before any answer is sampled; nothing is written and no one is asked.
 
     Returns:
-        The judges that are functions of the user's, to be tried on a stand-in for an answer.
+        The judges that are the user's functions, to be tried on a stand-in for an answer.
 
     Raises:
+        ImportError: an endpoint without the `openai` package.
         ValueError: whatever `make_judge` finds, or a reward model that is not there.
     """
     from instruct_trl.models.model_files import check_model_path
@@ -101,25 +110,27 @@ def check_judges(run: Any, settings: JudgeArguments, folder: Path) -> list[Score
     return [judge for judge in made if isinstance(judge, ScoreJudge)]
 
 
-def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str, Any]:
-    """Ask every judge about the answers in `folder`; returns `judged`, `ratings` and `judge_notes`.
+def judge_answers(run: JudgedRun, settings: JudgeArguments, folder: Path, baseline: str = "SFT") -> Result:
+    """Ask every judge about the answers in `folder`; returns the rows of `judged`, `ratings` and `judge_notes`.
 
-    What judges said in earlier runs is in `folder/judged.json` and is returned with the rest; asked again, a judge's
-    old result is replaced, its ratings only where questions are put to it again. Replies of an endpoint are kept in
-    `folder/judges`, people's files are in `folder/people`. Where people have not filled in theirs yet, a note says so
-    and the rest goes on.
+    `folder/judged.json` keeps what judges said in earlier runs, which is returned as well. A judge that is asked again
+    replaces its old result, but its ratings only if questions are asked again. The replies of endpoints are kept in
+    `folder/judges`, people's files in `folder/people`. If people have not filled in theirs yet, a note says so.
 
     Raises:
-        ValueError: a judge or question that is none, an endpoint without a model's name or key, a file that cannot be
-            read.
-        RuntimeError: an endpoint that failed for good.
+        ValueError: no such judge or question, an endpoint without a model's name or key, a file that cannot be read.
+        RuntimeError: an endpoint failed for good.
     """
     questions = find_questions(settings.questions)
     path = folder / RESULT
-    said: dict[str, Any] = read_json(path) if path.exists() else {}
+    said: dict[str, Result] = read_json(path) if path.exists() else {}
     for name in settings.judges:
         key = f"{name} {settings.judge_model}" if _is_url(name) else name  # one server may hold several judges
-        now = _ask(name, run, settings, folder, questions)
+        judge = make_judge(name, run, settings, folder)
+        now = _ask(judge, settings.judge_prompts, folder, baseline, questions)
+        if _is_url(name):  # two servers may hold a model of one name
+            for row in now["judged"] + now["ratings"]:
+                row["judge"] = f"{judge.name} at {urlsplit(name).netloc}"
         if not questions:
             now["ratings"] = said.get(key, {}).get("ratings", [])
         said[key] = now
@@ -127,48 +138,49 @@ def judge_answers(run: Any, settings: JudgeArguments, folder: Path) -> dict[str,
     return {part: [row for of in said.values() for row in of[part]] for part in ("judged", "ratings", "judge_notes")}
 
 
-def _ask(name: str, run: Any, settings: JudgeArguments, folder: Path, questions: list[Question]) -> dict[str, Any]:
-    """One judge's `judged`, `ratings` and `judge_notes`."""
-    from instruct_trl.pipeline.evaluating import SFT
-
+def _ask(judge: Judge, count: int | None, folder: Path, baseline: str, questions: list[Question]) -> Result:
+    """One judge's rows, about the answers to the first `count` prompts."""
     data = read_json(folder / "answers.json")
-    prompts = data["prompts"][: settings.judge_prompts]
-    models = data["models"].items()
-    answers = {name: row["completions"][: settings.judge_prompts] for name, row in models}
-    cut = {name: [not ended for ended in row["ended"][: settings.judge_prompts]] for name, row in models}
-    judge, rated = make_judge(name, run, settings, folder), None
-    notes: list[str] = []
-    wins = _unless_waiting(partial(compare_models, judge, prompts, answers, SFT, cut), notes)
-    if questions and not isinstance(judge, ScoreJudge):
-        rated = _unless_waiting(partial(rate_models, judge, prompts, answers, questions, cut), notes)
-    # Two servers may hold a model of one name.
-    shown = {"judge": f"{judge.name} at {urlsplit(name).netloc}"} if isinstance(judge, EndpointJudge) else {}
-    return {
-        "judged": [judged_row(win) | shown for win in (wins or {}).values()],
-        "ratings": [rating_row(rating) | shown for rating in rated or []],
-        "judge_notes": notes + _notes(judge),
-    }
+    prompts = data["prompts"][:count]
+    answers = {name: row["completions"][:count] for name, row in data["models"].items()}
+    cut = {name: [not ended for ended in row["ended"][:count]] for name, row in data["models"].items()}
+    result: Result = {"judged": [], "ratings": [], "judge_notes": []}
+
+    def compare() -> None:
+        wins = compare_models(judge, prompts, answers, baseline, cut)
+        result["judged"] = [judged_row(win) for win in wins.values()]
+
+    def rate() -> None:
+        result["ratings"] = [rating_row(row) for row in rate_models(judge, prompts, answers, questions, cut)]
+
+    for ask in [compare] + [rate] * (bool(questions) and not isinstance(judge, ScoreJudge)):
+        try:
+            ask()
+        except WaitingForPeople as waiting:
+            print(f"== Judges: {waiting}")
+            result["judge_notes"].append(str(waiting))
+    result["judge_notes"] += _notes(judge)
+    return result
 
 
-def _unless_waiting(ask: Callable[[], Any], notes: list[str]) -> Any:
-    """What `ask` returns, or None and a note where people have not filled in their file yet."""
-    try:
-        return ask()
-    except WaitingForPeople as waiting:
-        print(f"== Judges: {waiting}")
-        notes.append(str(waiting))
-        return None
+def _notes(judge: Judge) -> list[str]:
+    if isinstance(judge, EndpointJudge):
+        print(f"== {judge.name}: {judge.usage.line()}")
+        cut = [f"{judge.name}: {judge.cut_line(judge.cut)}"] if judge.cut else []
+        return [f"{judge.name}: {judge.usage.line()}.", *cut]
+    if isinstance(judge, PeopleJudge) and judge.agreement:
+        share, count = judge.agreement
+        return [f"{judge.name}: two of them gave the same verdict {100 * share:.0f} % of the time ({count:,} pairs)."]
+    return []
 
 
-def make_judge(name: str, run: Any, settings: JudgeArguments, folder: Path) -> Judge:
-    """The judge of that name; see `JudgeArguments.judges`.
+def make_judge(name: str, run: JudgedRun, settings: JudgeArguments, folder: Path) -> Judge:
+    """The judge that `JudgeArguments.judges` names.
 
     Raises:
-        ValueError: there is no such judge; an endpoint without a model's name, with a key that is not set, or with a
-            URL that cannot be used; a function that cannot be imported.
+        ValueError: no such judge; an endpoint without a model's name, with a key that is not set, or with a URL that
+            cannot be used; a function that cannot be imported.
     """
-    from instruct_trl.judges.wording import CRITERION
-
     criterion = settings.judge_criterion or CRITERION
     if name == "people":
         return PeopleJudge(folder / "people", file_type=settings.people_file_type, seed=run.seed, criterion=criterion)
@@ -192,13 +204,14 @@ def _endpoint(url: str, criterion: str, settings: JudgeArguments, folder: Path) 
     check_url(url)
     if not settings.judge_model:
         raise ValueError(f"The judge at {url} needs a model's name: --judge_model.")
-    if settings.judge_key and not os.environ.get(settings.judge_key, "").strip():
+    key = os.environ.get(settings.judge_key, "").strip() if settings.judge_key else None
+    if key == "":
         raise ValueError(_no_key(settings.judge_key))
     return EndpointJudge(
         url,
         settings.judge_model,
         criterion=criterion,
-        api_key=os.environ[settings.judge_key] if settings.judge_key else None,
+        api_key=key,
         both_orders=settings.judge_both_orders,
         max_tokens=settings.judge_max_tokens,
         workers=settings.judge_workers,
@@ -209,21 +222,10 @@ def _endpoint(url: str, criterion: str, settings: JudgeArguments, folder: Path) 
 
 
 def _no_key(variable: str) -> str:
-    """The error for a variable that is not set. A key that was given in place of a variable's name is not shown."""
+    """The error for a variable that is not set. It does not show a key that was given instead of a variable's name."""
     if not looks_like_variable(variable):
         return (
             "judge_key is the name of no environment variable that is set. Give the name of the one that holds the API "
             "key, such as --judge_key OPENAI_API_KEY, and never the key itself."
         )
     return f"The environment has no variable {variable!r} with the API key; set it first."
-
-
-def _notes(judge: Judge) -> list[str]:
-    if isinstance(judge, EndpointJudge):
-        print(f"== {judge.name}: {judge.usage.line()}")
-        cut = [f"{judge.name}: {judge.cut_line(judge.cut)}"] if judge.cut else []
-        return [f"{judge.name}: {judge.usage.line()}.", *cut]
-    if isinstance(judge, PeopleJudge) and judge.agreement:
-        share, count = judge.agreement
-        return [f"{judge.name}: two of them gave the same verdict {100 * share:.0f} % of the time ({count:,} pairs)."]
-    return []

@@ -1,6 +1,7 @@
 """The endpoint judge against a server of the test's own on this machine: orders, retries, cache, cost, refusals."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,8 +16,7 @@ from instruct_trl.judges import (
     rate_models,
     wording,
 )
-from instruct_trl.judges import chat as chat_module
-from instruct_trl.judges.chat import ReplyCache, back_off
+from instruct_trl.judges.endpoint import ReplyCache
 
 
 class Server:
@@ -53,15 +53,18 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(chat_module.time, "sleep", lambda seconds: server.slept.append(seconds))
+    monkeypatch.setattr("openai._base_client.time.sleep", lambda seconds: server.slept.append(seconds))
     server = Server()
     server.slept = []
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
 
 
 def between(text, tag):
@@ -180,9 +183,9 @@ def test_transient_failures_are_tried_again_after_the_wait_that_is_asked_for(ser
     judge = EndpointJudge(server.url, "j", workers=1)
     assert compare_models(judge, PROMPTS, ANSWERS, "SFT")["PPO"].outcomes == [1.0, 1.0]
     assert judge.usage.retries == 3
-    assert 0.5 <= server.slept[0] <= 1.0
+    assert 0.25 <= server.slept[0] <= 1.0
     assert server.slept[1] == 7.0
-    assert 2.0 <= server.slept[2] <= 4.0
+    assert 1.0 <= server.slept[2] <= 4.0  # twice as long for each failure before
 
 
 def test_gateways_and_garbage_are_tried_again(server):
@@ -194,9 +197,11 @@ def test_gateways_and_garbage_are_tried_again(server):
     assert judge.usage.retries == 4
 
 
-def test_back_off_doubles_up_to_a_minute():
-    for attempt, most in enumerate([1, 2, 4, 8, 16, 32, 60, 60]):
-        assert most / 2 <= back_off(attempt) <= most
+def test_a_limit_that_lasts_longer_than_two_minutes_stops_the_run(server):
+    server.failures = [(429, {"Retry-After": "3600"}, b"quota used up")] * 9
+    with pytest.raises(RuntimeError, match="HTTP 429: quota used up. Send fewer requests.*run this again"):
+        compare_models(EndpointJudge(server.url, "j", workers=1), PROMPTS, ANSWERS, "SFT")
+    assert server.slept == []
 
 
 def test_giving_up_keeps_what_came(server, tmp_path):
@@ -204,21 +209,55 @@ def test_giving_up_keeps_what_came(server, tmp_path):
     judge = EndpointJudge(server.url, "j", workers=1, attempts=2, cache=tmp_path / "c")
     compare_models(judge, PROMPTS[:1], {name: texts[:1] for name, texts in ANSWERS.items()}, "SFT")
     server.failures = [(503, {})] * 2
-    with pytest.raises(RuntimeError, match="failed 2 times, last with HTTP 503"):
+    with pytest.raises(RuntimeError, match="no answer to 2 requests.*HTTP 503"):
         compare_models(judge, PROMPTS, ANSWERS, "SFT")
     assert len(ReplyCache(tmp_path / "c").replies) >= 2
 
 
+def test_nothing_of_the_environment_is_sent(server, monkeypatch):
+    """The openai client reads all of these, and urllib's and httpx's proxies would see the requests."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "leaked")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer leaked\nX-Gateway: leaked")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    server.reply = lambda text: "Verdict: A"
+    for key, sent in ((None, None), ("mine", "Bearer mine")):
+        server.headers.clear()
+        EndpointJudge(server.url, "j", api_key=key, attempts=1).compare(PAIRS)
+        assert len(server.headers) == 2
+        for headers in server.headers:
+            assert headers.get("Authorization") == sent
+            assert "leaked" not in str(headers)
+
+
+def test_a_redirect_takes_the_key_nowhere(server):
+    other = Server()
+    server.failures = [(307, {"Location": f"{other.url}/chat/completions"})]
+    with pytest.raises(RuntimeError, match="HTTP 307.*redirects are not followed"):
+        EndpointJudge(server.url, "j", api_key="sk-0123456789", workers=1).compare(PAIRS)
+    other.close()
+    assert other.headers == []
+
+
+def test_without_the_client_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'instruct-trl\[judge\]'"):
+        EndpointJudge("http://localhost:1/v1", "j")
+
+
 @pytest.mark.parametrize(
-    ("status", "headers", "message"),
+    ("status", "message"),
     [
-        (401, {}, "HTTP 401: .*no such thing.* Set the API key"),
-        (404, {}, "usually ends in /v1"),
-        (302, {"Location": "http://127.0.0.1:9/"}, "redirects are not followed"),
+        (401, "HTTP 401: .*no such thing.* Set the API key"),
+        (404, "usually ends in /v1"),
     ],
 )
-def test_a_refusal_is_not_tried_again(server, status, headers, message):
-    server.failures = [(status, headers)] * 9
+def test_a_refusal_is_not_tried_again(server, status, message):
+    server.failures = [(status, {})] * 9
     with pytest.raises(RuntimeError, match=message):
         compare_models(EndpointJudge(server.url, "j", workers=1), PROMPTS, ANSWERS, "SFT")
     assert server.slept == []
@@ -228,7 +267,7 @@ def test_no_server_and_not_a_chat_server(server):
     server.raw = {"status": "ok"}
     with pytest.raises(RuntimeError, match="not as the chat API does"):
         compare_models(EndpointJudge(server.url, "j"), PROMPTS, ANSWERS, "SFT")
-    with pytest.raises(RuntimeError, match="failed 2 times, last with URLError"):
+    with pytest.raises(RuntimeError, match="no answer to 2 requests.*ConnectError"):
         compare_models(EndpointJudge("http://127.0.0.1:9/v1", "j", attempts=2), PROMPTS, ANSWERS, "SFT")
     with pytest.raises(ValueError, match="give a URL such as"):
         EndpointJudge("localhost:8000", "j")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from instruct_trl.evaluation import tasks as benchmarks
-from instruct_trl.judges.chat import ChatEndpoint
+from instruct_trl.judges.endpoint import ChatEndpoint
 from instruct_trl.pipeline import sampling
 from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
 from instruct_trl.pipeline.evaluating import evaluate_models, model_paths, name_and_path
