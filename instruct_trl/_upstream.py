@@ -15,10 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForSequenceClassification, DynamicCache, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.reward_trainer import suppress_seqcls_warning
+from trl.trainer.reward_trainer import suppress_seqcls_warning as suppress_seqcls_warning
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
 from trl.trainer.utils import get_callable_name as get_callable_name
 from trl.trainer.utils import is_async_callable as is_async_callable
+
+HEADS = ("score", "classifier")  # the names of a sequence classifier's head in transformers
 
 
 def apply_cpu_defaults(config: Any) -> None:
@@ -66,7 +68,7 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ValueError: the model has no head of a known name.
     """
-    for name in ("score", "classifier"):
+    for name in HEADS:
         if hasattr(model, name):
             return getattr(model, name)
     raise ValueError(
@@ -332,9 +334,11 @@ RESUMABLE = {
 }
 
 
-def may_resume_generation(model: Any, generation_config: Any) -> bool:
-    """True where `generate` can stop and go on from its cache with fewer rows: one ordinary sample a prompt."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+def may_resume_generation(base: Any, generation_config: Any) -> bool:
+    """True where `generate` of a transformers model can stop and go on from its cache with fewer rows.
+
+    That takes one ordinary sample per prompt.
+    """
     kind = base._supports_default_dynamic_cache() and not base._is_stateful and not base.config.is_encoder_decoder
     settings = {**base.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
     switched_on = {name for name, value in settings.items() if value not in (None, False)}

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
 from instruct_trl.data.endings import ending_ids
 from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwargs, tokenize_drawn, tokenize_pair
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.data.token_budget import fill, rows_cost
-from instruct_trl.models.context import refuse_long_row
+from instruct_trl.models.context import check_answer_room, refuse_long_row
 from instruct_trl.models.loading import check_single_label, load_reward_model
-from instruct_trl.models.model_files import tokenizer_source
+from instruct_trl.models.model_files import load_tokenizer
 from instruct_trl.models.prefix_sharing import ScoringRoute
+from instruct_trl.models.scores import add_reward_bias, reward_bias
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,11 @@ class RewardScorer:
         name = self.model.config._name_or_path
         if not name:
             raise ValueError("The reward model was built in memory: pass its tokenizer as processing_class.")
-        return AutoTokenizer.from_pretrained(tokenizer_source(name))
+        return load_tokenizer(name)
 
     @property
     def reward_bias(self) -> float:
-        return float(getattr(self.model.config, "reward_bias", 0.0))
+        return reward_bias(self.model.config)
 
     def __call__(
         self,
@@ -130,7 +130,8 @@ class RewardScorer:
             given |= template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)})
             ids = None if completion_ids is None else completion_ids[index]
             rows.append(self._row(*pair, ids, None if prompt_ids is None else prompt_ids[index], given))
-        return [score + self.reward_bias for score in self._score(rows, [repr(prompt) for prompt in prompts])]
+        scores = self._score(rows, [repr(prompt) for prompt in prompts])
+        return [add_reward_bias(score, self.model.config) for score in scores]
 
     def _row(
         self, prompt: Text, completion: Text, ids: Sequence[int] | None, prompt_ids: Any, given: dict[str, Any]
@@ -227,6 +228,13 @@ class RewardScorer:
             self.model.to(PartialState().device)
         elif torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
+
+
+def check_scorer_room(scorer: Any, prompts: Sequence[Text], max_new_tokens: int, setting: str) -> None:
+    """`check_answer_room` for a reward model. How much another function reads is its own affair."""
+    if isinstance(scorer, RewardScorer):
+        model, tokenizer = scorer.model, scorer.processing_class
+        check_answer_room(model, tokenizer, "The reward model", prompts, max_new_tokens, setting)
 
 
 def _shared(rows: list[list[int]], group: list[int]) -> int:
