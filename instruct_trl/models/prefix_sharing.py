@@ -207,7 +207,9 @@ class ScoringRoute:
                 "completion."
             )
         self.shares = False
-        self._say(f"Prompts are computed once a completion, not shared: {reason}. prefix_sharing='off' says the same.")
+        self._say(
+            f"Every completion is scored with its own copy of the prompt: {reason}. prefix_sharing='off' silences this."
+        )
 
     def take_counts(self) -> dict[str, int]:
         """Places that went through the network since the last call (`computed`), and how many were `padding`."""

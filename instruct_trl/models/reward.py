@@ -116,7 +116,7 @@ class RewardScorer:
             ValueError: lengths differ, or a score is NaN or infinite.
         """
         columns = {"completions": completions, "completion_ids": completion_ids, "truncated": truncated}
-        for name, column in {**columns, "prompt_ids": prompt_ids}.items():
+        for name, column in (columns | {"prompt_ids": prompt_ids}).items():
             if column is not None and len(column) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts but {len(column)} {name}: give one for each prompt.")
         if truncated is None:
@@ -177,18 +177,19 @@ class RewardScorer:
             refuse_long_row(len(row), what, self.model, "the reward model", "Shorten it, or drop it.")
         self._place()
         device = next(self.model.parameters()).device
-        pad_token_id = (
-            self.processing_class.pad_token_id or 0
-        )  # any valid id: padding is masked and never compared with
-        if self.model.config.get_text_config().pad_token_id is None:  # transformers refuses batches without one
-            self.model.config.get_text_config().pad_token_id = pad_token_id
+        # Any valid id will do: padding is masked and never compared with.
+        pad_token_id, config = self.processing_class.pad_token_id or 0, self.model.config.get_text_config()
+        if config.pad_token_id is None:  # transformers refuses batches without one
+            config.pad_token_id = pad_token_id
         was_training = self.model.training
         self.model.eval()
         scores = [math.nan] * len(rows)
         for groups in self._batches(rows, prompts):
             chosen = [index for group in groups for index in group]
             sizes = torch.tensor([len(group) for group in groups])
-            prefixes = torch.tensor([_shared(rows, group) for group in groups])
+            # One row alone has nobody to share its prompt with.
+            shared = [common_prefix_length([rows[i] for i in group]) if len(group) > 1 else 0 for group in groups]
+            prefixes = torch.tensor(shared)
             batch = pad_rows([rows[index] for index in chosen], pad_token_id)
             grouped = GroupedRows(*(t.to(device) for t in (*batch.values(), sizes, prefixes)))
             with self._autocast():
@@ -235,8 +236,3 @@ def check_scorer_room(scorer: Any, prompts: Sequence[Text], max_new_tokens: int,
     if isinstance(scorer, RewardScorer):
         model, tokenizer = scorer.model, scorer.processing_class
         check_answer_room(model, tokenizer, "The reward model", prompts, max_new_tokens, setting)
-
-
-def _shared(rows: list[list[int]], group: list[int]) -> int:
-    """Tokens that the rows of a group have in common; 0 for one row, which has nobody to share with."""
-    return common_prefix_length([rows[index] for index in group]) if len(group) > 1 else 0
