@@ -69,8 +69,8 @@ class ValueModel(nn.Module):
         projected and returned, like logits by `logits_to_keep`.
         """
         # Positions count a row's real tokens, so that a value does not depend on the padding's side.
-        kwargs = {"position_ids": positions(attention_mask), "use_cache": False}
-        kwargs = {} if self.config.is_encoder_decoder else kwargs
+        inputs = {"position_ids": positions(attention_mask), "use_cache": False}
+        kwargs = {} if self.config.is_encoder_decoder else inputs
         hidden = backbone(self.classifier)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         head = score_head(self.classifier)
         with head_in_float32(head):
