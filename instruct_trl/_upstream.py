@@ -1,4 +1,7 @@
-"""Everything that leans on private or version-bound behaviour of TRL and transformers, apart from method overrides."""
+"""Private and version-bound behaviour of TRL, transformers, accelerate and DeepSpeed, apart from method overrides.
+
+Each comment "May go" says on which upstream release its shim is no longer needed; tests/upstream watches the seams.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForSequenceClassification, DynamicCache, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.reward_trainer import suppress_seqcls_warning
+from trl.trainer.reward_trainer import suppress_seqcls_warning as suppress_seqcls_warning
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path
 from trl.trainer.utils import get_callable_name as get_callable_name
 from trl.trainer.utils import is_async_callable as is_async_callable
 
+HEADS = ("score", "classifier")  # the names of a sequence classifier's head in transformers
 
+
+# May go when the floor passes a TRL whose configs leave bf16 off where there is no accelerator.
 def apply_cpu_defaults(config: Any) -> None:
     """Without an accelerator, run on the CPU in float32 unless the user asked otherwise.
 
@@ -36,6 +42,7 @@ def apply_cpu_defaults(config: Any) -> None:
             config.bf16 = False
 
 
+# May go when trl exports create_model_from_path and its suppression of the head's warning.
 def create_classifier(name: str, **kwargs: Any) -> Any:
     """A sequence classifier with one label, by name or path, as upstream's RewardTrainer loads it, not yet placed."""
     with suppress_seqcls_warning():
@@ -44,6 +51,7 @@ def create_classifier(name: str, **kwargs: Any) -> Any:
         )
 
 
+# May go when trl's trainers accept model_init_kwargs beside a model in memory.
 @contextmanager
 def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
     """Inside, `args.model_init_kwargs` is None where they have `loaded` a model: upstream refuses them beside one."""
@@ -55,18 +63,20 @@ def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
         args.model_init_kwargs = given
 
 
+# May go when transformers has one public name for the model below the head of every architecture.
 def backbone(model: torch.nn.Module) -> torch.nn.Module:
     """The transformer without its head: `model.base_model` in transformers' terms (e.g. LlamaModel)."""
     return cast(torch.nn.Module, model.base_model)
 
 
+# May go when transformers has a public accessor for the head of a sequence classifier.
 def score_head(model: torch.nn.Module) -> torch.nn.Module:
     """The scalar head of a sequence classifier, under any of the names that transformers uses.
 
     Raises:
         ValueError: the model has no head of a known name.
     """
-    for name in ("score", "classifier"):
+    for name in HEADS:
         if hasattr(model, name):
             return getattr(model, name)
     raise ValueError(
@@ -75,6 +85,7 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
     )
 
 
+# May go when Trainer makes parameter groups for a model other than its own.
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters as Trainer groups them: weights decay, biases and norms do not."""
     decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))  # it does not read `self`
@@ -86,6 +97,7 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
+# May go when Trainer has a public function from arguments and parameters to an optimizer.
 def critic_optimizer(args: Any, value_model: Any, learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer that `args` ask for, over the value model's trainable parameters, grouped as Trainer groups them.
 
@@ -104,6 +116,7 @@ def critic_optimizer(args: Any, value_model: Any, learning_rate: float) -> torch
     return kind(decay_groups(value_model, args.weight_decay), **{**kwargs, "lr": learning_rate})
 
 
+# May go when trl's RepeatSampler has a set_epoch of its own.
 class EpochSeededRepeatSampler(RepeatSampler):
     """TRL's sampler, its order a function of (seed, epoch), so that a run resumed in epoch 3 sees epoch 3's order."""
 
@@ -112,11 +125,13 @@ class EpochSeededRepeatSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
+# May go when trl's fused head projects scored positions alone on a CPU, too.
 def fused_head_is_compact(device: torch.device) -> bool:
     """True where TRL's fused head projects scored positions only: where its Triton kernels run."""
     return device.type in ("cuda", "xpu")
 
 
+# May go when GRPOTrainer takes a reference model in its constructor.
 def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     """Freeze `ref_model`, give it TRL's fused log-prob head at the trainer's temperature, and place it."""
     ref_model.requires_grad_(False)
@@ -141,6 +156,7 @@ def _cast_head_to_float32(model: Any) -> None:
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
+# May go when trl keeps a head under cast_lm_head_to_fp32 out of autocast.
 def keep_head_out_of_autocast(trainer: Any, model: Any) -> None:
     """Under `cast_lm_head_to_fp32`: the head computes in float32 where it is called, too, as TRL's fused head does.
 
@@ -150,6 +166,7 @@ def keep_head_out_of_autocast(trainer: Any, model: Any) -> None:
     head.forward = torch.autocast(trainer.accelerator.device.type, enabled=False)(head.forward)
 
 
+# May go when trl's continuous batching leaves the policy's dtype and mode alone (1.16 does not).
 @contextmanager
 def unchanged_model(model: torch.nn.Module) -> Iterator[None]:
     """On leaving, give `model` back the weights, gradients, buffers and modes that it had, none of them copied.
@@ -171,6 +188,7 @@ def unchanged_model(model: torch.nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+# May go when accelerate forgets the settings of a trainer that is gone.
 def reset_accelerator() -> None:
     """Forget the precision and accumulation of the trainer before, so that the next may have its own."""
     AcceleratorState._reset_state()
@@ -178,6 +196,7 @@ def reset_accelerator() -> None:
     load_models_whole()
 
 
+# May go when from_pretrained has an argument to load whole weights under ZeRO-3.
 def load_models_whole() -> None:
     """From here until the next trainer, transformers loads models whole, also where it has been told of ZeRO-3.
 
@@ -186,6 +205,7 @@ def load_models_whole() -> None:
     unset_hf_deepspeed_config()
 
 
+# May go when the packed CPU kernel of bitsandbytes has a backward (0.50 has none).
 def keep_4bit_trainable(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights on CPUs with AVX512-BF16: its packed kernel has no backward.
 
@@ -198,6 +218,7 @@ def keep_4bit_trainable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+# May go when trl casts adapters on a quantised base by bf16= and not always.
 def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
     """Without bf16, give what is trained on a quantised base the float32 of its hidden states: TRL casts it to bf16."""
     if not bf16 and getattr(model, "is_quantized", False) and model.dtype == torch.float32:
@@ -206,11 +227,13 @@ def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
                 parameter.data = parameter.data.float()
 
 
+# May go when GRPOTrainer has a public method that tokenises prompts.
 def rollout_prompt_ids(trainer: Any, prompts: list[Any]) -> list[list[int]]:
     """Token ids of prompts as the trainer feeds them to the policy: its template, tools and template settings."""
     return trainer._tokenize_prompts(prompts)[0]
 
 
+# May go when accelerate's optimizer has a setter for step_was_skipped.
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
     """Set accelerate's `optimizer.step_was_skipped`, by which the Trainer holds its schedule; it has no setter."""
     optimizer._is_overflow = skipped
@@ -219,6 +242,7 @@ def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
 # Engines: FSDP2 and DeepSpeed ----------------------------------------------------------------------------------------
 
 
+# May go when accelerate's DeepSpeed wrapper runs a backward without a step.
 class DeepSpeedSteps:
     """Drives a DeepSpeed engine as accelerate's wrapper does, except that its backward takes no step.
 
@@ -265,6 +289,7 @@ class DeepSpeedSteps:
             raise RuntimeError("DeepSpeed took a step that was to be left out. Install deepspeed>=0.19.8.")
 
 
+# May go when accelerate prepares two trained models under one DeepSpeed plugin.
 def prepare_deepspeed_model(
     accelerator: Any, model: torch.nn.Module, optimizer: Any, max_norm: float | None, args: Any
 ) -> tuple[Any, Any]:
@@ -285,6 +310,7 @@ def prepare_deepspeed_model(
     return engine, DeepSpeedOptimizerWrapper(optimizer)
 
 
+# May go when accelerate keeps FSDP's settings per model.
 @contextmanager
 def apart_from_policy(accelerator: Accelerator) -> Iterator[None]:
     """Inside, accelerate prepares a second model under FSDP, and forgets it on leaving.
@@ -304,6 +330,7 @@ def apart_from_policy(accelerator: Accelerator) -> Iterator[None]:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = layers
 
 
+# May go when FSDP2 reshards after a forward without backward.
 def reshard(model: torch.nn.Module) -> None:
     """Free what FSDP2 keeps whole after a forward without backward, so that parameters are shards."""
     for module in model.modules():
@@ -311,6 +338,7 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
+# May go when DeepSpeed gathers small ZeRO-3 parameters anew after their shards were written.
 @contextmanager
 def writable_shards(parameters: Sequence[Any]) -> Iterator[None]:
     """ZeRO-3 keeps small parameters whole beside their shards: gather them anew after the shards were written."""
@@ -324,6 +352,7 @@ def writable_shards(parameters: Sequence[Any]) -> Iterator[None]:
             whole[0].all_gather(whole)
 
 
+# This and the next two may go when `generate` of transformers drops ended rows by itself.
 # Settings of `generate` that look at one token at a time, so that it may stop and go on in a second call.
 RESUMABLE = {
     *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -332,9 +361,11 @@ RESUMABLE = {
 }
 
 
-def may_resume_generation(model: Any, generation_config: Any) -> bool:
-    """True where `generate` can stop and go on from its cache with fewer rows: one ordinary sample a prompt."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+def may_resume_generation(base: Any, generation_config: Any) -> bool:
+    """True where `generate` of a transformers model can stop and go on from its cache with fewer rows.
+
+    That takes one ordinary sample per prompt.
+    """
     kind = base._supports_default_dynamic_cache() and not base._is_stateful and not base.config.is_encoder_decoder
     settings = {**base.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
     switched_on = {name for name, value in settings.items() if value not in (None, False)}

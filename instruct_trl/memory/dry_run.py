@@ -33,6 +33,7 @@ from instruct_trl.memory.report import (
 )
 from instruct_trl.memory.shapes import ModelShape, read_config, without_head
 from instruct_trl.memory.trace import Precision
+from instruct_trl.models.model_files import adapter_config, holds_model, is_adapter
 from instruct_trl.pipeline.one_base import check_one_base
 
 PROMPT_TOKENS = 1024  # where nothing bounds a prompt: the paper's limit
@@ -185,17 +186,12 @@ def _ppo_models(run: Any, args: Any, model: Any) -> tuple[PPOModels, list[str]]:
 
 def _existing(folder: Path) -> str | None:
     """`folder` if it holds a model or an adapter."""
-    files = ("config.json", "adapter_config.json")
-    return str(folder) if any((folder / file).exists() for file in files) else None
+    return str(folder) if holds_model(folder) else None
 
 
 def adapter_of(name: str | None) -> Any:
     """The LoraConfig of an adapter's local folder, as one that is trained, or None; its head is counted apart."""
-    from peft import PeftConfig
-
-    if name is None or not Path(name, "adapter_config.json").is_file():
-        return None
-    return without_head(PeftConfig.from_pretrained(name))
+    return None if name is None or not is_adapter(name) else without_head(adapter_config(name))
 
 
 def plan_sft(device: Device, run: Any, args: Any, model: Any) -> Stage:
@@ -264,10 +260,8 @@ def plan_sample(device: Device, run: Any) -> Stage:
 def plan_select_sft(device: Device, run: Any) -> Stage:
     """recipes/select_sft.py: a checkpoint that answers, the reward model that scores."""
     folder = Path(run.sft_path) if run.sft_path else run.run / "sft"
-    checkpoints = sorted(folder.glob("checkpoint-*/config.json")) + sorted(
-        folder.glob("checkpoint-*/adapter_config.json")
-    )
-    config = read_config(checkpoints[0].parent) if checkpoints else config_of(run.sft_path, folder)
+    checkpoints = [path for path in sorted(folder.glob("checkpoint-*")) if holds_model(path)]
+    config = read_config(checkpoints[0]) if checkpoints else config_of(run.sft_path, folder)
     reward = config_of(run.reward_model_path, run.run / "reward_model")
     return _sampling_stage("recipes/select_sft.py", device, run, [_sampler("checkpoint", config, run)], reward)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,10 +106,9 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    from instruct_trl.models.model_files import check_model_path
+    from instruct_trl.models.model_files import base_of_adapter, check_model_path, is_adapter
 
-    adapter = Path(name, "adapter_config.json")
-    if adapter.is_file():
-        return read_config(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if is_adapter(name):
+        return read_config(base_of_adapter(name))
     check_model_path(name, weights=False)
     return AutoConfig.from_pretrained(name, revision=revision)

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from instruct_trl.models.adapters import without_adapters
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors made while it is on, as long as they live; views share their storage's.
@@ -183,7 +185,7 @@ def _trained_model(shapes: Any, checkpointing: bool, adapters: bool) -> Any:
 
 
 def _one_pass(model: Any, inputs: dict[str, Any], live: LiveBytes, train: bool, autocast: bool) -> Pass:
-    transformer = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    transformer = without_adapters(model).base_model
     before = live.now
     context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with torch.set_grad_enabled(train):

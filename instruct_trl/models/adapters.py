@@ -1,7 +1,10 @@
-"""LoRA adapters: in and out of PEFT's folders, onto a base with room for their tokens, and switched on a shared base.
+"""LoRA adapters: read from PEFT's folders, put on a base with room for their tokens, copied, switched and saved.
 
 A reward adapter was trained on a sequence classifier. Its layers have the same names in the causal language model of
 the same family, since both hold the same backbone; its head has none there, and is kept apart.
+
+Where tokens were added for a training, the base on disk lacks their rows. PEFT saves them beside the adapter, as whole
+embeddings, as a module that was trained whole, or as single rows; the base must have room before they can be read.
 
 Legend: r rank, in and out sizes of a matrix, H hidden units, V vocabulary.
 """
@@ -9,8 +12,6 @@ Legend: r rank, in and out sizes of a matrix, H hidden units, V vocabulary.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,26 +20,43 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
-from transformers.utils import cached_file
 
-from instruct_trl.models.model_files import ADAPTER_CONFIG, names_adapter
+from instruct_trl._upstream import HEADS
+from instruct_trl.models.model_files import adapter_config, names_adapter, read_reward_config
 from instruct_trl.models.precision import is_quantised, keep_whole_modules_in_float32
 
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+# What a config says of how a model is used, not of what it computes.
+_USAGE = {
+    "_name_or_path", "_commit_hash", "architectures", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id",
+    "id2label", "label2id", "num_labels", "pad_token_id", "problem_type", "quantization_config", "reward_bias",
+    "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
-def adapter_parameters(model: torch.nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:
+
+def has_adapters(model: Any, peft_config: Any = None) -> bool:
+    """True where adapters are trained on `model`, a path or a model, or will be by `peft_config`."""
+    if isinstance(model, str):
+        return peft_config is not None or names_adapter(model)
+    return peft_config is not None or hasattr(model, "peft_config")
+
+
+def without_adapters(model: Any) -> Any:
+    """The transformers model inside PEFT's wrapper, with the adapters' layers in place; `model` itself if unwrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# Switching ----------------------------------------------------------------------------------------------------------
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The parameters that belong to the adapter of this name, by their names in `model`."""
     own = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
     return {name: parameter for name, parameter in model.named_parameters() if own.search(name)}
@@ -46,7 +64,7 @@ def adapter_parameters(model: torch.nn.Module, adapter: str) -> dict[str, torch.
 
 @contextmanager
 def switched(
-    model: Any, adapters: Sequence[str], *, trainable: Sequence[torch.nn.Parameter] = (), training: bool = False
+    model: Any, adapters: Sequence[str], *, trainable: Sequence[nn.Parameter] = (), training: bool = False
 ) -> Iterator[None]:
     """Within, `model` runs with exactly `adapters` (added up if several; none switches all off).
 
@@ -68,8 +86,7 @@ def switched(
     modes = [(module, module.training) for module in model.modules()]
     try:
         _activate(model, adapters)
-        for parameter, _ in gradients:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in trainable:
             parameter.requires_grad_(True)
         model.train(training)
@@ -84,7 +101,7 @@ def switched(
             module.training = mode
 
 
-def adapters_are_on(model: torch.nn.Module) -> bool:
+def adapters_are_on(model: nn.Module) -> bool:
     """False where the adapters of `model` are switched off, so that the base alone runs. All layers are alike."""
     return not next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)).disable_adapters
 
@@ -98,15 +115,18 @@ def _activate(model: Any, adapters: Sequence[str]) -> None:
     model.base_model.set_adapter(list(adapters))
 
 
-PREFIX = "base_model.model."
-
-
-WEIGHTS = "adapter_model.safetensors"
+# Token rows ---------------------------------------------------------------------------------------------------------
 
 
 def token_rows(model: Any) -> int:
     """How many tokens the embedding of `model` knows."""
     return model.get_input_embeddings().weight.shape[0]
+
+
+def _embeddings(model: Any) -> dict[str, Any]:
+    """Embedding and head of `model` by name."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def resize_token_rows(model: Any, rows: int) -> None:
@@ -120,18 +140,33 @@ def resize_token_rows(model: Any, rows: int) -> None:
     before = token_rows(model)
     if rows == before:
         return
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    if any(type(layer) not in (nn.Embedding, nn.Linear) for layer in layers):
+    if any(type(layer) not in (nn.Embedding, nn.Linear) for layer in _embeddings(model).values()):
         raise ValueError(
             f"The model has {before} token rows and needs {rows}, but an adapter lies on its embedding or head. Resize "
             f"the base before the adapter is put on it: model.resize_token_embeddings({rows})."
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer is not None and rows > before:
-            for part in (layer.weight, getattr(layer, "bias", None)):
-                if part is not None:
-                    part.data[before:] = part.data[:before].float().mean(dim=0).to(part.dtype)
+    for layer in _embeddings(model).values():
+        for part in layer.parameters(recurse=False) if rows > before else ():
+            part.data[before:] = part.data[:before].float().mean(dim=0).to(part.dtype)
+
+
+def rows_of_adapter(base: Any, config: Any, weights: dict[str, torch.Tensor]) -> int | None:
+    """The token rows that `base` must have for an adapter; None where those that it has will do.
+
+    Args:
+        base: the model, still without the adapter.
+        config: the adapter's.
+        weights: the tensors of its file.
+    """
+    places = tuple(f"{PREFIX}{name}." for name in _embeddings(base))
+    whole = {key for key in weights if key.startswith(places) and key.endswith(".weight") and "lora_" not in key}
+    if whole:
+        return max(len(weights[key]) for key in whole)
+    indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    needed = 1 + max((index for part in lists for index in part), default=-1)
+    return needed if needed > token_rows(base) else None
 
 
 def put_adapter_on(base: Any, path: str | Path, *, config: Any = None, trainable: bool = False) -> Any:
@@ -146,8 +181,7 @@ def put_adapter_on(base: Any, path: str | Path, *, config: Any = None, trainable
     Raises:
         ValueError: its tensors do not fit the base.
     """
-    path = str(path)
-    config = config or PeftConfig.from_pretrained(path)
+    path, config = str(path), config or adapter_config(path)
     weights = load_peft_weights(path, device="cpu")
     rows = rows_of_adapter(base, config, weights)
     if rows is not None:
@@ -164,31 +198,6 @@ def put_adapter_on(base: Any, path: str | Path, *, config: Any = None, trainable
     return model
 
 
-def rows_of_adapter(base: Any, config: Any, weights: dict[str, torch.Tensor]) -> int | None:
-    """The token rows that `base` must have for an adapter; None where those that it has will do.
-
-    Args:
-        base: the model, still without the adapter.
-        config: the adapter's.
-        weights: the tensors of its file.
-    """
-    saved = {len(value) for key, value in weights.items() if _embedding_of(base, key)}
-    if saved:
-        return max(saved)
-    indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    needed = 1 + max((index for part in lists for index in part), default=-1)
-    return needed if needed > token_rows(base) else None
-
-
-def _embedding_of(base: Any, key: str) -> bool:
-    """True for a tensor of an adapter's file that holds embedding or head whole, a row for each token."""
-    layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    names = [name for name, module in base.named_modules() if any(module is layer for layer in layers)]
-    ours = any(key.startswith(f"{PREFIX}{name}.") for name in names)
-    return ours and key.endswith(".weight") and "lora_" not in key
-
-
 def save_token_rows(model: Any, folder: str | Path) -> None:
     """Write beside the adapter in `folder` the embedding and head that its base on disk lacks rows for.
 
@@ -200,17 +209,18 @@ def save_token_rows(model: Any, folder: str | Path) -> None:
         folder: holds its `adapter_model.safetensors`.
     """
     file = Path(folder, WEIGHTS)
-    base, name = model.get_base_model(), str(model.active_peft_config.base_model_name_or_path or "")
-    rows = _rows_on_disk(name)
+    base, name = without_adapters(model), str(model.active_peft_config.base_model_name_or_path or "")
+    try:
+        rows = AutoConfig.from_pretrained(name).get_text_config().vocab_size if name else None
+    except (OSError, ValueError):
+        return
     if rows in (None, token_rows(base)) or not file.is_file():
         return
     weights = load_peft_weights(str(folder), device="cpu")
     missing = {
         f"{PREFIX}{part}.weight": layer.weight.detach().cpu().clone()
-        for part, layer in base.named_modules()
-        if layer in (base.get_input_embeddings(), base.get_output_embeddings())
-        and _is_whole(layer)
-        and not any(key.startswith(f"{PREFIX}{part}.") for key in weights)
+        for part, layer in _embeddings(base).items()
+        if _is_whole(layer) and not any(key.startswith(f"{PREFIX}{part}.") for key in weights)
     }
     if missing:
         save_file(weights | missing, file, metadata={"format": "pt"})
@@ -218,40 +228,23 @@ def save_token_rows(model: Any, folder: str | Path) -> None:
 
 def _is_whole(layer: Any) -> bool:
     """True for a plain layer whose weights lie in this process, not in shards."""
-    return type(layer) in (nn.Embedding, nn.Linear) and not any(
-        hasattr(layer.weight, mark) for mark in ("ds_id", "full_tensor")
-    )
+    sharded = any(hasattr(layer.weight, mark) for mark in ("ds_id", "full_tensor"))
+    return type(layer) in (nn.Embedding, nn.Linear) and not sharded
 
 
-def _rows_on_disk(name: str) -> int | None:
-    """The vocabulary of a base by name or path; None where its config cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(name).get_text_config().vocab_size if name else None
-    except (OSError, ValueError):
-        return None
-
-
-HEADS = ("score", "classifier")
-
-
-# What a config says of how a model is used, not of what it computes.
-_USAGE = {
-    "_name_or_path", "_commit_hash", "architectures", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id",
-    "id2label", "label2id", "num_labels", "pad_token_id", "problem_type", "quantization_config", "reward_bias",
-    "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
+# Folders ------------------------------------------------------------------------------------------------------------
 
 
 class AdapterFolder(NamedTuple):
-    """What lies in a folder that PEFT wrote.
+    """An adapter as PEFT wrote it.
 
     Attributes:
         path: where it was read.
         config: its LoraConfig, the head struck from `modules_to_save`.
         weights: name in PEFT's file → tensor, without the head.
         head: the head's tensors (`weight` (1, H), perhaps `bias` (1,)), empty if there is none.
-        head_name: what the classifier calls the head.
-        saved: what our trainer wrote beside it (`reward_bias`, `dtype`, `quantization_config`).
+        head_name: its name in the classifier.
+        saved: see `read_reward_config`.
     """
 
     path: str
@@ -261,6 +254,11 @@ class AdapterFolder(NamedTuple):
     head_name: str
     saved: dict[str, Any]
 
+    @property
+    def base(self) -> str:
+        """Folder or name of the model that it was trained on, "" where it does not say."""
+        return str(self.config.base_model_name_or_path or "")
+
 
 def read_adapter(path: str | Path) -> AdapterFolder:
     """Read an adapter from a folder or the hub, on the CPU.
@@ -268,30 +266,20 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     Raises:
         ValueError: no adapter there, or not a LoRA.
     """
-    path = str(path)
-    try:
-        config = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"There is no adapter at {path!r} (no readable adapter_config.json). Give the folder that the trainer "
-            "saved with a peft_config."
-        ) from error
-    check_lora(config, f"The adapter {path!r}")
+    path, config = str(path), adapter_config(path)
+    config = check_lora(config, f"The adapter {path!r}")
     weights = load_peft_weights(path, device="cpu")
     head, head_name = {}, "score"
     for key in list(weights):
         parts = key.removeprefix(PREFIX).split(".")
         if parts[0] in HEADS:
             head_name, head[parts[-1]] = parts[0], weights.pop(key)
-    assert isinstance(config, LoraConfig)
     config.modules_to_save = [name for name in config.modules_to_save or [] if name not in HEADS] or None
-    file = cached_file(path, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False)
-    saved = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    return AdapterFolder(path, config, weights, head, head_name, saved)
+    return AdapterFolder(path, config, weights, head, head_name, read_reward_config(path))
 
 
-def check_lora(config: Any, name: str) -> None:
-    """Refuse what cannot share a base.
+def check_lora(config: Any, name: str) -> LoraConfig:
+    """`config`, if adapters of it can share a base.
 
     Raises:
         ValueError: not a LoRA, one that trains single token rows, or one that changes the base's weights when made.
@@ -306,21 +294,17 @@ def check_lora(config: Any, name: str) -> None:
     if config.trainable_token_indices:
         raise ValueError(
             f"{name} has trainable_token_indices, and PEFT keeps no others beside those on one embedding. Train with "
-            "modules_to_save=['embed_tokens', 'lm_head'] instead; or merge it (merge_and_unload), save the merged "
-            "model, and give that as base."
+            "modules_to_save=['embed_tokens', 'lm_head'] instead; or merge it, and give the merged model as base."
         )
     if config.bias != "none":
         raise ValueError(f"{name} has bias={config.bias!r}, which trains the base's biases. Use bias='none'.")
+    return config
 
 
-def add_adapter(model: Any, name: str, folder: AdapterFolder) -> None:
-    """Put the adapter of `folder` on the PeftModel `model`, as `name`, in float32.
-
-    Raises:
-        ValueError: its tensors do not fit the base.
-    """
-    model.add_adapter(name, copy.deepcopy(folder.config))
-    load_adapter_weights(model, name, folder)
+def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
+    """The adapter `name` of the PeftModel `model`, under the names of PEFT's files."""
+    own: Any = {key: value.detach() for key, value in adapter_parameters(model, name).items()}
+    return get_peft_model_state_dict(model, state_dict=own, adapter_name=name, save_embedding_layers=False)
 
 
 def load_adapter_weights(model: Any, name: str, folder: AdapterFolder) -> None:
@@ -336,56 +320,22 @@ def load_adapter_weights(model: Any, name: str, folder: AdapterFolder) -> None:
         if key in expected or not _is_embedding(model, key, value, folder.path)
     }
     for key in sorted(expected.keys() | weights.keys()):
-        shapes = [tuple(part[key].shape) if key in part else None for part in (weights, expected)]
-        if shapes[0] != shapes[1]:
+        theirs, ours = (tuple(part[key].shape) if key in part else None for part in (weights, expected))
+        if theirs != ours:
             raise ValueError(
-                f"The adapter {folder.path!r} does not fit this base: {key} is {shapes[0] or 'not in it'}, the base "
-                f"needs {shapes[1] or 'no such tensor'}. It was trained on another model "
-                f"({folder.config.base_model_name_or_path!r})."
+                f"The adapter {folder.path!r} does not fit this base: {key} is {theirs or 'not in it'}, the base needs "
+                f"{ours or 'no such tensor'}. It was trained on another model ({folder.base!r})."
             )
     set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
-def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """The adapter `name` of the PeftModel `model`, under the names of PEFT's files."""
-    own: Any = {key: value.detach() for key, value in adapter_parameters(model, name).items()}
-    return get_peft_model_state_dict(model, state_dict=own, adapter_name=name, save_embedding_layers=False)
-
-
-def check_token_room(folder: AdapterFolder, base: Any, *, resized: bool) -> None:
-    """Refuse an adapter that was trained with more tokens than a shared base has rows for.
-
-    Args:
-        folder: the adapter.
-        base: the model.
-        resized: embeddings that were only saved, not trained, count, too. A reward model's may hold one row more, for a
-            pad token that nobody reads.
-
-    Raises:
-        ValueError: it was.
-    """
-    weights = {key: value for key, value in folder.weights.items() if resized or "modules_to_save" in key}
-    rows = rows_of_adapter(base, folder.config, weights)
-    if rows is not None and rows > token_rows(base):
-        raise ValueError(
-            f"The adapter {folder.path!r} was trained with {rows} token rows, and the base has {token_rows(base)}: "
-            "tokens were added, and all roles share the base. Make the grown model the base "
-            f"(model.resize_token_embeddings({rows}), model.save_pretrained(folder), its tokenizer beside it), train "
-            "all adapters on that folder, and give it as base; or run PPOPtxTrainer with models of their own."
-        )
-
-
 def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
     """True for the base's own embedding or head, which PEFT saves after a resize or below an adapter; not changed."""
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if any(module is embedding for embedding in embeddings):
-            weight = getattr(module, "base_layer", module).weight
-            weights |= {f"{name}.weight": weight, f"{name}.base_layer.weight": weight}
-    if key not in weights:
+    name = key.removesuffix(".weight").removesuffix(".base_layer")
+    layer = _embeddings(model).get(name)
+    if layer is None or not key.endswith(".weight"):
         return False
-    ours = weights[key].detach().cpu()
+    ours = getattr(layer, "base_layer", layer).weight.detach().cpu()
     rows = min(len(ours), len(value))
     # File or base may be coarser than the other: they are compared as the coarser one rounds them.
     fits = value.shape[1:] == ours.shape[1:] and any(
@@ -399,8 +349,8 @@ def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
 def copy_adapter(model: Any, source: str, target: str) -> None:
     """Make the adapter `target` compute what `source` computes; it may have a higher rank and more target modules.
 
-    A's first r rows and B's first r columns are the source's, rescaled; B's other columns are 0. What `target` alone
-    trains whole (`modules_to_save`) stays the base's, as PEFT made it.
+    A's first r rows and B's first r columns are the source's, rescaled; B's other columns are 0. Modules that `target`
+    alone trains whole (`modules_to_save`) stay the base's, as PEFT made them.
 
     Raises:
         ValueError: `target` has no room: a lower rank, fewer target modules, or another kind of LoRA.
@@ -416,8 +366,8 @@ def copy_adapter(model: Any, source: str, target: str) -> None:
     if any(not key.endswith(("lora_A.weight", "lora_B.weight")) or value.dim() != 2 for key, value in tensors):
         raise ValueError(
             f"The {target} adapter has another shape than {source}, from which it starts. That works for LoRA on "
-            f"linear layers alone, without DoRA, and where {source} has no modules_to_save. Leave its config out to "
-            "take the same shape."
+            f"linear layers alone, without DoRA, if {source} has no modules_to_save. Leave its config out to take the "
+            "same shape."
         )
     for layer in layers:
         if source in layer.lora_A:
@@ -457,36 +407,24 @@ def make_head(folder: AdapterFolder) -> nn.Linear:
     return head
 
 
-def save_sequence_adapter(
-    model: Any, name: str, head: nn.Linear, head_name: str, saved: dict[str, Any], path: str | Path
-) -> None:
+def save_sequence_adapter(model: Any, name: str, head: nn.Linear, head_name: str, path: str | Path) -> None:
     """Write an adapter and its head as PEFT writes a reward model, so that PEFT, or `load_reward_model`, reads it."""
     os.makedirs(path, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(model, name).items()}
     state |= {f"{PREFIX}{head_name}.{key}": value.detach().cpu() for key, value in head.state_dict().items()}
-    save_file(state, Path(path, "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_file(state, Path(path, WEIGHTS), metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config[name])
     config.task_type, config.inference_mode = "SEQ_CLS", True
     config.modules_to_save = [*(config.modules_to_save or []), head_name]
     config.save_pretrained(str(path))
-    Path(path, ADAPTER_CONFIG).write_text(json.dumps(saved, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-# Which base a piece belongs to -------------------------------------------------------------------------------------
+# Does an adapter belong to a base? ----------------------------------------------------------------------------------
 
 
 def same_place(first: str, second: str) -> bool:
     """True where two names are one folder, or one name on the hub."""
     return first == second or (os.path.isdir(first) and os.path.realpath(first) == os.path.realpath(second))
-
-
-def config_hash(config: Any) -> str:
-    """Twelve digits that are equal for configs of the same architecture and sizes."""
-    return hashlib.sha256(json.dumps(_architecture(config), sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _architecture(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in _USAGE}
 
 
 def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: str | None, other_name: bool) -> None:
@@ -502,26 +440,25 @@ def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: st
     Raises:
         ValueError: it belongs to another base, as far as can be seen.
     """
-    theirs, name = folder.config, str(folder.config.base_model_name_or_path or "")
-    if theirs.revision and theirs.revision != (revision or "main"):
+    theirs, name = folder.config.revision, folder.base
+    if theirs and theirs != (revision or "main"):
         raise ValueError(
-            f"The adapter {folder.path!r} was trained on revision {theirs.revision!r} of {name!r}, but the base is "
-            f"revision {revision or 'main'!r}. Give revision={theirs.revision!r}, by which a base given by name is "
-            "loaded, and load one in memory at it."
+            f"The adapter {folder.path!r} was trained on revision {theirs!r} of {name!r}, but the base is revision "
+            f"{revision or 'main'!r}. Give revision={theirs!r}, and load a base in memory at it."
         )
     if not name or same_place(name, base_name):
         return
     try:
-        config = AutoConfig.from_pretrained(name, revision=theirs.revision)
+        config = AutoConfig.from_pretrained(name, revision=theirs).to_dict()
     except (OSError, ValueError):
-        config = None
-    if config is not None and config_hash(config) != config_hash(base):
-        one, two = _architecture(config), _architecture(base)
-        keys = [key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
-        differences = ", ".join(f"{key} {one.get(key)!r} and {two.get(key)!r}" for key in keys)
+        config = base.to_dict()  # cannot be read, so nothing to compare
+    ours = base.to_dict()
+    keys = [key for key in sorted((config.keys() | ours.keys()) - _USAGE) if config.get(key) != ours.get(key)]
+    if keys:
         raise ValueError(
-            f"The adapter {folder.path!r} belongs to another base: the configs of {name!r} ({config_hash(config)}) and "
-            f"{base_name or 'the base in memory'!r} ({config_hash(base)}) differ in {differences}."
+            f"The adapter {folder.path!r} belongs to another base: the configs of {name!r} and "
+            f"{base_name or 'the base in memory'!r} differ in "
+            f"{', '.join(f'{key} {config.get(key)!r} and {ours.get(key)!r}' for key in keys)}."
         )
     if base_name and not other_name:
         raise ValueError(
@@ -530,16 +467,24 @@ def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: st
         )
 
 
-def check_below(reward: AdapterFolder) -> None:
-    """Refuse a reward adapter that stands on an SFT adapter which is not there.
+def check_token_room(folder: AdapterFolder, base: Any, *, resized: bool) -> None:
+    """Refuse an adapter that was trained with more tokens than a shared base has rows for.
+
+    Args:
+        folder: the adapter.
+        base: the model.
+        resized: embeddings that were only saved, not trained, count, too. A reward model's may hold one row more, for a
+            pad token that nobody reads.
 
     Raises:
-        ValueError: its base's name is that of an adapter.
+        ValueError: it was.
     """
-    name = str(reward.config.base_model_name_or_path or "")
-    if name and names_adapter(name):
+    weights = {key: value for key, value in folder.weights.items() if resized or "modules_to_save" in key}
+    rows = rows_of_adapter(base, folder.config, weights)
+    if rows is not None and rows > token_rows(base):
         raise ValueError(
-            f"The reward adapter {reward.path!r} was trained on the SFT adapter {name!r}, and means nothing without "
-            f"it. Give {name!r} as sft_adapter; if the sft_adapter is that one moved, pass reward_on_sft=True; if the "
-            "base is a model into which it is merged, pass reward_on_sft=False and allow_other_base_name=True."
+            f"The adapter {folder.path!r} was trained with {rows} token rows, and the base has {token_rows(base)}: "
+            "tokens were added, and all roles share the base. Make the grown model the base "
+            f"(model.resize_token_embeddings({rows}), save_pretrained, its tokenizer beside it) and train all adapters "
+            "on it; or run PPOPtxTrainer with models of their own."
         )

@@ -1,4 +1,4 @@
-"""How many tokens a model reads at once, and what does not fit.
+"""How many tokens a model reads at once, and the errors about what does not fit.
 
 Beyond its context a model with learned positions (GPT-2, OPT) has no position to look up and fails deep inside torch;
 one with rotary positions leaves the range that it was trained on. The rule is the same for both.
@@ -6,44 +6,45 @@ one with rotary positions leaves the range that it was trained on. The rule is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+
+from instruct_trl.data.pairs import encode_prompt
 
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")  # the last is MPT's and DBRX's
 
 
 def context_length(model: Any) -> int | None:
     """Tokens that `model` (or the model of this config) reads at once; None where its config names no limit."""
-    config = getattr(model, "config", model)
-    config = config.get_text_config()
+    config = getattr(model, "config", model).get_text_config()
     length = next((value for value in (getattr(config, name, None) for name in NAMES) if value), None)
     if length is None or length < 1:  # XLNet's is -1: no limit
         return None
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "yarn":  # some configs name the length before stretching
-        length = max(length, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
+        length = max(length, rope["original_max_position_embeddings"] * rope.get("factor", 1))
     return int(length)
 
 
 def describe(model: Any, role: str) -> str:
-    """How errors name a model: `role`, class, or path."""
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return f"{role} ({name})"
+    """The name of a model in errors: its role, and its path or class."""
+    return f"{role} ({getattr(model.config, '_name_or_path', '') or type(model).__name__})"
 
 
 def refuse_long_row(tokens: int, what: str, model: Any, role: str, remedy: str) -> None:
-    """Refuse a row of `tokens` tokens that is longer than the context of `model`.
+    """Refuse a row that is longer than the context of `model`.
 
     Args:
+        tokens: length of the row.
         what: names the row, e.g. "Row 3 of the train dataset".
         role: names the model, e.g. "the reward model".
-        remedy: what to do, a sentence that may hold `{context}`.
+        remedy: says what to do; may hold `{context}`.
 
     Raises:
-        ValueError: it is longer.
+        ValueError: the row is longer.
     """
     context = context_length(model)
     if context is not None and tokens > context:
@@ -51,6 +52,45 @@ def refuse_long_row(tokens: int, what: str, model: Any, role: str, remedy: str) 
             f"{what} has {tokens} tokens, but {describe(model, role)} reads at most {context} at once (its context). "
             f"{remedy.format(context=context)}"
         )
+
+
+def refuse_no_room(
+    model: Any, role: str, prompt: str, tokens: int, answer: int, setting: str, *, where: str = "", remedy: str = ""
+) -> None:
+    """Refuse a prompt that leaves too little of the model's context for its answer.
+
+    Args:
+        role: names the model, e.g. "The reward model".
+        prompt: names the prompt, e.g. "prompt 3".
+        tokens: length of the prompt.
+        answer: longest answer, in tokens.
+        setting: the name of `answer` where the user sets it.
+        where: more about the prompt.
+        remedy: what helps beside a lower `setting`. Default: another prompt.
+
+    Raises:
+        ValueError: prompt and answer together are longer than the context.
+    """
+    context = context_length(model)
+    if context is None or tokens + answer <= context:
+        return
+    remedy = remedy or "drop or shorten the prompt"
+    remedy = f"set {setting} to at most {context - tokens}, or {remedy}" if context > tokens else remedy
+    raise ValueError(
+        f"{describe(model, role)} reads at most {context} tokens at once (its context): too few for {prompt} of "
+        f"{tokens} tokens{where and f' ({where})'} and an answer of {setting}={answer}, {tokens + answer} together. "
+        f"{remedy[0].upper()}{remedy[1:]}."
+    )
+
+
+def check_answer_room(
+    model: Any, tokenizer: Any, role: str, prompts: Sequence[Any], max_new_tokens: int, setting: str
+) -> None:
+    """`refuse_no_room` for each of `prompts` (texts or messages), whose answers have up to `max_new_tokens` tokens."""
+    if context_length(model) is not None:
+        for row, prompt in enumerate(prompts):
+            tokens = len(encode_prompt(tokenizer, prompt))
+            refuse_no_room(model, role, f"prompt {row}", tokens, max_new_tokens, setting)
 
 
 def check_rows_fit(dataset: Any, name: str, model: Any, role: str, remedy: str) -> Any:
@@ -76,28 +116,23 @@ def check_rows_fit(dataset: Any, name: str, model: Any, role: str, remedy: str) 
 
         def fits(row: Mapping[str, Any], index: int) -> bool:
             if "input_ids" in row:
-                refuse_long_row(max(_lengths(row), default=0), f"Row {index} of {name}", model, role, remedy)
+                refuse_long_row(_longest(row), f"Row {index} of {name}", model, role, remedy)
             return True
 
         return dataset.filter(fits, with_indices=True)
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
-        return dataset
-    longest = [max(_lengths(row), default=0) for row in _rows(dataset)]
-    over = [index for index, tokens in enumerate(longest) if tokens > context]
-    if over:
-        what = f"Row {over[0]} of {name} (one of {len(over)} that do not fit, of {len(longest)})"
-        refuse_long_row(longest[over[0]], what, model, role, remedy)
+    if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+        names = [column for column in ("input_ids", "seq_lengths") if column in dataset.column_names]
+        longest = [_longest(row) for row in dataset.select_columns(names).with_format("numpy")]
+        over = [index for index, tokens in enumerate(longest) if tokens > context]
+        if over:
+            what = f"Row {over[0]} of {name} (one of {len(over)} that do not fit, of {len(longest)})"
+            refuse_long_row(longest[over[0]], what, model, role, remedy)
     return dataset
 
 
-def _rows(dataset: Dataset) -> Iterator[Mapping[str, Any]]:
-    names = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
-    return iter(dataset.select_columns(names).with_format("numpy"))
-
-
-def _lengths(row: Mapping[str, Any]) -> Iterable[int]:
-    """Of a packed row the lengths of its parts, each of which starts at position 0; else of its lists, or its own."""
+def _longest(row: Mapping[str, Any]) -> int:
+    """Tokens of a row, of its longest list, or of the longest part of a packed row; each part starts at position 0."""
     if row.get("seq_lengths") is not None:
-        return row["seq_lengths"]
+        return max(row["seq_lengths"], default=0)
     ids = row["input_ids"]
-    return [len(part) for part in ids] if len(ids) and np.ndim(ids[0]) else [len(ids)]
+    return max(map(len, ids)) if len(ids) and np.ndim(ids[0]) else len(ids)

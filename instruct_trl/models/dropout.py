@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from instruct_trl.models.adapters import without_adapters
+
 # What a layer calls its attention-like branch (a recurrent mixer stands in its place) and its MLP-like one. `fc2` is
 # for OPT and its kin, whose layer holds the two projections of the MLP itself.
 _ATTENTION = re.compile(r"attn|attention|mamba|mixer|linear_attn|short_conv")
@@ -95,8 +97,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: no list of layers holds an attention-like and an MLP-like branch.
     """
-    wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(model, "peft_config") else wrapped
+    base = without_adapters(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     for root in (decoder, base):
         for module in root.modules():

@@ -17,7 +17,9 @@ from instruct_trl.data.chat import in_row
 from instruct_trl.data.checks import check_text
 from instruct_trl.data.endings import ending_ids
 from instruct_trl.data.pairs import encode_prompt as encode_prompt
-from instruct_trl.models.context import context_length
+from instruct_trl.data.pairs import pad_rows
+from instruct_trl.models.adapters import without_adapters
+from instruct_trl.models.context import refuse_no_room
 
 
 class Completion(NamedTuple):
@@ -35,10 +37,9 @@ class Completion(NamedTuple):
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device):
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Run a block with torch's generators at `seed`, and put their state back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -65,10 +66,10 @@ def contiguous_head_input(model: Any) -> Iterator[None]:
 def neutral_generation_config(model: Any) -> Iterator[None]:
     """Inside, `model.generate` knows no generation config of the model's own.
 
-    transformers fills whatever a call leaves unset from the config that came with the checkpoint: a `min_p`, a
-    `suppress_tokens` of its makers' would shape answers whose log-probs are those of the plain distribution.
+    transformers fills whatever a call leaves unset from the config that came with the checkpoint. A `min_p` or a
+    `suppress_tokens` in it would shape the sample, while our log-probs are those of the plain distribution.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield
@@ -91,7 +92,7 @@ def generate_completions(
     """Sample from the model's own distribution, whatever its generation config says, until one of `ending_ids`.
 
     The noise depends on `seed`, the prompts and `batch_size` only, so that two checkpoints answer with the same noise.
-    The random state of torch and the train or eval mode of the model are as before afterwards.
+    Afterwards torch's random state and the model's mode are as before.
 
     Args:
         model: a causal LM, wrapped by PEFT or not.
@@ -101,7 +102,7 @@ def generate_completions(
         temperature: divides the logits; 0 takes the most likely token (the paper samples at 1).
         batch_size: completions generated at once.
         seed: of the sampling noise.
-        num_return_sequences: answers a prompt.
+        num_return_sequences: answers per prompt.
         desc: label of a progress bar; None shows none.
 
     Returns:
@@ -111,14 +112,22 @@ def generate_completions(
         ValueError: no prompts; an empty one, or one that leaves no room in the model's context; a number out of range;
             a tokenizer without EOS.
     """
-    _check_numbers(max_new_tokens, temperature, batch_size, num_return_sequences)
+    counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_return_sequences": num_return_sequences}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (most likely token) or more, got {temperature}.")
     ends = ending_ids(tokenizer, model)
     encoded = _encode_all(model, tokenizer, prompts, max_new_tokens)
     rows = [ids for ids in encoded for _ in range(num_return_sequences)]
     # Longest first: little padding in a batch, and a batch that does not fit in memory fails at the start.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     results: dict[int, Completion] = {}
-    config = _sampling_config(tokenizer, ends, max_new_tokens, temperature)
+    # These are the whole of a call's settings: nothing but the temperature shapes the distribution.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
     device = next(model.parameters()).device
     progress = tqdm(total=len(rows), desc=desc, disable=desc is None, unit="answer")
     with _ready_to_sample(model), progress as bar:
@@ -126,7 +135,7 @@ def generate_completions(
             batch = order[start : start + batch_size]
             # A seed of its own for each batch: one that ends early does not shift the noise of those after it.
             with seeded(seed + start, device):
-                answers = _generate_batch(model, config, [rows[i] for i in batch])
+                answers = _generate_batch(model, config, [rows[i] for i in batch], device)
             for i, ids in zip(batch, answers, strict=True):
                 results[i] = _cut(tokenizer, ids, next((token for token in ids if token in ends), ends[0]))
             bar.update(len(batch))
@@ -135,7 +144,6 @@ def generate_completions(
 
 @contextmanager
 def _ready_to_sample(model: Any) -> Iterator[None]:
-    """Inside, the model is in eval mode, keeps no graph, and has no generation config of its own."""
     was_training = model.training
     model.eval()
     try:
@@ -145,23 +153,15 @@ def _ready_to_sample(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _sampling_config(tokenizer: Any, ends: list[int], max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """The whole of a call's settings: nothing but the temperature shapes the distribution."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {}
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
-
-
-def _generate_batch(model: Any, config: GenerationConfig, rows: list[list[int]]) -> list[list[int]]:
+def _generate_batch(
+    model: Any, config: GenerationConfig, rows: list[list[int]], device: torch.device
+) -> list[list[int]]:
     """Answers to B rows, each (T,) with whatever follows its end still there."""
-    width = max(len(ids) for ids in rows)
-    device = next(model.parameters()).device
-    input_ids = torch.tensor(
-        [[config.pad_token_id] * (width - len(ids)) + ids for ids in rows], device=device
-    )  # (B, P)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=device)
-    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
-    return output[:, width:].tolist()
+    # Padded on the right back to front, that is on the left: (B, P).
+    batch = pad_rows([ids[::-1] for ids in rows], config.pad_token_id)
+    batch = {name: tensor.flip(1).to(device) for name, tensor in batch.items()}
+    output = model.generate(**batch, generation_config=config)
+    return output[:, batch["input_ids"].size(1) :].tolist()
 
 
 def _cut(tokenizer: Any, ids: list[int], end: int) -> Completion:
@@ -172,31 +172,13 @@ def _cut(tokenizer: Any, ids: list[int], end: int) -> Completion:
     return Completion(tokenizer.decode(ids[:length]), ids[: length + 1], truncated=False)
 
 
-def _check_numbers(max_new_tokens: int, temperature: float, batch_size: int, num_return_sequences: int) -> None:
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("batch_size", batch_size),
-        ("num_return_sequences", num_return_sequences),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (most likely token) or more, got {temperature}.")
-
-
 def _encode_all(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int) -> list[list[int]]:
     if len(prompts) == 0:
         raise ValueError("There are no prompts to answer: pass at least one.")
-    context = context_length(model)
     encoded = []
     for row, prompt in enumerate(prompts):
         check_text(prompt, f"Prompt {row}")
         with in_row(f"Prompt {row}"):
-            ids = encode_prompt(tokenizer, prompt)
-        if context is not None and len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"Prompt {row} has {len(ids)} tokens; with {max_new_tokens} new ones it leaves the model's context of "
-                f"{context}. Drop or shorten the prompt, or ask for fewer new tokens."
-            )
-        encoded.append(ids)
+            encoded.append(encode_prompt(tokenizer, prompt))
+        refuse_no_room(model, "The model", f"prompt {row}", len(encoded[-1]), max_new_tokens, "max_new_tokens")
     return encoded

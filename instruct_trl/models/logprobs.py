@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from instruct_trl.models.adapters import without_adapters
+
 BLOCK = 32  # rows of logits worked on at once where no gradient is kept: they stay near the processor
 
 
@@ -27,8 +29,7 @@ def takes_positions(model: Any) -> bool:
 
 def _unwrapped(model: Any) -> Any:
     """The causal LM inside a wrapper for distributed training or adapters."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return without_adapters(getattr(model, "module", model))
 
 
 def completion_logps(

@@ -1,4 +1,4 @@
-"""What lies in a model's folder: config, weights, adapter, tokenizer, and whether they are whole. Nothing is loaded."""
+"""A model's folder: its config, weights, adapter and tokenizer, and whether they are whole. No model is loaded."""
 
 from __future__ import annotations
 
@@ -8,143 +8,32 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from instruct_trl.redaction import redact
 
-_JSON = ("config.json", "tokenizer.json", "vocab.json", "special_tokens_map.json", ".index.json")
+ADAPTER = "adapter_config.json"
+# Of a reward adapter. Not `config.json`, beside which transformers would look for full weights.
+REWARD_CONFIG = "reward_config.json"
 
-
-CONFIGS = ("config.json", "adapter_config.json")
-
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-
-
-_OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state")  # which a checkpoint has beside its weights
-
-
-# In the order in which transformers and PEFT look for them; the first that is there is the one that is read.
-_NAMES = {
-    "config.json": (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ),
-    "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
+# Each config, with the weights beside it in the order in which transformers and PEFT look for them.
+_WEIGHTS = {
+    "config.json": [
+        f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+    ],
+    ADAPTER: ["adapter_model.safetensors", "adapter_model.bin"],
 }
-
-
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-)
-
-
-_AGAIN = "Download or copy the folder again, or name another model."
-
-
-def check_config(folder: Path) -> None:
-    """Refuse a folder that holds no model, or whose json files cannot be read.
-
-    Raises:
-        ValueError: names the folder, or the file, and the remedy.
-    """
-    if not any((folder / name).is_file() for name in CONFIGS):
-        inside = sorted(path.name for path in folder.iterdir() if any((path / name).is_file() for name in CONFIGS))
-        remedy = f"Its folders {', '.join(inside)} hold one: name one of these." if inside else _AGAIN
-        raise ValueError(f"The folder {str(folder)!r} holds no model: neither {' nor '.join(CONFIGS)}. {remedy}")
-    for path in sorted(path for path in folder.glob("*.json") if path.name.endswith(_JSON)):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is broken or cut short: {error}. {_AGAIN}") from error
-
-
-def check_tokenizer(folder: str | Path) -> None:
-    """Refuse a model's local folder without a tokenizer. Names on the hub pass.
-
-    Raises:
-        ValueError: names the folder and the remedy.
-    """
-    if Path(folder).is_dir() and not any(any(Path(folder).glob(name)) for name in _TOKENIZERS):
-        raise ValueError(
-            f"The model folder {str(folder)!r} has no tokenizer. Save the model's own into it "
-            "(tokenizer.save_pretrained), or pass it as processing_class."
-        )
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse a model folder without weights, with a part of them missing, or with a file of them cut short.
-
-    Raises:
-        ValueError: names the folder and the file, and the remedy.
-    """
-    for config, candidates in _NAMES.items():
-        if (folder / config).is_file():
-            found = next((folder / name for name in candidates if (folder / name).is_file()), None)
-            for path in [] if found is None else _files_of(found):
-                if problem := _problem(path):
-                    raise ValueError(f"The weights of the model {str(folder)!r} {problem}: {path.name!r}. {_AGAIN}")
-    weights = (path for path in folder.iterdir() if path.suffix in WEIGHTS and not path.name.startswith(_OF_TRAINING))
-    if not any(path.is_file() for path in weights):
-        raise ValueError(f"The model folder {str(folder)!r} is incomplete: its weights are missing. {_AGAIN}")
-
-
-def _files_of(weights: Path) -> list[Path]:
-    """The files with weights: those that an index names, or the one file."""
-    if not weights.name.endswith(".index.json"):
-        return [weights]
-    return [
-        weights.with_name(name) for name in sorted(set(json.loads(weights.read_bytes()).get("weight_map", {}).values()))
-    ]
-
-
-def _problem(path: Path) -> str | None:
-    """The fault of a file of weights, as the end of "The weights ..."; None where it is whole."""
-    if not path.is_file():
-        return "lack a file that their index names"
-    with open(path, "rb") as file:
-        start = file.read(20)
-    if start.startswith(b"version https://git"):
-        return "are a pointer of git-lfs, to be fetched with `git lfs pull`"
-    if path.suffix == ".safetensors":
-        return _safetensors_problem(path)
-    if not start or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):  # torch.save writes a zip archive
-        return "are cut short"
-    return None
-
-
-def _safetensors_problem(path: Path) -> str | None:
-    """By the format: 8 bytes with the header's length, the header, and the tensors up to the last one's end."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if header_size + 8 > size:
-            return "are cut short"
-        try:
-            header = json.loads(file.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "have a header that cannot be read"
-    whole = 8 + header_size + max(ends, default=0)
-    return None if size == whole else f"are cut short or damaged ({size:,} bytes in place of {whole:,})"
-
-
-# Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
-ADAPTER_CONFIG = "reward_config.json"
-
-
+_JSON = ("config.json", "tokenizer.json", "vocab.json", "special_tokens_map.json", ".index.json")
+_ANY_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+_OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state")  # which a checkpoint has beside its weights
+_VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 # Of the arguments of `from_pretrained`, those that say where a model lies.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
+_AGAIN = "Download or copy the folder again, or name another model."
 
 
 def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -> None:
@@ -158,13 +47,14 @@ def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -
     Raises:
         ValueError: neither a folder with a whole model nor a reachable repository of the hub with this name.
     """
-    path, subfolder = str(path), kwargs.get("subfolder") or ""
+    path = str(path)
     if kwargs.get("gguf_file"):  # one file, of a format of its own
         return
     if os.path.isdir(path):
-        check_config(Path(path, subfolder))
+        folder = Path(path, kwargs.get("subfolder") or "")
+        check_config(folder)
         if weights:
-            check_weights(Path(path, subfolder))
+            check_weights(folder)
         return
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"There is no model folder {redact(path)!r}. Check the path, or train the model first.")
@@ -180,9 +70,78 @@ def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -
         ) from error
 
 
+def holds_model(folder: str | Path) -> bool:
+    """True for a local folder of a whole model or of an adapter."""
+    return any(Path(folder, name).is_file() for name in _WEIGHTS)
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a folder that holds no model, or whose json files cannot be read.
+
+    Raises:
+        ValueError: names the folder, or the file, and the remedy.
+    """
+    if not holds_model(folder):
+        inside = sorted(path.name for path in folder.iterdir() if holds_model(path))
+        remedy = f"Its folders {', '.join(inside)} hold one: name one of these." if inside else _AGAIN
+        raise ValueError(f"The folder {str(folder)!r} holds no model: neither {' nor '.join(_WEIGHTS)}. {remedy}")
+    for path in sorted(path for path in folder.glob("*.json") if path.name.endswith(_JSON)):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is broken or cut short: {error}. {_AGAIN}") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a model folder without weights, with a part of them missing, or with a file of them cut short.
+
+    Raises:
+        ValueError: names the folder and the file, and the remedy.
+    """
+    for config, candidates in _WEIGHTS.items():
+        if not (folder / config).is_file():
+            continue
+        found = next((folder / name for name in candidates if (folder / name).is_file()), None)
+        for path in _files_of(found) if found else []:
+            if problem := _problem(path):
+                raise ValueError(f"The weights of {str(folder)!r} {problem}: {path.name!r}. {_AGAIN}")
+        if found is None and not any(
+            path.name.endswith(_ANY_WEIGHTS) and not path.name.startswith(_OF_TRAINING) for path in folder.iterdir()
+        ):
+            raise ValueError(f"The folder {str(folder)!r} is incomplete: its weights are missing. {_AGAIN}")
+
+
+def _files_of(weights: Path) -> list[Path]:
+    if weights.suffix != ".json":
+        return [weights]
+    names = set(json.loads(weights.read_bytes()).get("weight_map", {}).values())
+    return [weights.with_name(name) for name in sorted(names)]
+
+
+def _problem(path: Path) -> str | None:
+    """The fault of a file of weights, as the end of "The weights ..."; None where it is whole."""
+    if not path.is_file():
+        return "lack a file that their index names"
+    with open(path, "rb") as file:
+        start = file.read(20)
+    if start.startswith(b"version https://git"):
+        return "are a pointer of git-lfs, to be fetched with `git lfs pull`"
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares the header with the file's size
+                return None
+        whole = start and (not start.startswith(b"PK") or zipfile.is_zipfile(path))  # torch.save writes a zip archive
+        return None if whole else "are cut short"
+    except SafetensorError as error:
+        return f"are cut short or damaged ({error})"
+
+
+# Adapters -----------------------------------------------------------------------------------------------------------
+
+
 def is_adapter(path: str | Path) -> bool:
-    """True for the folder of a PEFT adapter."""
-    return os.path.isfile(os.path.join(path, "adapter_config.json"))
+    """True for the local folder of a PEFT adapter."""
+    return os.path.isfile(os.path.join(path, ADAPTER))
 
 
 def names_adapter(name: str | Path) -> bool:
@@ -195,41 +154,85 @@ def names_adapter(name: str | Path) -> bool:
         return False
 
 
-def has_tokenizer(name: str) -> bool:
-    """True for a folder, or a name on the hub, beside which a tokenizer was saved."""
-    files = ("tokenizer_config.json", "tokenizer.json")
-    flags = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+def adapter_config(path: str | Path) -> PeftConfig:
+    """The config of an adapter, by folder or name on the hub: the one place that reads adapter_config.json.
+
+    Raises:
+        ValueError: no adapter there.
+    """
     try:
-        return bool(name) and any(cached_file(name, file, **flags) is not None for file in files)
-    except (OSError, ValueError):
-        return False
+        return PeftConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no adapter at {str(path)!r} (no readable {ADAPTER}). Give the folder that the trainer saved "
+            "with a peft_config."
+        ) from error
 
 
-def tokenizer_beside(path: str) -> Any:
-    """The tokenizer saved beside a model, by folder or name, or for an adapter beside its base; None without one."""
-    from peft import PeftConfig
-
-    if path and names_adapter(path) and not has_tokenizer(path):
-        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-    return AutoTokenizer.from_pretrained(path) if has_tokenizer(path) else None
+def base_of_adapter(path: str | Path) -> str:
+    """The folder or name of the model that an adapter was trained on, "" where it does not say."""
+    return str(adapter_config(path).base_model_name_or_path or "")
 
 
 def is_sft_adapter(path: str | Path) -> bool:
     """True for an adapter, by folder or name, that is not a classifier's, on which a reward adapter may be trained."""
-    from peft import PeftConfig
+    return names_adapter(path) and adapter_config(path).task_type != "SEQ_CLS"
 
-    return names_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type != "SEQ_CLS"
+
+def read_reward_config(path: str) -> dict[str, Any]:
+    """The settings that RankingRewardTrainer wrote beside an adapter; {} for adapters of other makers."""
+    file = cached_file(path, REWARD_CONFIG, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+
+
+def write_reward_config(folder: str | Path, model: Any, reward_bias: float, more: dict | None = None) -> None:
+    """Write beside a reward adapter what PEFT does not: its bias, and how its base `model` was loaded."""
+    saved = {key: value for key, value in (more or {}).items() if key != "quantization_config"}
+    saved |= {"reward_bias": reward_bias, "dtype": str(model.dtype).removeprefix("torch.")}
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None:
+        saved["quantization_config"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    Path(folder, REWARD_CONFIG).write_text(json.dumps(saved, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+# Tokenizers ---------------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(folder: str | Path) -> None:
+    """Refuse a model's local folder without a tokenizer. Names on the hub pass.
+
+    Raises:
+        ValueError: names the folder and the remedy.
+    """
+    if Path(folder).is_dir() and not any(any(Path(folder).glob(name)) for name in _VOCABULARY):
+        raise ValueError(
+            f"The model folder {str(folder)!r} has no tokenizer. Save the model's own into it "
+            "(tokenizer.save_pretrained), or pass it as processing_class."
+        )
+
+
+def has_tokenizer(name: str) -> bool:
+    """True for a folder, or a name on the hub, beside which a tokenizer was saved."""
+    flags = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    try:
+        return bool(name) and any(
+            cached_file(name, file, **flags) for file in ("tokenizer_config.json", "tokenizer.json")
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def tokenizer_source(path: str) -> str:
-    """Where the tokenizer of a model lies: beside it, or for an adapter without one beside its base.
+    """Where the tokenizer of a model lies: beside it, or for an adapter without one beside its base."""
+    return base_of_adapter(path) if path and names_adapter(path) and not has_tokenizer(path) else path
+
+
+def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
+    """The tokenizer of a model by its folder or name, read from `tokenizer_source`.
 
     Raises:
         ValueError: a local folder without one.
     """
-    from peft import PeftConfig
-
-    if names_adapter(path) and not has_tokenizer(path):
-        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-    check_tokenizer(path)
-    return path
+    source = tokenizer_source(str(path))
+    check_tokenizer(source)
+    return AutoTokenizer.from_pretrained(source, **kwargs)

@@ -8,8 +8,9 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from instruct_trl._upstream import HEADS
+
 HALF = (torch.bfloat16, torch.float16)
-_HEADS = ("score", "classifier")
 
 
 def one_dtype(kwargs: Any, name: str = "model_init_kwargs") -> Any:
@@ -70,7 +71,7 @@ def keep_whole_modules_in_float32(model: nn.Module, adapter: str | None = None) 
     for name, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue
-        is_head = name.rpartition(".")[2] in _HEADS or module is _output_head(model)
+        is_head = name.rpartition(".")[2] in HEADS or module is _output_head(model)
         for key, own in module.modules_to_save.items():
             dtype = next((p.dtype for p in own.parameters() if p.dtype in HALF), None)
             if dtype is not None and adapter in (None, key):

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from instruct_trl._upstream import score_head
 from instruct_trl.data.prefix_layout import GroupedRows, PrefixLayout
+from instruct_trl.models.adapters import without_adapters
 from instruct_trl.models.scores import head_outputs, score_rows
 
 
@@ -147,7 +148,7 @@ class PrefixSharing:
 
 def _obstacle(model: Any, attention: str) -> str | None:
     config = model.config.get_text_config()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if getattr(base, "_is_stateful", False):
         return "its layers carry a recurrent state"
@@ -206,7 +207,9 @@ class ScoringRoute:
                 "completion."
             )
         self.shares = False
-        self._say(f"Prompts are computed once a completion, not shared: {reason}. prefix_sharing='off' says the same.")
+        self._say(
+            f"Every completion is scored with its own copy of the prompt: {reason}. prefix_sharing='off' silences this."
+        )
 
     def take_counts(self) -> dict[str, int]:
         """Places that went through the network since the last call (`computed`), and how many were `padding`."""

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
 
 from instruct_trl.data.endings import ending_ids
 from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwargs, tokenize_drawn, tokenize_pair
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.data.token_budget import fill, rows_cost
-from instruct_trl.models.context import refuse_long_row
+from instruct_trl.models.context import check_answer_room, refuse_long_row
 from instruct_trl.models.loading import check_single_label, load_reward_model
-from instruct_trl.models.model_files import tokenizer_source
+from instruct_trl.models.model_files import load_tokenizer
 from instruct_trl.models.prefix_sharing import ScoringRoute
+from instruct_trl.models.scores import add_reward_bias, reward_bias
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,11 @@ class RewardScorer:
         name = self.model.config._name_or_path
         if not name:
             raise ValueError("The reward model was built in memory: pass its tokenizer as processing_class.")
-        return AutoTokenizer.from_pretrained(tokenizer_source(name))
+        return load_tokenizer(name)
 
     @property
     def reward_bias(self) -> float:
-        return float(getattr(self.model.config, "reward_bias", 0.0))
+        return reward_bias(self.model.config)
 
     def __call__(
         self,
@@ -116,7 +116,7 @@ class RewardScorer:
             ValueError: lengths differ, or a score is NaN or infinite.
         """
         columns = {"completions": completions, "completion_ids": completion_ids, "truncated": truncated}
-        for name, column in {**columns, "prompt_ids": prompt_ids}.items():
+        for name, column in (columns | {"prompt_ids": prompt_ids}).items():
             if column is not None and len(column) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts but {len(column)} {name}: give one for each prompt.")
         if truncated is None:
@@ -130,7 +130,8 @@ class RewardScorer:
             given |= template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)})
             ids = None if completion_ids is None else completion_ids[index]
             rows.append(self._row(*pair, ids, None if prompt_ids is None else prompt_ids[index], given))
-        return [score + self.reward_bias for score in self._score(rows, [repr(prompt) for prompt in prompts])]
+        scores = self._score(rows, [repr(prompt) for prompt in prompts])
+        return [add_reward_bias(score, self.model.config) for score in scores]
 
     def _row(
         self, prompt: Text, completion: Text, ids: Sequence[int] | None, prompt_ids: Any, given: dict[str, Any]
@@ -176,18 +177,19 @@ class RewardScorer:
             refuse_long_row(len(row), what, self.model, "the reward model", "Shorten it, or drop it.")
         self._place()
         device = next(self.model.parameters()).device
-        pad_token_id = (
-            self.processing_class.pad_token_id or 0
-        )  # any valid id: padding is masked and never compared with
-        if self.model.config.get_text_config().pad_token_id is None:  # transformers refuses batches without one
-            self.model.config.get_text_config().pad_token_id = pad_token_id
+        # Any valid id will do: padding is masked and never compared with.
+        pad_token_id, config = self.processing_class.pad_token_id or 0, self.model.config.get_text_config()
+        if config.pad_token_id is None:  # transformers refuses batches without one
+            config.pad_token_id = pad_token_id
         was_training = self.model.training
         self.model.eval()
         scores = [math.nan] * len(rows)
         for groups in self._batches(rows, prompts):
             chosen = [index for group in groups for index in group]
             sizes = torch.tensor([len(group) for group in groups])
-            prefixes = torch.tensor([_shared(rows, group) for group in groups])
+            # One row alone has nobody to share its prompt with.
+            shared = [common_prefix_length([rows[i] for i in group]) if len(group) > 1 else 0 for group in groups]
+            prefixes = torch.tensor(shared)
             batch = pad_rows([rows[index] for index in chosen], pad_token_id)
             grouped = GroupedRows(*(t.to(device) for t in (*batch.values(), sizes, prefixes)))
             with self._autocast():
@@ -229,6 +231,8 @@ class RewardScorer:
             self.model.to(torch.accelerator.current_accelerator())
 
 
-def _shared(rows: list[list[int]], group: list[int]) -> int:
-    """Tokens that the rows of a group have in common; 0 for one row, which has nobody to share with."""
-    return common_prefix_length([rows[index] for index in group]) if len(group) > 1 else 0
+def check_scorer_room(scorer: Any, prompts: Sequence[Text], max_new_tokens: int, setting: str) -> None:
+    """`check_answer_room` for a reward model. How much another function reads is its own affair."""
+    if isinstance(scorer, RewardScorer):
+        model, tokenizer = scorer.model, scorer.processing_class
+        check_answer_room(model, tokenizer, "The reward model", prompts, max_new_tokens, setting)

@@ -9,6 +9,10 @@ Each role is the base plus adapters (LoRA adds them up), and for reward and valu
     value       [sft +] critic, and its head     yes; starts as a copy of the reward adapter and its head
 
 At rest the shared model is the policy. Another role runs inside `RoleAdapters.active`, which puts everything back.
+A role is a module whose parameters are its own adapter and head, not the base: whatever moves, saves, clips, averages
+or wraps it leaves the base and the other roles alone.
+
+Legend: B rows, T tokens, H hidden units.
 """
 
 from __future__ import annotations
@@ -22,29 +26,38 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from instruct_trl._upstream import backbone, keep_4bit_trainable
 from instruct_trl.models.adapters import (
     AdapterFolder,
     adapter_parameters,
     adapter_state,
-    add_adapter,
     check_base,
-    check_below,
     check_lora,
     check_token_room,
     copy_adapter,
+    has_adapters,
     load_adapter_weights,
     make_head,
     read_adapter,
     same_place,
     save_sequence_adapter,
     switched,
+    without_adapters,
 )
-from instruct_trl.models.model_files import check_model_path, has_tokenizer
-from instruct_trl.models.precision import keep_whole_modules_in_float32, one_dtype
-from instruct_trl.models.scores import head_in_float32
+from instruct_trl.models.logprobs import positions
+from instruct_trl.models.model_files import (
+    check_model_path,
+    has_tokenizer,
+    load_tokenizer,
+    names_adapter,
+    write_reward_config,
+)
+from instruct_trl.models.precision import is_quantised, keep_whole_modules_in_float32, one_dtype
+from instruct_trl.models.scores import add_reward_bias, head_in_float32
+
+POLICY, SFT, REWARD, CRITIC = "default", "sft", "reward", "critic"
 
 
 class ReferenceRole(nn.Module):
@@ -68,7 +81,7 @@ class ReferenceRole(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the causal language model returns, TRL's fused log-prob head included."""
+        """The output of the causal language model, TRL's fused log-prob head included."""
         with self.active():
             return self._roles.model(*args, **kwargs)
 
@@ -85,24 +98,20 @@ class ScalarRole(nn.Module):
     Args:
         roles: whose base it runs on.
         role: its name there.
-        adapter: the adapter that is its own.
+        adapter: the name of the adapter that it owns.
         head: (B, T, H) → (B, T, 1).
-        head_name: what a sequence classifier calls it.
-        saved: `reward_bias`, and what else a reward adapter's folder records.
+        folder: the reward adapter that it starts from.
     """
 
-    def __init__(
-        self, roles: RoleAdapters, role: str, adapter: str, head: nn.Linear, head_name: str, saved: dict[str, Any]
-    ):
+    def __init__(self, roles: RoleAdapters, role: str, adapter: str, head: nn.Linear, folder: AdapterFolder):
         super().__init__()
-        self._roles, self._role, self._adapter = roles, role, adapter
-        self._head_name, self._saved = head_name, saved
+        self._roles, self._role, self._adapter, self._folder = roles, role, adapter, folder
         self.score = head
         self.adapter = nn.ParameterList(adapter_parameters(roles.model, adapter).values())
         self.config = copy.deepcopy(roles.model.config)
         self.config.num_labels = 1
-        self.config.reward_bias = float(saved.get("reward_bias", 0.0))
-        self.config._name_or_path = saved.get("path", "")
+        self.config.reward_bias = float(folder.saved.get("reward_bias", 0.0))
+        self.config._name_or_path = folder.path
 
     def get_input_embeddings(self) -> nn.Module:
         """The base's, which all roles read."""
@@ -117,26 +126,21 @@ class ScalarRole(nn.Module):
 
         With `keep`, for the last tokens alone.
         """
-        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        # The pad token of another tokenizer may lie beyond the vocabulary. Nobody sees what stands there.
+        # The pad token of another tokenizer may lie beyond the vocabulary. No token attends to it, so any id will do.
         ids = input_ids.masked_fill(attention_mask == 0, 0)
+        inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "use_cache": False}
         with self.active():
-            transformer = backbone(self._roles.model.get_base_model())
-            output = transformer(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+            output = backbone(without_adapters(self._roles.model))(input_ids=ids, **inputs)
             with head_in_float32(self.score):
                 scores = self.score(output.last_hidden_state[:, -keep:]).squeeze(-1)
-        return scores + self.config.reward_bias
+        return add_reward_bias(scores, self.config)
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """Write adapter and head in PEFT's format: `load_reward_model`, or PEFT alone on the base, reads it."""
-        base: Any = self._roles.model.get_base_model()
-        saved = {key: value for key, value in self._saved.items() if key not in ("path", "quantization_config")}
-        saved |= {"dtype": str(base.dtype).removeprefix("torch."), "reward_bias": self.config.reward_bias}
-        quantization = getattr(base.config, "quantization_config", None)
-        if quantization is not None:
-            saved["quantization_config"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        save_sequence_adapter(self._roles.model, self._adapter, self.score, self._head_name, saved, path)
-        self._roles.model.create_or_update_model_card(str(path))
+        model: Any = self._roles.model
+        save_sequence_adapter(model, self._adapter, self.score, self._folder.head_name, path)
+        write_reward_config(path, without_adapters(model), self.config.reward_bias, self._folder.saved)
+        model.create_or_update_model_card(str(path))
 
     def load_pretrained(self, path: str | Path) -> None:
         """Take up the weights that `save_pretrained` wrote.
@@ -150,7 +154,7 @@ class ScalarRole(nn.Module):
 
 
 class RewardRole(ScalarRole):
-    """The reward model: one score a row. [`RewardScorer`] takes it as its model."""
+    """The reward model: one score per row. [`RewardScorer`] takes it as its model."""
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -179,9 +183,6 @@ class ValueRole(ScalarRole):
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Of the shared model, so for the policy, too."""
         self._roles.model.gradient_checkpointing_enable(**kwargs)
-
-
-POLICY, SFT, REWARD, CRITIC = "default", "sft", "reward", "critic"
 
 
 class PolicyModel(PeftModelForCausalLM):
@@ -214,7 +215,7 @@ class RoleAdapters:
     Attributes:
         model, policy: the shared model, a PeftModel whose active adapter at rest is the policy's.
         policy_adapter: the parameters that the policy trains.
-        reference, reward, value: the other roles; see the classes above.
+        reference, reward, value: the other roles, `ReferenceRole`, `RewardRole` and `ValueRole`.
 
     Raises:
         ValueError: the pieces do not belong to one base, or an adapter has no room for what it starts from.
@@ -246,17 +247,7 @@ class RoleAdapters:
         reward = read_adapter(reward_adapter)
         model = self._load_base(base, quantization_config)
         self.base_name: str = model.config._name_or_path or ""
-        known: dict[str, Any] = {"base": model.config, "base_name": self.base_name, "revision": revision}
-        if sft is not None:
-            check_base(sft, other_name=allow_other_base_name, **known)
-        on_sft = _is_on_sft(reward, sft) if reward_on_sft is None else reward_on_sft
-        if on_sft:
-            _check_sum(sft, reward)
-        elif reward_on_sft is None:
-            check_below(reward)
-        if not (on_sft and sft is not None and same_place(str(reward.config.base_model_name_or_path), sft.path)):
-            check_base(reward, other_name=allow_other_base_name or on_sft, **known)
-
+        on_sft = self._check_pieces(model.config, sft, reward, reward_on_sft, allow_other_base_name)
         below = [SFT] if on_sft else []
         self._stacks = {"policy": [POLICY], "reference": [SFT] if sft is not None else []}
         self._stacks |= {"reward": [*below, REWARD], "value": [*below, CRITIC]}
@@ -274,7 +265,7 @@ class RoleAdapters:
             check_model_path(base)
             kwargs = {"quantization_config": quantization_config, **self._model_kwargs}
             model = AutoModelForCausalLM.from_pretrained(base, **{k: v for k, v in kwargs.items() if v is not None})
-        if hasattr(model, "peft_config"):
+        if has_adapters(model):
             place = f" {str(base)!r}" if self._by_path else ""
             raise ValueError(
                 f"The base{place} carries adapters already, and roles are made of adapters of their own. Give the base "
@@ -282,6 +273,34 @@ class RoleAdapters:
             )
         keep_4bit_trainable(model)
         return model
+
+    def _check_pieces(
+        self, base: Any, sft: AdapterFolder | None, reward: AdapterFolder, on_sft: bool | None, other_name: bool
+    ) -> bool:
+        """Whether the reward adapter stands on the SFT adapter; errors where the pieces do not belong together."""
+        known: dict[str, Any] = {"base": base, "base_name": self.base_name, "revision": self._revision}
+        if sft is not None:
+            check_base(sft, other_name=other_name, **known)
+        names_sft = sft is not None and same_place(reward.base, sft.path)
+        if on_sft is None and not names_sft and reward.base and names_adapter(reward.base):
+            raise ValueError(
+                f"The reward adapter {reward.path!r} was trained on the SFT adapter {reward.base!r}, and means nothing "
+                f"without it. Give {reward.base!r} as sft_adapter; if the sft_adapter is that one moved, pass "
+                "reward_on_sft=True; if the base is a model into which it is merged, pass reward_on_sft=False and "
+                "allow_other_base_name=True."
+            )
+        on_sft = names_sft if on_sft is None else on_sft
+        if on_sft and sft is None:
+            raise ValueError("reward_on_sft=True needs the SFT adapter that the reward adapter was trained on.")
+        for folder in (sft, reward) if on_sft else ():
+            if folder is not None and folder.config.use_dora:
+                raise ValueError(
+                    f"The adapter {folder.path!r} uses DoRA, and the reward adapter was trained on the SFT adapter: "
+                    "DoRA's adapters do not add up. Merge the SFT adapter, and give the merged model as base."
+                )
+        if not (on_sft and names_sft):
+            check_base(reward, other_name=other_name or on_sft, **known)
+        return on_sft
 
     def _add_adapters(
         self,
@@ -291,22 +310,24 @@ class RoleAdapters:
         policy_config: LoraConfig | None,
         value_config: LoraConfig | None,
     ) -> PolicyModel:
-        if policy_config is None and sft is None:
-            raise ValueError(
-                "There is no SFT adapter whose shape the policy takes: pass policy_config=LoraConfig(...)."
-            )
         for name, config in (("policy_config", policy_config), ("value_config", value_config)):
             if config is not None:
                 check_lora(config, name)
+        policy_config = policy_config or (sft.config if sft is not None else None)
+        if policy_config is None:
+            raise ValueError(
+                "There is no SFT adapter whose shape the policy takes: pass policy_config=LoraConfig(...)."
+            )
         if sft is not None:
             check_token_room(sft, base, resized=True)
         check_token_room(reward, base, resized=False)
-        config = self._own(policy_config or sft.config)  # type: ignore[union-attr]
-        model = PolicyModel(base, config, adapter_name=POLICY)
+        model = PolicyModel(base, self._own(policy_config), adapter_name=POLICY)
+        for name, folder in ((SFT, sft), (REWARD, reward)):
+            if folder is not None:
+                model.add_adapter(name, copy.deepcopy(folder.config))
+                load_adapter_weights(model, name, folder)
         if sft is not None:
-            add_adapter(model, SFT, sft)
             copy_adapter(model, SFT, POLICY)
-        add_adapter(model, REWARD, reward)
         critic = copy.deepcopy(value_config or reward.config)
         critic.base_model_name_or_path, critic.revision = reward.config.base_model_name_or_path, reward.config.revision
         model.add_adapter(CRITIC, critic)
@@ -334,12 +355,11 @@ class RoleAdapters:
                 "belongs to another base."
             )
         device = next(self.model.parameters()).device
-        saved = {**reward.saved, "path": reward.path}
         self.policy_adapter = nn.ParameterList(adapter_parameters(self.model, POLICY).values())
         self.reference = ReferenceRole(self)
-        self.reward = RewardRole(self, "reward", REWARD, copy.deepcopy(head), reward.head_name, saved).to(device).eval()
+        self.reward = RewardRole(self, "reward", REWARD, copy.deepcopy(head), reward).to(device).eval()
         self.reward.requires_grad_(False)
-        self.value = ValueRole(self, "value", CRITIC, head, reward.head_name, saved).to(device)
+        self.value = ValueRole(self, "value", CRITIC, head, reward).to(device)
         self.value.adapter.requires_grad_(False)
 
     @property
@@ -353,12 +373,12 @@ class RoleAdapters:
         Policy and critic are in the mode of their module, the others in eval mode. On leaving, also after an error, all
         is as it was: adapters, `requires_grad`, train and eval mode. Run a backward pass inside.
         """
-        training = {"policy": self.model, "value": self.value}[role].training if role in ("policy", "value") else False
+        module, trained = {"policy": (self.model, POLICY), "value": (self.value, CRITIC)}.get(role, (None, None))
+        training = module is not None and module.training
         if self._current == (role, training):
             yield
             return
-        trained = {"policy": POLICY, "value": CRITIC}.get(role)
-        own = [] if trained is None else list(adapter_parameters(self.model, trained).values())
+        own = list(adapter_parameters(self.model, trained).values()) if trained else []
         before, self._current = self._current, (role, training)
         try:
             with switched(self.model, self._stacks[role], trainable=own, training=training):
@@ -411,37 +431,21 @@ class RoleAdapters:
         """
         if self._by_path:
             kwargs = {key: value for key, value in self._model_kwargs.items() if key != "device_map"}
-            kwargs["dtype"] = torch.float32
-            base: nn.Module = AutoModelForCausalLM.from_pretrained(self.base_name, **kwargs)
-            if getattr(base, "is_quantized", False):
+            base: Any = AutoModelForCausalLM.from_pretrained(self.base_name, **{**kwargs, "dtype": torch.float32})
+            if is_quantised(base):
                 raise ValueError(
                     f"{self.base_name!r} is stored quantised, and no adapter merges into that exactly. Use the adapter "
                     "as it was saved, or merge it into the unquantised original."
                 )
-            merged = PeftModelForCausalLM(base, self._own(self.model.peft_config[POLICY]))
+            merged: Any = PeftModelForCausalLM(base, self._own(self.model.peft_config[POLICY]))
             set_peft_model_state_dict(merged, adapter_state(self.model, POLICY))
-        elif getattr(self.model, "is_quantized", False):
+        elif is_quantised(self.model):
             raise ValueError("A quantised base in memory cannot be merged exactly. Make RoleAdapters from its name.")
         else:
             merged = copy.deepcopy(self.model).cpu().float()
-            vars(merged.get_base_model()).pop("forward", None)  # a trainer's own, bound to this model
+            vars(without_adapters(merged)).pop("forward", None)  # a trainer's own, bound to this model
         standalone = merged.merge_and_unload(adapter_names=[POLICY]).cpu()
         standalone.save_pretrained(str(folder))
         if has_tokenizer(self.tokenizer_path):
-            AutoTokenizer.from_pretrained(self.tokenizer_path).save_pretrained(str(folder))
+            load_tokenizer(self.tokenizer_path).save_pretrained(str(folder))
         return standalone
-
-
-def _check_sum(sft: AdapterFolder | None, reward: AdapterFolder) -> None:
-    if sft is None:
-        raise ValueError("reward_on_sft=True needs the SFT adapter that the reward adapter was trained on.")
-    for folder in (sft, reward):
-        if folder.config.use_dora:
-            raise ValueError(
-                f"The adapter {folder.path!r} uses DoRA, and the reward adapter was trained on the SFT adapter: DoRA's "
-                "adapters do not add up. Merge the SFT adapter, and give the merged model as base."
-            )
-
-
-def _is_on_sft(reward: AdapterFolder, sft: AdapterFolder | None) -> bool:
-    return sft is not None and same_place(str(reward.config.base_model_name_or_path), sft.path)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from instruct_trl._upstream import can_drop_rows, may_resume_generation
+from instruct_trl.models.adapters import without_adapters
 from instruct_trl.models.generation import contiguous_head_input
 
 
@@ -50,7 +51,7 @@ class RolloutGenerate:
         answers = torch.full((len(prompt), limit), pad, device=prompt.device)
         self.logps = torch.zeros(answers.shape, device=prompt.device)
         rows, done, cache = torch.arange(len(prompt), device=prompt.device), 0, None
-        drop = self.drop_ended and may_resume_generation(self.model, generation_config)
+        drop = self.drop_ended and may_resume_generation(without_adapters(self.model), generation_config)
         while len(rows) and done < limit:
             config = copy.copy(generation_config)
             config.max_new_tokens, config.return_dict_in_generate = limit - done, True
@@ -87,8 +88,7 @@ class RolloutGenerate:
             yield None
             return
         recorder = ChosenLogps(self.temperature)
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        handle = base.register_forward_hook(recorder, with_kwargs=True)
+        handle = without_adapters(self.model).register_forward_hook(recorder, with_kwargs=True)
         try:
             yield recorder
         finally:

@@ -1,6 +1,6 @@
-"""From token rows to scores: the head's output at the last token of each row.
+"""From token rows to scores: the head's output at the last token of each row, and the bias.
 
-Legend: N rows (one a completion), T tokens, H hidden units.
+Legend: N rows (one per completion), T tokens, H hidden units.
 """
 
 from __future__ import annotations
@@ -8,12 +8,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from instruct_trl._upstream import score_head
+
+Scores = TypeVar("Scores", float, torch.Tensor)
+
+
+def reward_bias(config: Any) -> float:
+    """The bias in the config of a reward model; 0.0 where it has none."""
+    return float(getattr(config, "reward_bias", 0.0))
+
+
+def add_reward_bias(scores: Scores, config: Any) -> Scores:
+    """Scores or values plus the bias in a reward model's config, by which demonstrations score 0 on average.
+
+    This is the one place where a score gets its bias (Ouyang et al. 2022, section 3.5). `RewardScorer`, `ValueModel`
+    and the roles on one base call it, each once; `RankingRewardTrainer.normalize` sets the bias.
+    """
+    return scores + reward_bias(config)
 
 
 @contextmanager
@@ -50,7 +66,7 @@ def _forward_in_float32(head: nn.Module, forward: Any, hidden: torch.Tensor, *ar
 
 
 def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """What the scalar `head` gives for every token of `input_ids` (N, T): (N, T), in float32.
+    """The output of the scalar `head` for every token of `input_ids` (N, T): (N, T), in float32.
 
     The whole model is called, so that wrappers (DDP, FSDP, DeepSpeed, PEFT, autocast) see a forward; the head's output
     is picked up where it leaves the head, before transformers' pooling, which compares tokens with the pad id.

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from instruct_trl._upstream import backbone, score_head
+from instruct_trl.models.adapters import has_adapters
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.loading import load_reward_model
+from instruct_trl.models.logprobs import positions
 from instruct_trl.models.model_files import check_model_path, names_adapter
 from instruct_trl.models.precision import is_quantised, one_dtype
-from instruct_trl.models.scores import head_in_float32
+from instruct_trl.models.scores import add_reward_bias, head_in_float32
 
 
 class ValueModel(nn.Module):
@@ -36,7 +37,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, classifier: PreTrainedModel):
         super().__init__()
-        if is_peft_model(classifier):
+        if has_adapters(classifier):
             raise ValueError(
                 "The value model carries PEFT adapters. Merge them first (`model.merge_and_unload()`), or give the "
                 "folder of the reward adapter as value_model=, which is merged as it is read."
@@ -67,13 +68,14 @@ class ValueModel(nn.Module):
         `input_ids` and `attention_mask` are (B, T), padded on either side. With `values_to_keep` only the last are
         projected and returned, like logits by `logits_to_keep`.
         """
-        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        kwargs = {} if self.config.is_encoder_decoder else {"position_ids": positions, "use_cache": False}
+        # Positions count a row's real tokens, so that a value does not depend on the padding's side.
+        inputs = {"position_ids": positions(attention_mask), "use_cache": False}
+        kwargs = {} if self.config.is_encoder_decoder else inputs
         hidden = backbone(self.classifier)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         head = score_head(self.classifier)
         with head_in_float32(head):
             values = head(hidden.last_hidden_state[:, -values_to_keep:]).squeeze(-1)
-        return values.float() + getattr(self.config, "reward_bias", 0.0)
+        return add_reward_bias(values.float(), self.config)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.classifier.gradient_checkpointing_enable(**kwargs)
@@ -110,7 +112,7 @@ def merged(model: Any) -> Any:
     Raises:
         ValueError: these are quantised, so that nothing merges exactly.
     """
-    if not is_peft_model(model):
+    if not has_adapters(model):
         return model
     if is_quantised(model):
         raise ValueError(
@@ -125,14 +127,12 @@ def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
 
     At the last token of an answer, before training, the value equals the reward model's score. Dropout is switched
     off and every parameter is trainable, in float32: in half precision most steps of the critic's learning rate would
-    round to none.
-
-    Adapters are merged in the copy.
+    round to none. Adapters are merged in the copy.
 
     Raises:
         ValueError: the reward model has more than one label, or adapters on a quantised base.
     """
     classifier = merged(copy.deepcopy(reward_model))
-    value_model = ValueModel(classifier if getattr(classifier, "is_quantized", False) else classifier.float())
+    value_model = ValueModel(classifier if is_quantised(classifier) else classifier.float())
     switch_off_dropout(value_model)
     return value_model.requires_grad_(True)

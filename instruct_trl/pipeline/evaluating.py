@@ -13,10 +13,10 @@ import torch
 from accelerate import PartialState
 
 from instruct_trl.data.checks import read_json
-from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.selection import as_prompts, score_answers
 from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt
+from instruct_trl.models.reward import check_scorer_room
 from instruct_trl.pipeline.held_out import prompts_to_judge, trained_on
 from instruct_trl.pipeline.loading import load_split, load_splits
 from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for, reward_path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from instruct_trl.models.model_files import is_adapter, names_adapter
+from instruct_trl.models.model_files import adapter_config, is_adapter, names_adapter
 from instruct_trl.pipeline.run import read_yaml, reward_path, rewards_with_labeler
 
 if TYPE_CHECKING:
@@ -91,7 +91,6 @@ def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) 
     Raises:
         ValueError: the reward model is not an adapter, or there is neither an SFT adapter nor a LoRA setting.
     """
-    from peft import PeftConfig
     from trl import get_peft_config, get_quantization_config
 
     from instruct_trl import RoleAdapters
@@ -102,7 +101,7 @@ def load_roles(reward: str, policy: str, model_args: Any, init: dict[str, Any]) 
     quantization = get_quantization_config(model_args)
     base = policy
     if sft is not None:
-        trained_on = PeftConfig.from_pretrained(sft)
+        trained_on = adapter_config(sft)
         base = str(trained_on.base_model_name_or_path)
         init = {"revision": trained_on.revision, **init}
     return RoleAdapters(

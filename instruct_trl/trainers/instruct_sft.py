@@ -19,14 +19,20 @@ from instruct_trl.data.endings import require_eos
 from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
 from instruct_trl.data.pairs import drop_own_bos
 from instruct_trl.data.prompt_keys import prompt_keys
-from instruct_trl.evaluation.answer_room import check_answer_room, check_scorer_room
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
-from instruct_trl.models.adapters import save_token_rows
-from instruct_trl.models.context import check_rows_fit
+from instruct_trl.models.adapters import has_adapters, save_token_rows
+from instruct_trl.models.context import check_answer_room, check_rows_fit
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
-from instruct_trl.models.loading import check_causal, check_token_rows, load_tokenizer
-from instruct_trl.models.model_files import check_model_path, names_adapter, tokenizer_source
+from instruct_trl.models.loading import check_causal, check_token_rows
+from instruct_trl.models.model_files import (
+    check_model_path,
+    check_tokenizer,
+    load_tokenizer,
+    names_adapter,
+    tokenizer_source,
+)
+from instruct_trl.models.reward import check_scorer_room
 from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
 from instruct_trl.trainers.run_checks import (
     NamedEvalSets,
@@ -44,7 +50,6 @@ from instruct_trl.trainers.starting_model import (
     place_reward_models,
     settle_model_kwargs,
     train_in_float32,
-    trained_beside_a_base,
 )
 
 logger = logging.getLogger(__name__)
@@ -111,9 +116,9 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
             if not names_adapter(model):
                 check_causal(model, **loading_kwargs(args))
             if processing_class is None:
-                tokenizer_source(model)  # refuses a folder without one
+                check_tokenizer(tokenizer_source(model))
         check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
+        settle_model_kwargs(args, has_adapters(model, peft_config))
         check_adapters(model, peft_config, "The model")
         check_pretraining_mix(args.pretraining_fraction, pretraining_dataset, train_dataset, args.packing)
         skipped = isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset")
@@ -164,7 +169,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save and hasattr(self.model, "peft_config"):
+        if self.args.should_save and has_adapters(self.model):
             save_token_rows(self.model, str(output_dir or self.args.output_dir))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

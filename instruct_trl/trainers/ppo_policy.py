@@ -9,10 +9,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from transformers import AutoConfig
 
-from instruct_trl.models.adapters import adapter_parameters
+from instruct_trl.models.adapters import adapter_parameters, has_adapters
 from instruct_trl.models.loading import check_token_rows, load_causal_model
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.value import merged
@@ -24,13 +23,7 @@ from instruct_trl.trainers.starting_model import (
     loading_kwargs,
     settle_model_kwargs,
     train_in_float32,
-    trained_beside_a_base,
 )
-
-
-def has_adapters(model: Any, peft_config: Any) -> bool:
-    """Whether the policy, a path or a model, is or will be a PEFT model."""
-    return peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
 
 
 def _check_head_of_adapters(args: PPOPtxConfig, policy: Any) -> None:
@@ -55,7 +48,7 @@ def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_c
         ValueError: the path does not exist; it is to be quantised, and no adapter is there to train; adapters beside
             `cast_lm_head_to_fp32` on a tied head; or adapters that are frozen.
     """
-    settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
+    settle_model_kwargs(args, has_adapters(model, peft_config))
     check_adapters(model, peft_config, "The policy")
     policy = load_adapter_to_train(model, args, quantization_config)
     if has_adapters(policy, peft_config):

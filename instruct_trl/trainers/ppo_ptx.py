@@ -25,6 +25,7 @@ from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.prompts import filter_prompts
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss
+from instruct_trl.models.adapters import has_adapters
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.value import ValueModel
@@ -35,7 +36,7 @@ from instruct_trl.trainers.engines import before_last_backward, check_engine, sk
 from instruct_trl.trainers.evaluation_rows import EvaluationRows
 from instruct_trl.trainers.minibatches import trim_padding
 from instruct_trl.trainers.ppo_evaluation import ReferenceScores, check_win_rate
-from instruct_trl.trainers.ppo_policy import has_adapters, load_policy, resolve_reference, settle_policy
+from instruct_trl.trainers.ppo_policy import load_policy, resolve_reference, settle_policy
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.ppo_ptx_setup import (
     as_upstream_must_see,

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
 from instruct_trl.data.pairs import encode_prompt
-from instruct_trl.models.loading import check_token_rows, load_tokenizer
-from instruct_trl.models.model_files import check_model_path, tokenizer_beside
+from instruct_trl.models.adapters import has_adapters
+from instruct_trl.models.loading import check_token_rows
+from instruct_trl.models.model_files import check_model_path, has_tokenizer, load_tokenizer, tokenizer_source
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_functions import checked
 from instruct_trl.models.role_adapters import ReferenceRole, RewardRole, RoleAdapters, ValueRole
@@ -155,7 +156,7 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
             batch_size=args.local_rollout_forward_batch_size,
             prefix_sharing="off" if isinstance(func, RewardRole) else "auto",  # what it attends by is not its own
         )
-        if isinstance(func, kinds) or hasattr(func, "peft_config")
+        if isinstance(func, kinds) or has_adapters(func)
         else func
         if isinstance(func, (RewardScorer, torch.nn.Module))
         else checked(func)
@@ -259,7 +260,7 @@ def check_read_alike(policy_tokenizer: Any, **models: Any) -> None:
         if model is None or isinstance(model, (ValueRole, ReferenceRole)):
             continue
         path = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
-        tokenizer = tokenizer_beside(path)
+        tokenizer = load_tokenizer(path) if has_tokenizer(tokenizer_source(path)) else None
         if tokenizer is not None and not same_tokens(tokenizer, policy_tokenizer):
             raise ValueError(
                 f"{name} ({path}) was saved beside a tokenizer that is not the policy's "

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.models.adapters import save_token_rows
+from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.trainers.checkpoints import begin_checkpoint, last_complete_checkpoint, seal_checkpoint
 from instruct_trl.trainers.ema import EMACallback
@@ -43,7 +43,7 @@ class PPOSaving(PPOEvaluation):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save and self.role_adapters is None and hasattr(self.model, "peft_config"):
+        if self.args.should_save and self.role_adapters is None and has_adapters(self.model):
             save_token_rows(self.model, str(output_dir or self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

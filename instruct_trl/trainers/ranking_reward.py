@@ -21,10 +21,11 @@ from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
 from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.maths.rankings import ranking_losses
-from instruct_trl.models.adapters import save_token_rows
+from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.context import check_rows_fit, refuse_long_row
 from instruct_trl.models.dropout import switch_off_dropout
-from instruct_trl.models.loading import fit_model_to_tokenizer, save_adapter_config
+from instruct_trl.models.loading import fit_model_to_tokenizer
+from instruct_trl.models.model_files import write_reward_config
 from instruct_trl.models.prefix_sharing import ScoringRoute
 from instruct_trl.models.scores import score_rows
 from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
@@ -47,7 +48,6 @@ from instruct_trl.trainers.starting_model import (
     keep_adapters_in_float32,
     settle_model_kwargs,
     train_in_float32,
-    trained_beside_a_base,
 )
 
 _CITATION = """\
@@ -129,7 +129,7 @@ class RankingRewardTrainer(RewardTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args or RankingRewardConfig(f"{name.rstrip('/').split('/')[-1]}-RankingReward")
         check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        settle_model_kwargs(args, trained_beside_a_base(model, peft_config))
+        settle_model_kwargs(args, has_adapters(model, peft_config))
         check_model(model, args)
         check_peft(model, peft_config)
         loaded = load_adapter(model, peft_config, args, quantization_config)
@@ -371,9 +371,9 @@ class RankingRewardTrainer(RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save and hasattr(self.model, "peft_config"):
+        if self.args.should_save and has_adapters(self.model):
             save_token_rows(self.model, str(output_dir or self.args.output_dir))
-            save_adapter_config(self.model, str(output_dir or self.args.output_dir))
+            write_reward_config(str(output_dir or self.args.output_dir), self.model, self.model.config.reward_bias)
 
 
 def _weight(inputs: Any) -> torch.Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, set_seed
 
 from instruct_trl._upstream import create_classifier, score_head
+from instruct_trl.models import model_files
+from instruct_trl.models.adapters import has_adapters
 from instruct_trl.models.loading import (
     check_single_label,
     classifier_on_sft,
@@ -16,7 +18,7 @@ from instruct_trl.models.loading import (
     load_reward_model,
     rows_for,
 )
-from instruct_trl.models.model_files import check_model_path, is_sft_adapter, names_adapter, tokenizer_source
+from instruct_trl.models.model_files import check_model_path, is_sft_adapter, names_adapter
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
 from instruct_trl.trainers.starting_model import (
     check_adapters,
@@ -40,7 +42,7 @@ LONG_ROWS = (
 def check_peft(model: Any, peft_config: Any) -> None:
     """Refuse adapters that do not train or leave the score head frozen, or that put virtual tokens before the text."""
     if peft_config is None:
-        if hasattr(model, "peft_config"):
+        if not isinstance(model, str) and has_adapters(model):
             check_something_trains(model, "The reward model", but=score_head(model).parameters())
         return
     check_peft_config(peft_config)
@@ -116,7 +118,7 @@ def load_tokenizer(name: str, args: RankingRewardConfig) -> Any:
     """The tokenizer beside the model `name`. Raises ValueError for a model that has no name."""
     if not name:
         raise ValueError("The model was built in memory: pass its tokenizer as processing_class.")
-    return AutoTokenizer.from_pretrained(tokenizer_source(name), **_hub_options(args))
+    return model_files.load_tokenizer(name, **_hub_options(args))
 
 
 def prepare_tokenizer(tokenizer: Any, args: RankingRewardConfig, model: Any) -> str | None:

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from instruct_trl._upstream import rollout_prompt_ids
 from instruct_trl.data.pairs import encode_prompt
-from instruct_trl.models.context import context_length, describe
+from instruct_trl.models.context import context_length, refuse_no_room
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.trainers.ppo_ptx_setup import same_tokens
 from instruct_trl.trainers.run_checks import check_run
@@ -117,18 +117,10 @@ def _token_ids(trainer: Any, reader: Reader, prompts: list[Any]) -> list[list[in
 
 
 def _refuse(trainer: Any, reader: Reader, tokens: int, where: str) -> None:
-    args, context = trainer.args, context_length(reader.model)
-    answer = args.max_completion_length
-    if context is None or tokens + answer <= context:
-        return
-    limit = f"max_prompt_length={args.max_prompt_length}"
-    remedy = f"a model with a longer context, max_completion_length={max(context - tokens, 0)}"
-    if context - tokens < 1:
-        remedy = "a model with a longer context"
-    if context > answer:
-        remedy += f", or max_prompt_length={context - answer}, by which longer prompts are dropped and counted"
-    raise ValueError(
-        f"{describe(reader.model, reader.role)} reads at most {context} tokens at once (its context): too few for a "
-        f"prompt of {tokens} tokens ({where}; {limit}) and an answer of max_completion_length={answer}, "
-        f"{tokens + answer} together. Choose {remedy}."
-    )
+    args, context = trainer.args, context_length(reader.model) or 0
+    limit, remedy = context - args.max_completion_length, "choose a model with a longer context"
+    if limit > 0:
+        remedy = f"set max_prompt_length={limit}, by which longer prompts are dropped and counted, or {remedy}"
+    where = f"{where}; max_prompt_length={args.max_prompt_length}"
+    answer = args.max_completion_length, "max_completion_length"
+    refuse_no_room(reader.model, reader.role, "a prompt", tokens, *answer, where=where, remedy=remedy)

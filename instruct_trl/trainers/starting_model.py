@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from instruct_trl.models.adapters import has_adapters
 from instruct_trl.models.loading import load_causal_model
 from instruct_trl.models.model_files import names_adapter
 from instruct_trl.models.precision import HALF, in_half, is_quantised, keep_whole_modules_in_float32, one_dtype
@@ -96,7 +97,7 @@ def check_something_trains(model: Any, name: str, but: Any = ()) -> None:
     head = {id(parameter) for parameter in but}
     if any(parameter.requires_grad and id(parameter) not in head for parameter in model.parameters()):
         return
-    if hasattr(model, "peft_config"):
+    if has_adapters(model):
         remedy = "Load it with PeftModel.from_pretrained(..., is_trainable=True), or give the adapter's folder."
     else:
         remedy = "Call model.requires_grad_(True), or give a peft_config."
@@ -123,7 +124,7 @@ def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) 
     dtype = in_half(model)
     if dtype is None or any(hasattr(parameter, "ds_id") for parameter in parameters):  # shards have masters in float32
         return model
-    if hasattr(model, "peft_config"):
+    if has_adapters(model):
         keep_adapters_in_float32(model)
     else:
         model.float()
@@ -137,7 +138,7 @@ def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) 
 
 def keep_adapters_in_float32(model: Any) -> None:
     """Float32 for every weight that adapters train on a base in half precision, and for the copies of a reference."""
-    if not hasattr(model, "peft_config") or is_quantised(model):
+    if not has_adapters(model) or is_quantised(model):
         return
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
@@ -165,13 +166,6 @@ def loading_kwargs(args: Any, quantization_config: Any = None) -> dict[str, Any]
     given: Any = args.model_init_kwargs or {}
     kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
     return {name: value for name, value in kwargs.items() if value is not None}
-
-
-def trained_beside_a_base(model: Any, peft_config: Any) -> bool:
-    """Whether adapters are what is trained of `model`, a path or a model."""
-    if peft_config is not None:
-        return True
-    return names_adapter(model) if isinstance(model, str) else hasattr(model, "peft_config")
 
 
 def place_reward_models(reward_funcs: Iterable[Any], device: torch.device) -> None:

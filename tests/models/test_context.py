@@ -112,7 +112,7 @@ def test_a_shorter_max_prompt_length_drops_what_would_not_fit(tmp_path, tokenize
         tmp_path, causal(30), RewardScorer(classifier(30), tokenizer), tokenizer, max_prompt_length=19, **kwargs
     )
     assert len(trainer.train_dataset) == 16
-    with pytest.raises(ValueError, match=r"or max_prompt_length=19, by which"):
+    with pytest.raises(ValueError, match=r"set max_prompt_length=19, by which"):
         make_ppo(tmp_path, causal(30), RewardScorer(classifier(30), tokenizer), tokenizer, **kwargs)
 
 

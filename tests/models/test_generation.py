@@ -129,7 +129,11 @@ def test_messages_go_through_the_chat_template(policy, tokenizer):
         ([], {}, "no prompts"),
         (["ok", "  "], {}, r"Prompt 1 is empty \('  '\)"),
         (["ok", []], {}, r"Prompt 1 is empty \(\[\]\)"),
-        (["x" * 125], {}, "Prompt 0 has 125 tokens; with 4 new ones it leaves the model's context of 128"),
+        (
+            ["x" * 125],
+            {},
+            "prompt 0 of 125 tokens and an answer of max_new_tokens=4, 129 together",
+        ),
         (["ok"], {"temperature": -1}, "temperature must be 0"),
         (["ok"], {"batch_size": 0}, "batch_size must be at least 1"),
     ],

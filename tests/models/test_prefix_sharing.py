@@ -123,6 +123,7 @@ def test_the_block_mask_of_flex_attention_is_the_same_visibility(window):
             assert dense[i, j] == seen, (i, j)
 
 
+@pytest.mark.slow
 def test_flex_attention_scores_the_same():
     """Forward alone: on the CPU FlexAttention has no backward."""
     model = make("llama", "flex_attention").eval()
