@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from instruct_trl.data.pairs import encode_prompt
+from instruct_trl.data.encoding import encode_prompt
 from instruct_trl.models.context import context_length, describe
 
 

@@ -16,10 +16,17 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer
 
-from instruct_trl.data.endings import ending_ids
-from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwargs, tokenize_drawn, tokenize_pair
+from instruct_trl.data.encoding import (
+    Text,
+    ending_ids,
+    pad_rows,
+    plain_answer,
+    template_kwargs,
+    tokenize_drawn,
+    tokenize_pair,
+)
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
-from instruct_trl.data.token_budget import fill, rows_cost
+from instruct_trl.data.ranking_batch import fill, rows_cost
 from instruct_trl.models.context import refuse_long_row
 from instruct_trl.models.reward_loading import check_single_label, load_reward_model, tokenizer_source
 from instruct_trl.models.scoring_route import ScoringRoute

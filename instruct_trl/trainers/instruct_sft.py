@@ -14,11 +14,9 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
 from instruct_trl._upstream import match_adapters_to_precision, without_init_kwargs
-from instruct_trl.data.demonstrations import check_sft_dataset, checked_formatting, refusals_named
-from instruct_trl.data.endings import require_eos
-from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
-from instruct_trl.data.pairs import drop_own_bos
-from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.data.encoding import drop_own_bos, prompt_keys, require_eos
+from instruct_trl.data.pretraining import check_pretraining_mix, mix_pretraining, tokenize_pretraining
+from instruct_trl.data.rows import check_sft_dataset, checked_formatting, refusals_named
 from instruct_trl.evaluation.answer_room import check_answer_room, check_scorer_room
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
 from instruct_trl.models.adapter_loading import save_token_rows

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
-from instruct_trl.data.pairs import encode_prompt
+from instruct_trl.data.encoding import encode_prompt
 from instruct_trl.models.policy_loading import load_tokenizer
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_functions import checked

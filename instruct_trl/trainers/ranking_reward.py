@@ -14,12 +14,11 @@ from trl import RewardTrainer
 from trl.data_utils import is_conversational
 
 from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head, without_init_kwargs
-from instruct_trl.data.chat import in_row
-from instruct_trl.data.checks import check_demonstration, require_columns
-from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
+from instruct_trl.data.encoding import in_row, pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
 from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
-from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
+from instruct_trl.data.ranking_batch import grouped_rows, prompt_pieces, row_pieces, take_prompts
+from instruct_trl.data.rows import check_demonstration, require_columns
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapter_loading import save_token_rows
 from instruct_trl.models.context import check_rows_fit, refuse_long_row

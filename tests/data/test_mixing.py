@@ -5,7 +5,12 @@ from collections import Counter
 import pytest
 from datasets import Dataset, IterableDataset
 
-from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, pretraining_count, tokenize_pretraining
+from instruct_trl.data.pretraining import (
+    check_pretraining_mix,
+    mix_pretraining,
+    pretraining_count,
+    tokenize_pretraining,
+)
 
 
 def rows(count, start):
