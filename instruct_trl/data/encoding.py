@@ -1,4 +1,10 @@
-"""Prompts and answers as tokens: one way, shared by training, scoring and RL."""
+"""Prompts and answers as tokens: one way, shared by training, scoring and RL.
+
+A reward model reads what a policy reads and draws: the prompt up to where the answer begins, the answer as it is, and
+what ends an answer (`ending_ids`). A chat template that drops or adds words in an answer does not get to do so here.
+
+Legend: N rows (one per completion), T tokens.
+"""
 
 from __future__ import annotations
 
@@ -264,7 +270,7 @@ def turn_end(tokenizer: Any, prompt: Sequence[dict[str, Any]], **kwargs: Any) ->
     Raises:
         ValueError: the template leaves the answer out.
     """
-    text = _render(tokenizer, [*_context(prompt), {"role": "assistant", "content": _PROBE}], kwargs)
+    text = render(tokenizer, [*_context(prompt), {"role": "assistant", "content": _PROBE}], **kwargs)
     if _PROBE not in text:
         raise ValueError(
             "The chat template does not show the content of an assistant's message, so there is no answer to score. "
@@ -294,7 +300,7 @@ def _conversation(
     """The rendered messages of a pair, without the end of the last turn if that was cut."""
     answer = plain_answer(completion)
     if answer is None:
-        whole = _render(tokenizer, [*prompt, *completion], kwargs)
+        whole = render(tokenizer, [*prompt, *completion], **kwargs)
         return whole.removesuffix(turn_end(tokenizer, prompt, **kwargs)) if truncated else whole
     parts = _as_template_writes(tokenizer, prompt, answer, kwargs)
     if parts is None:
@@ -314,7 +320,7 @@ def _as_template_writes(
         return None
     start = _opening(tokenizer, prompt, kwargs)
     opened = prompt[-1]["content"] if _is_open(prompt) else ""
-    whole = _render(tokenizer, [*_context(prompt), {"role": "assistant", "content": opened + answer}], kwargs)
+    whole = render(tokenizer, [*_context(prompt), {"role": "assistant", "content": opened + answer}], **kwargs)
     rest = whole.removeprefix(start)
     blanks = 0 if rest.startswith(answer) else len(rest) - len(rest.lstrip())
     if not whole.startswith(start) or not rest.startswith(answer, blanks):
@@ -326,9 +332,9 @@ def _as_template_writes(
 def _opening(tokenizer: Any, prompt: Sequence[dict[str, Any]], kwargs: dict) -> str:
     """The rendered prompt, with the opening of the answer's turn or, if the prompt opened it, as far as it went."""
     if not _is_open(prompt):
-        return _render(tokenizer, prompt, {**kwargs, "add_generation_prompt": True})
+        return render(tokenizer, prompt, **{**kwargs, "add_generation_prompt": True})
     try:
-        return _render(tokenizer, prompt, {**kwargs, "continue_final_message": True})
+        return render(tokenizer, prompt, **{**kwargs, "continue_final_message": True})
     except TemplateRefusal:
         raise
     except ValueError as error:
@@ -347,10 +353,6 @@ def _is_open(prompt: Sequence[dict[str, Any]]) -> bool:
 def _context(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages before the answer's turn."""
     return list(prompt[:-1] if _is_open(prompt) else prompt)
-
-
-def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], kwargs: dict) -> str:
-    return render(tokenizer, messages, **kwargs)
 
 
 def _encode_rendered(tokenizer: Any, text: str) -> list[int]:

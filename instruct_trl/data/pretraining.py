@@ -1,9 +1,12 @@
-"""Pretraining text: the stream behind the γ term of Eq. 2, and the share of it among demonstrations."""
+"""Pretraining text: the stream behind the γ term of Eq. 2, and the share of it among demonstrations.
+
+Legend: N examples, T tokens.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,8 @@ import pyarrow.compute
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from instruct_trl.data.encoding import drop_own_bos, encode_text
-from instruct_trl.data.rows import check_pretraining_row, check_rows, require_columns
+from instruct_trl.data.encoding import drop_own_bos, pad_rows
+from instruct_trl.data.rows import check_pretraining_row, require_columns
 
 IGNORED_LABEL = -100
 BATCH = 100  # texts that are tokenised at once; a tokenizer takes a hundred bytes for a token meanwhile
@@ -69,14 +72,9 @@ class PretrainingStream:
 
     def collate(self, rows: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
         """Right-padded `input_ids`, `attention_mask`, `labels`, each (N, T); padding is ignored in the labels."""
-        length = max(len(row) for row in rows)
-        ids = torch.full((len(rows), length), self.pad_token_id or 0)
-        mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
-        return {k: v.to(device) for k, v in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
+        batch = pad_rows(rows, self.pad_token_id or 0)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 class _Stored:
@@ -178,7 +176,7 @@ def _numbered(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {**row, "_row": index}
 
 
-def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max_length: int) -> dict[str, list]:
+def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max_length: int | None) -> dict[str, list]:
     """Rows of a dataset as `input_ids`, cut to `max_length` tokens, and whether each was `cut`.
 
     Raises:
@@ -198,7 +196,10 @@ def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max
                 f"pretraining_dataset: column {column!r}, row {index} ({value!r}) has fewer than 2 tokens, so there is "
                 "no next token to predict. Filter such rows out."
             )
-    return {"input_ids": [row[:max_length] for row in rows], "cut": [len(row) > max_length for row in rows]}
+    return {
+        "input_ids": [row[:max_length] for row in rows],
+        "cut": [max_length is not None and len(row) > max_length for row in rows],
+    }
 
 
 def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_dataset: Any, packing: bool) -> None:
@@ -239,31 +240,11 @@ def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
     Raises:
         ValueError: no rows; neither column; a text or a list of ids that is missing, or too short to hold a next token.
     """
-    columns = dataset.column_names
+    column = _column(dataset.column_names, dataset)
     if len(dataset) == 0:
         raise ValueError("pretraining_dataset has no rows.")
-    if "input_ids" not in columns and "text" not in columns:
-        raise ValueError(
-            f"pretraining_dataset needs a `text` or an `input_ids` column; it has {columns}. Rename one of them."
-        )
-    check_rows(dataset, check_pretraining_row)
-    encode: Callable[[dict[str, Any]], list[int]] = (
-        (lambda row: list(row["input_ids"]))
-        if "input_ids" in columns
-        else (lambda row: encode_text(tokenizer, row["text"]))
-    )
-
-    def to_example(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        ids = encode(row)
-        if len(ids) < 2:
-            raise ValueError(
-                f"pretraining_dataset: row {index} has {len(ids)} tokens, so there is no next token to predict. "
-                "Filter empty texts out."
-            )
-        return {"input_ids": ids, "labels": ids}
-
-    rows = [to_example(row, index) for index, row in enumerate(dataset)]
-    return Dataset.from_list(rows)
+    rows = _tokenize({column: list(dataset[column])}, list(range(len(dataset))), tokenizer, max_length=None)
+    return Dataset.from_dict({"input_ids": rows["input_ids"], "labels": rows["input_ids"]})
 
 
 def pretraining_count(demonstrations: int, fraction: float) -> int:
