@@ -80,7 +80,7 @@ def test_settings_that_cannot_hold_are_refused(fraction, data, train, packing, m
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"texts": ["abc"]}, r"needs a `text` or an `input_ids` column; it has \['texts'\]"),
+        ({"texts": ["abc"]}, r"no column 'text' or 'input_ids'; it has 'texts'"),
         ({"text": ["abc", ""]}, r"column 'text', row 1 is empty \(''\)"),
         ({"text": []}, "has no rows"),
     ],
