@@ -1,20 +1,21 @@
-"""The stream of pretraining text behind the γ term of Eq. 2.
+"""Pretraining text: the stream behind the γ term of Eq. 2, and the share of it among demonstrations.
 
 Legend: N examples, T tokens.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow.compute
 import torch
-from datasets import Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from instruct_trl.data.checks import check_pretraining_row, require_columns
-from instruct_trl.data.pairs import drop_own_bos
+from instruct_trl.data.encoding import drop_own_bos, pad_rows
+from instruct_trl.data.rows import check_pretraining_row, require_columns
 
 IGNORED_LABEL = -100
 BATCH = 100  # texts that are tokenised at once; a tokenizer takes a hundred bytes for a token meanwhile
@@ -71,14 +72,9 @@ class PretrainingStream:
 
     def collate(self, rows: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
         """Right-padded `input_ids`, `attention_mask`, `labels`, each (N, T); padding is ignored in the labels."""
-        length = max(len(row) for row in rows)
-        ids = torch.full((len(rows), length), self.pad_token_id or 0)
-        mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
-        return {k: v.to(device) for k, v in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
+        batch = pad_rows(rows, self.pad_token_id or 0)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 class _Stored:
@@ -180,7 +176,7 @@ def _numbered(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {**row, "_row": index}
 
 
-def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max_length: int) -> dict[str, list]:
+def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max_length: int | None) -> dict[str, list]:
     """Rows of a dataset as `input_ids`, cut to `max_length` tokens, and whether each was `cut`.
 
     Raises:
@@ -200,4 +196,88 @@ def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max
                 f"pretraining_dataset: column {column!r}, row {index} ({value!r}) has fewer than 2 tokens, so there is "
                 "no next token to predict. Filter such rows out."
             )
-    return {"input_ids": [row[:max_length] for row in rows], "cut": [len(row) > max_length for row in rows]}
+    return {
+        "input_ids": [row[:max_length] for row in rows],
+        "cut": [max_length is not None and len(row) > max_length for row in rows],
+    }
+
+
+def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_dataset: Any, packing: bool) -> None:
+    """Refuse settings under which `fraction` could not be what is trained on.
+
+    Raises:
+        ValueError: fraction outside [0, 1), without data, with data but 0, with packing, or with streamed data.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"pretraining_fraction must be in [0, 1), got {fraction}; the paper's RL initialisation: 0.1.")
+    if fraction == 0:
+        if pretraining_dataset is not None:
+            raise ValueError(
+                "pretraining_dataset was given, but pretraining_fraction is 0, so none of it would be used. Set "
+                "pretraining_fraction (0.1 in the paper's RL initialisation) or leave the dataset out."
+            )
+        return
+    if pretraining_dataset is None:
+        raise ValueError(
+            f"pretraining_fraction is {fraction}, but there is no pretraining_dataset. Pass one with a `text` or an "
+            "`input_ids` column, or set pretraining_fraction to 0."
+        )
+    for name, dataset in (("pretraining_dataset", pretraining_dataset), ("train_dataset", train_dataset)):
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"pretraining_fraction needs to count rows: {name} must be a `datasets.Dataset`, got "
+                f"{type(dataset).__name__}."
+            )
+    if packing:
+        raise ValueError("pretraining_fraction counts examples, and packing merges them: set packing to false.")
+
+
+def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
+    """The rows as `input_ids` and `labels`, every token scored.
+
+    A text is taken as it is, without EOS: a passage cut from a longer document does not end there.
+
+    Raises:
+        ValueError: no rows; neither column; a text or a list of ids that is missing, or too short to hold a next token.
+    """
+    column = _column(dataset.column_names, dataset)
+    if len(dataset) == 0:
+        raise ValueError("pretraining_dataset has no rows.")
+    rows = _tokenize({column: list(dataset[column])}, list(range(len(dataset))), tokenizer, max_length=None)
+    return Dataset.from_dict({"input_ids": rows["input_ids"], "labels": rows["input_ids"]})
+
+
+def pretraining_count(demonstrations: int, fraction: float) -> int:
+    """How many pretraining examples make up `fraction` of the whole: M with M / (N + M) nearest to it."""
+    return round(fraction * demonstrations / (1 - fraction))
+
+
+def mix_pretraining(demonstrations: Dataset, pretraining: Dataset, fraction: float, seed: int) -> Dataset:
+    """Tokenised demonstrations and as many pretraining rows as make up `fraction` of the result, in random order.
+
+    Pretraining rows are drawn without repetition until all have been used, then again.
+
+    Args:
+        demonstrations: with `input_ids` and `labels`.
+        pretraining: the same, from `tokenize_pretraining`.
+        fraction: of all rows, in (0, 1).
+        seed: of the choice and the order.
+
+    Raises:
+        ValueError: so few demonstrations that the fraction comes to no row at all.
+    """
+    needed = pretraining_count(len(demonstrations), fraction)
+    if needed == 0:
+        raise ValueError(
+            f"pretraining_fraction {fraction} of {len(demonstrations)} demonstrations is less than one example. Raise "
+            "it, or set it to 0."
+        )
+    rng = random.Random(seed)
+    picked: list[int] = []
+    while len(picked) < needed:
+        order = list(range(len(pretraining)))
+        rng.shuffle(order)
+        picked += order[: needed - len(picked)]
+    columns = ["input_ids", "labels"]
+    drawn = pretraining.select(picked).select_columns(columns).cast(demonstrations.select_columns(columns).features)
+    return concatenate_datasets([demonstrations.select_columns(columns), drawn]).shuffle(seed=seed)

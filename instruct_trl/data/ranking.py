@@ -13,13 +13,11 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from trl.data_utils import extract_prompt
 
-from instruct_trl.data.chat import in_row
-from instruct_trl.data.checks import column_names, require_columns
-from instruct_trl.data.pairs import Text, encode_prompt, template_kwargs, tokenize_pair
-from instruct_trl.data.prompt_keys import prompt_key
-from instruct_trl.data.ranking_collator import RankingCollator as RankingCollator
+from instruct_trl.data.encoding import Text, encode_prompt, in_row, prompt_key, template_kwargs, tokenize_pair
+from instruct_trl.data.ranking_batch import RankingCollator as RankingCollator
 from instruct_trl.data.ranking_rows import Ranking as Ranking
 from instruct_trl.data.ranking_rows import parse_ranking as parse_ranking
+from instruct_trl.data.rows import column_names, require_columns
 
 _PREPARED = ("input_ids", "ranks")
 _COUNTERS = ("long_prompt", "overlong_rows", "dropped_pairs", "tied")

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from instruct_trl.data.checks import check_text, kind_of, shown
-from instruct_trl.data.pairs import Text
+from instruct_trl.data.encoding import Text
+from instruct_trl.data.rows import check_text, kind_of, shown
 
 Pair = tuple[int, int]  # (winner, loser), positions in the completions
 

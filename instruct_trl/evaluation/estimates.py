@@ -3,8 +3,8 @@
 Rows of one prompt go together: the pairs of its answers, the verdicts of several labelers, its repetitions in a test
 set, several answers to it. An interval that counts them as independent is too narrow: with 36 pairs of a prompt it can
 be a third of its true width. So each function here takes the `prompts` that the rows belong to (such as
-`data.prompt_keys` gives), sums up the rows of a prompt, and asks how another draw of prompts would come out. Without
-`prompts` each row is a prompt of its own.
+`data.encoding.prompt_keys` gives), sums up the rows of a prompt, and asks how another draw of prompts would come out.
+Without `prompts` each row is a prompt of its own.
 
 Legend: P rows, G different prompts.
 """

@@ -85,7 +85,7 @@ def score_checkpoints(
         `n_prompts` different prompts) and `score`; the last also `behind_best`, the best labeler score less its own as
         `mean`, `low` and `high`, paired over prompts, where another is best.
     """
-    from instruct_trl.data.prompt_keys import prompt_keys
+    from instruct_trl.data.encoding import prompt_keys
     from instruct_trl.evaluation.selection import as_prompts, select_checkpoint
     from instruct_trl.models.reward_functions import one_number_each
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
-from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.data.encoding import prompt_keys
 from instruct_trl.evaluation.estimates import standard_error
 from instruct_trl.evaluation.reward_pairs import Record, pair_accuracy
 

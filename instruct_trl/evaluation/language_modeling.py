@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from trl.data_utils import common_prefix_length
 
-from instruct_trl.data.pairs import encode_prompt, encode_text, tokenize_pair
+from instruct_trl.data.encoding import encode_prompt, encode_text, tokenize_pair
 from instruct_trl.models.context import refuse_long_row
 
 IGNORED = -100

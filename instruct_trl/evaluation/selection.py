@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from instruct_trl._upstream import get_callable_name
-from instruct_trl.data.chat import as_written
-from instruct_trl.data.checks import check_demonstration, check_rows, check_text, read_json, require_columns
-from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.data.encoding import as_written, prompt_keys
+from instruct_trl.data.rows import check_demonstration, check_rows, check_text, read_json, require_columns
 from instruct_trl.evaluation.estimates import Prompts, mean_interval, standard_error
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.judges.base import Answer, as_completion

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl.data.encoding import prompt_keys
 from instruct_trl.evaluation.estimates import Estimate, Prompts, mean_interval, rate_interval
 from instruct_trl.evaluation.win_rate import WinRate, win_rate
 from instruct_trl.judges.base import NOT_APPLICABLE, Answer, Judge, Pair, Prompt, Question, Reply

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from instruct_trl.data.pairs import encode_prompt
+from instruct_trl.data.encoding import encode_prompt
 
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")  # the last is MPT's and DBRX's
 

@@ -13,11 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from instruct_trl.data.chat import in_row
-from instruct_trl.data.checks import check_text
-from instruct_trl.data.endings import ending_ids
-from instruct_trl.data.pairs import encode_prompt as encode_prompt
-from instruct_trl.data.pairs import pad_rows
+from instruct_trl.data.encoding import encode_prompt as encode_prompt
+from instruct_trl.data.encoding import ending_ids, in_row, pad_rows
+from instruct_trl.data.rows import check_text
 from instruct_trl.models.adapters import without_adapters
 from instruct_trl.models.context import refuse_no_room
 

@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from instruct_trl.data.endings import ending_ids
-from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwargs, tokenize_drawn, tokenize_pair
+from instruct_trl.data.encoding import (
+    Text,
+    ending_ids,
+    pad_rows,
+    plain_answer,
+    template_kwargs,
+    tokenize_drawn,
+    tokenize_pair,
+)
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
-from instruct_trl.data.token_budget import fill, rows_cost
+from instruct_trl.data.ranking_batch import fill, rows_cost
 from instruct_trl.models.context import check_answer_room, refuse_long_row
 from instruct_trl.models.loading import check_single_label, load_reward_model
 from instruct_trl.models.model_files import load_tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from instruct_trl.data.checks import read_json
+from instruct_trl.data.rows import read_json
 from instruct_trl.evaluation.selection import as_prompts, score_answers
 from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt
@@ -261,7 +261,7 @@ def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
     Raises:
         ValueError: fewer than two rankings have an untied pair.
     """
-    from instruct_trl.data.prompt_keys import prompt_key
+    from instruct_trl.data.encoding import prompt_key
     from instruct_trl.maths.rankings import kendall_tau, preferred_pairs, tied_pairs
 
     taus: list[float] = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from instruct_trl.data.checks import read_json
+from instruct_trl.data.rows import read_json
 from instruct_trl.judges.base import as_text
 from instruct_trl.pipeline.arguments import default_config, load_yaml
 from instruct_trl.pipeline.disk import disk_errors
@@ -110,7 +110,7 @@ def _deviations(run: Any) -> list:
 
 
 def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
-    from instruct_trl.data.prompt_keys import prompt_keys
+    from instruct_trl.data.encoding import prompt_keys
     from instruct_trl.evaluation import hacks
     from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
     from instruct_trl.evaluation.estimates import mean_interval

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from instruct_trl.data.checks import read_json
+from instruct_trl.data.rows import read_json
 from instruct_trl.judges import (
     EndpointJudge,
     Judge,

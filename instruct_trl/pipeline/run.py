@@ -198,7 +198,7 @@ def held_out_texts(run: Any) -> list | None:
     Raises:
         ValueError: it has no `text` and no `input_ids` column, or both; or a row without text.
     """
-    from instruct_trl.data.checks import check_pretraining_row, check_rows, require_columns
+    from instruct_trl.data.rows import check_pretraining_row, check_rows, require_columns
 
     own = run.pretraining_dataset_name
     if own is None and run.dataset_name is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from instruct_trl.data.checks import read_json
+from instruct_trl.data.rows import read_json
 from instruct_trl.pipeline.disk import check_output_folder, disk_errors
 from instruct_trl.pipeline.fingerprints import fingerprints
 from instruct_trl.pipeline.stage_lock import LOCK, locked

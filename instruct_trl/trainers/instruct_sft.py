@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -13,12 +14,10 @@ from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
-from instruct_trl._upstream import match_adapters_to_precision, without_init_kwargs
-from instruct_trl.data.demonstrations import check_sft_dataset, checked_formatting, refusals_named
-from instruct_trl.data.endings import require_eos
-from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tokenize_pretraining
-from instruct_trl.data.pairs import drop_own_bos
-from instruct_trl.data.prompt_keys import prompt_keys
+from instruct_trl._upstream import apply_cpu_defaults, match_adapters_to_precision, without_init_kwargs
+from instruct_trl.data.encoding import drop_own_bos, prompt_keys, require_eos
+from instruct_trl.data.pretraining import check_pretraining_mix, mix_pretraining, tokenize_pretraining
+from instruct_trl.data.rows import check_sft_dataset, checked_formatting, refusals_named
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
 from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.context import check_answer_room, check_rows_fit
@@ -32,13 +31,14 @@ from instruct_trl.models.model_files import (
     names_adapter,
     tokenizer_source,
 )
+from instruct_trl.models.precision import one_dtype
 from instruct_trl.models.reward import check_scorer_room
-from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
 from instruct_trl.trainers.run_checks import (
     NamedEvalSets,
     check_not_empty,
     check_run,
     check_something_to_learn,
+    check_training_numbers,
     rows_of_a_step,
     say_rows_of_a_step,
 )
@@ -59,6 +59,107 @@ LONG_ROWS = (
     "Set max_length={context}, by which longer rows are cut and counted, shorten the texts, or take a model with a "
     "longer context."
 )
+
+
+@dataclass
+class InstructSFTConfig(SFTConfig):
+    """`trl.SFTConfig` with the paper's SFT schedule (appendix C.1) and selection by RM score.
+
+    All fields of `trl.SFTConfig` are there. The batch of 32 rows is 8 rows per device × 4 accumulation steps on
+    one device. On several devices, divide the accumulation by their number.
+
+    Raises:
+        ValueError: a rate, fraction or length of ours out of its range.
+    """
+
+    num_train_epochs: float = field(
+        default=16,
+        metadata={"help": "Passes over the demonstrations. Paper: 16, and 2 for the model that RL starts from."},
+    )
+    learning_rate: float = field(
+        default=9.65e-6, metadata={"help": "Peak learning rate. Paper: 9.65e-6 for 1.3B and 6B, 5.03e-6 for 175B."}
+    )
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Rows per device and forward pass. Paper: 32 rows per optimizer step, here 8 x 4."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=4, metadata={"help": "Forward passes per optimizer step. Paper: 32 rows per step, here 8 x 4."}
+    )
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr", metadata={"help": "Paper: cosine down to a tenth of the peak."}
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Settings of the scheduler. The default for cosine_with_min_lr is {"min_lr_rate": 0.1}. Paper: 0.1.'
+        },
+    )
+    warmup_steps: float = field(default=0, metadata={"help": "Paper: no warm-up."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Paper: 0.9."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Paper: 0.95."})
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Longest row, in tokens. Longer rows are cut and counted. Paper: 2k tokens."}
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to save. Each checkpoint is a candidate for the selection."}
+    )
+    eval_strategy: str = field(
+        default="epoch",
+        metadata={"help": "When to evaluate. It must match save_strategy, so that each checkpoint has a score."},
+    )
+    save_total_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoints to keep. None keeps all, so that select_checkpoint can compare them afterwards."
+        },
+    )
+    residual_dropout: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "Dropout on what attention and MLP add to the residual stream, on any decoder. Paper: 0.2. "
+            "0 switches it off; null keeps what the model's own config says."
+        },
+    )
+    pretraining_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of pretraining text among the examples. Paper: 0 for SFT, 0.1 before RL."},
+    )
+    selection_max_new_tokens: int = field(
+        default=256, metadata={"help": "Longest answer to a selection prompt, in tokens. Paper: 1024."}
+    )
+    selection_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Sampling temperature of the answers to the selection prompts; 0 is greedy. Paper: 1."},
+    )
+    selection_batch_size: int = field(default=8, metadata={"help": "Answers to generate at once."})
+    selection_seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed of the sampled answers. It is the same at every evaluation, so that epochs can be compared."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        apply_cpu_defaults(self)
+        check_training_numbers(self)
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        # Upstream fills in "loss" below; the trainer puts the RM score there only where the user named nothing.
+        self._metric_was_chosen = self.metric_for_best_model is not None
+        super().__post_init__()
+        self.model_init_kwargs = one_dtype(self.model_init_kwargs)
+        if self.residual_dropout is not None and not 0 <= self.residual_dropout < 1:
+            raise ValueError(f"residual_dropout must be in [0, 1), got {self.residual_dropout}; the paper's is 0.2.")
+        if not 0 <= self.pretraining_fraction < 1:
+            raise ValueError(
+                f"pretraining_fraction must be in [0, 1), got {self.pretraining_fraction}; the paper's RL "
+                "initialisation has 0.1."
+            )
+        for name in ("selection_max_new_tokens", "selection_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.selection_temperature < 0:
+            raise ValueError(f"selection_temperature must be 0 (greedy) or more, got {self.selection_temperature}.")
 
 
 class InstructSFTTrainer(NamedEvalSets, SFTTrainer):

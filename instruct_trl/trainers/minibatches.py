@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from instruct_trl.data.token_budget import fill, rows_cost
+from instruct_trl.data.ranking_batch import fill, rows_cost
 
 Batch = dict[str, Any]
 

@@ -23,7 +23,7 @@ from transformers import set_seed
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
-from instruct_trl.data.prompt_keys import prompt_key
+from instruct_trl.data.encoding import prompt_key
 from instruct_trl.evaluation.estimates import rate_interval
 from instruct_trl.models.role_adapters import ReferenceRole
 from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics, count_rows, reward_statistics

@@ -20,9 +20,9 @@ from instruct_trl._upstream import (
     match_adapters_to_precision,
     prepare_reference,
 )
-from instruct_trl.data.endings import require_eos
+from instruct_trl.data.encoding import require_eos
 from instruct_trl.data.pretraining import PretrainingStream
-from instruct_trl.data.prompts import filter_prompts
+from instruct_trl.data.rows import filter_prompts
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss
 from instruct_trl.models.adapters import has_adapters

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
-from instruct_trl.data.pairs import encode_prompt
+from instruct_trl.data.encoding import encode_prompt
 from instruct_trl.models.adapters import has_adapters
 from instruct_trl.models.loading import check_token_rows
 from instruct_trl.models.model_files import check_model_path, has_tokenizer, load_tokenizer, tokenizer_source

@@ -13,8 +13,7 @@ import torch
 from trl import GRPOTrainer
 
 from instruct_trl._upstream import EpochSeededRepeatSampler, fused_head_is_compact, unchanged_model
-from instruct_trl.data.endings import ending_ids
-from instruct_trl.data.pairs import encode_prompt, plain_answer
+from instruct_trl.data.encoding import encode_prompt, ending_ids, plain_answer
 from instruct_trl.maths.masking import masked_mean, masked_whiten
 from instruct_trl.maths.objectives import explained_variance
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards

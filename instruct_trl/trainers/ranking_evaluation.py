@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from instruct_trl.data.encoding import prompt_key
 from instruct_trl.data.prefix_layout import common_prefix_length
-from instruct_trl.data.prompt_keys import prompt_key
-from instruct_trl.data.ranking_collator import comparisons
+from instruct_trl.data.ranking_batch import comparisons
 from instruct_trl.maths.rankings import ranking_metrics
 
 

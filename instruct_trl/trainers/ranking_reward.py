@@ -6,26 +6,33 @@ Legend: B prompts, K completions of the longest list in a batch, N completions i
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 from trl.data_utils import is_conversational
 
-from instruct_trl._upstream import keep_4bit_trainable, match_adapters_to_precision, score_head, without_init_kwargs
-from instruct_trl.data.chat import in_row
-from instruct_trl.data.checks import check_demonstration, require_columns
-from instruct_trl.data.pairs import pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
+from instruct_trl._upstream import (
+    apply_cpu_defaults,
+    keep_4bit_trainable,
+    match_adapters_to_precision,
+    score_head,
+    without_init_kwargs,
+)
+from instruct_trl.data.encoding import in_row, pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
 from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
-from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
+from instruct_trl.data.ranking_batch import grouped_rows, prompt_pieces, row_pieces, take_prompts
+from instruct_trl.data.rows import check_demonstration, require_columns
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.context import check_rows_fit, refuse_long_row
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.loading import fit_model_to_tokenizer
 from instruct_trl.models.model_files import write_reward_config
+from instruct_trl.models.precision import one_dtype
 from instruct_trl.models.prefix_sharing import ScoringRoute
 from instruct_trl.models.scores import score_rows
 from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
@@ -39,13 +46,18 @@ from instruct_trl.trainers.ranking_reward_checks import (
     load_grown,
     load_tokenizer,
     prepare_tokenizer,
-    say,
 )
-from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig as RankingRewardConfig
 from instruct_trl.trainers.ranking_tally import RankingTally
-from instruct_trl.trainers.run_checks import check_not_empty, check_run, rows_of_a_step, say_rows_of_a_step
+from instruct_trl.trainers.run_checks import (
+    check_not_empty,
+    check_run,
+    check_training_numbers,
+    rows_of_a_step,
+    say_rows_of_a_step,
+)
 from instruct_trl.trainers.starting_model import (
     keep_adapters_in_float32,
+    say,
     settle_model_kwargs,
     train_in_float32,
 )
@@ -58,6 +70,97 @@ _CITATION = """\
     year      = 2022,
     eprint    = {2203.02155},
 }"""
+
+
+@dataclass
+class RankingRewardConfig(RewardConfig):
+    """`trl.RewardConfig` with the paper's reward-model settings as defaults.
+
+    The batch is 64 prompts: 8 per device × 8 accumulation steps on one device. Without an accelerator it runs on the
+    CPU.
+    """
+
+    learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate. Paper, C.2: 9e-6."})
+    num_train_epochs: float = field(
+        default=1.0,
+        metadata={"help": "Passes over the rankings. Paper, C.2: 1; with more, the reward model overfits quickly."},
+    )
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr", metadata={"help": "Paper, C.2: cosine, down to a tenth of the peak."}
+    )
+    lr_scheduler_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the schedule. The default for cosine_with_min_lr is {'min_lr_rate': 0.1} (paper, C.2)."
+        },
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "Paper, appendix C: Adam with β1 0.9, β2 0.95."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Prompts per device and forward pass, each with all its completions."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=8,
+        metadata={
+            "help": "Forward passes per optimizer step. Paper, C.2: 64 prompts per step, here 8 × 8 on one device."
+        },
+    )
+    max_length: int | None = field(
+        default=2048,
+        metadata={
+            "help": "Longest prompt and completion together, in tokens. Longer rows are dropped and counted. Paper: 2k."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt, in tokens. Longer ones are dropped and counted. Paper: 1k; None sets no limit."
+        },
+    )
+
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute each prompt once for all its completions. If the model cannot do this, 'auto' computes "
+            "one row per completion and says why, and 'on' raises an error. 'off' never shares."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Limits memory: each batch is computed in pieces of at most this many tokens. The loss and the "
+            "gradient stay the same. None computes the whole batch at once."
+        },
+    )
+    two_pass: bool = field(
+        default=False,
+        metadata={
+            "help": "Limits memory to one completion (or to max_tokens_per_batch). A first pass computes rewards "
+            "without gradient, a second one the gradient by pieces. It takes about a third more compute."
+        },
+    )
+    use_margins: bool = field(
+        default=False,
+        metadata={
+            "help": "Subtract a margin in the loss: −log σ(r_w − r_l − margin). It is the difference of the pair's "
+            "`scores`, or the `margin` column beside chosen/rejected, as in TRL. The paper has none."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        apply_cpu_defaults(self)
+        check_training_numbers(self)
+        if self.prefix_sharing not in ("auto", "on", "off"):
+            raise ValueError(f"prefix_sharing must be 'auto', 'on' or 'off', got {self.prefix_sharing!r}.")
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        for name in ("max_length", "max_prompt_length", "max_tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 token or None, got {value}.")
+        if self.two_pass and not self.disable_dropout:
+            raise ValueError("two_pass needs disable_dropout=True: the second pass must give the rewards of the first.")
+        super().__post_init__()
+        self.model_init_kwargs = one_dtype(self.model_init_kwargs)
 
 
 class RankingRewardTrainer(RewardTrainer):

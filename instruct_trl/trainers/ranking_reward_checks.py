@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from transformers import AutoConfig, set_seed
+from trl import RewardConfig
 
 from instruct_trl._upstream import create_classifier, score_head
 from instruct_trl.models import model_files
@@ -19,15 +19,12 @@ from instruct_trl.models.loading import (
     rows_for,
 )
 from instruct_trl.models.model_files import check_model_path, is_sft_adapter, names_adapter
-from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
 from instruct_trl.trainers.starting_model import (
     check_adapters,
     check_peft_config,
     check_something_trains,
     loading_kwargs,
 )
-
-logger = logging.getLogger(__name__)
 
 HEAD_REMEDY = (
     "It would stay random in training and be another one after reload. Use LoraConfig(task_type='SEQ_CLS'), or "
@@ -55,7 +52,7 @@ def check_peft(model: Any, peft_config: Any) -> None:
         raise ValueError(f"`peft_config` freezes the score head. {HEAD_REMEDY}")
 
 
-def load_adapter(model: Any, peft_config: Any, args: RankingRewardConfig, quantization_config: Any) -> Any:
+def load_adapter(model: Any, peft_config: Any, args: RewardConfig, quantization_config: Any) -> Any:
     """The folder of an adapter becomes the model that training starts from; anything else is returned as it is.
 
     A reward adapter goes on training. A new adapter on an SFT adapter stands on its base, merged: upstream would
@@ -78,9 +75,7 @@ def load_adapter(model: Any, peft_config: Any, args: RankingRewardConfig, quanti
     return classifier_on_sft(model, **kwargs)
 
 
-def load_grown(
-    model: Any, peft_config: Any, args: RankingRewardConfig, quantization_config: Any, tokenizer: Any
-) -> Any:
+def load_grown(model: Any, peft_config: Any, args: RewardConfig, quantization_config: Any, tokenizer: Any) -> Any:
     """For adapters on a base by name that lacks rows for the tokenizer: the base, grown before they lie on it.
 
     Anything else is returned as it is.
@@ -95,7 +90,7 @@ def load_grown(
     return base
 
 
-def check_model(model: Any, args: RankingRewardConfig) -> None:
+def check_model(model: Any, args: RewardConfig) -> None:
     """Refuse a path that is not there, and a reward model with more than one label."""
     if not isinstance(model, str):
         check_single_label(model.config, type(model).__name__)
@@ -109,19 +104,19 @@ def check_model(model: Any, args: RankingRewardConfig) -> None:
         check_single_label(config, f"The model {model!r}")
 
 
-def _hub_options(args: RankingRewardConfig) -> dict[str, Any]:
+def _hub_options(args: RewardConfig) -> dict[str, Any]:
     init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     return {"revision": init.get("revision"), "trust_remote_code": args.trust_remote_code}
 
 
-def load_tokenizer(name: str, args: RankingRewardConfig) -> Any:
+def load_tokenizer(name: str, args: RewardConfig) -> Any:
     """The tokenizer beside the model `name`. Raises ValueError for a model that has no name."""
     if not name:
         raise ValueError("The model was built in memory: pass its tokenizer as processing_class.")
     return model_files.load_tokenizer(name, **_hub_options(args))
 
 
-def prepare_tokenizer(tokenizer: Any, args: RankingRewardConfig, model: Any) -> str | None:
+def prepare_tokenizer(tokenizer: Any, args: RewardConfig, model: Any) -> str | None:
     """Settle EOS and pad before upstream does, which would pad with EOS. Returns the line to log."""
     vocabulary = tokenizer.get_vocab()
     if args.eos_token is not None and args.eos_token in vocabulary:  # one that is not there is upstream's error
@@ -151,9 +146,3 @@ def check_passes(trainer: Any) -> None:
             f"{name} is for one process or DDP: under DeepSpeed and FSDP all processes must run equally many forwards. "
             "Lower per_device_train_batch_size instead."
         )
-
-
-def say(args: RankingRewardConfig, line: str | None) -> None:
-    """One line for the user, from one process. A warning, since Python's logging hides anything less by default."""
-    if line and args.process_index == 0:
-        logger.warning(line)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 
 from instruct_trl._upstream import rollout_prompt_ids
-from instruct_trl.data.pairs import encode_prompt
+from instruct_trl.data.encoding import encode_prompt
 from instruct_trl.models.context import context_length, refuse_no_room
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.trainers.ppo_ptx_setup import same_tokens

@@ -39,7 +39,7 @@ def settle_model_kwargs(args: Any, peft: bool) -> None:
     if dtype == "auto":  # a checkpoint's own precision, which nobody asked for by name
         kwargs["dtype"] = "float32"
     elif dtype in (*HALF, "bfloat16", "float16"):
-        _say(
+        say(
             args,
             f"model_init_kwargs asks for weights in {str(dtype).removeprefix('torch.')}: at small learning rates most "
             "steps round to none. For weights in float32 and forwards in bfloat16 leave dtype out and set bf16=True.",
@@ -128,7 +128,7 @@ def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) 
         keep_adapters_in_float32(model)
     else:
         model.float()
-    _say(
+    say(
         args,
         f"{name} was given in {str(dtype).removeprefix('torch.')}, in which most steps of the optimizer round to none. "
         "What is trained of it has float32 weights from here on; bf16=True computes in bfloat16.",
@@ -179,7 +179,7 @@ def place_reward_models(reward_funcs: Iterable[Any], device: torch.device) -> No
             model.to(device)
 
 
-def _say(args: Any, line: str) -> None:
+def say(args: Any, line: str | None) -> None:
     """One line for the user, from one process. A warning, since Python's logging hides anything less by default."""
-    if args.process_index == 0:
+    if line and args.process_index == 0:
         logger.warning(line)

@@ -7,7 +7,7 @@ from ppo_helpers import make
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import PPOPtxConfig, RewardScorer
-from instruct_trl.data.endings import ending_ids
+from instruct_trl.data.encoding import ending_ids
 from instruct_trl.models.generation import generate_completions, neutral_generation_config
 
 EOS, PAD, END, LETTER = 256, 257, 258, 64

@@ -5,7 +5,12 @@ from collections import Counter
 import pytest
 from datasets import Dataset, IterableDataset
 
-from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, pretraining_count, tokenize_pretraining
+from instruct_trl.data.pretraining import (
+    check_pretraining_mix,
+    mix_pretraining,
+    pretraining_count,
+    tokenize_pretraining,
+)
 
 
 def rows(count, start):
@@ -75,7 +80,7 @@ def test_settings_that_cannot_hold_are_refused(fraction, data, train, packing, m
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"texts": ["abc"]}, r"needs a `text` or an `input_ids` column; it has \['texts'\]"),
+        ({"texts": ["abc"]}, r"no column 'text' or 'input_ids'; it has 'texts'"),
         ({"text": ["abc", ""]}, r"column 'text', row 1 is empty \(''\)"),
         ({"text": []}, "has no rows"),
     ],

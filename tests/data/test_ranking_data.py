@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from instruct_trl.data import pairs, ranking_collator
-from instruct_trl.data.checks import require_columns
+from instruct_trl.data import encoding, ranking_batch
 from instruct_trl.data.ranking import RankingCollator, _key, parse_ranking, prepare_ranking_dataset, tokenize_ranking
+from instruct_trl.data.rows import require_columns
 
 GOOD = {"prompt": "ab", "completions": ["cd", "e", "fgh"], "ranks": [2, 7, 2]}
 
@@ -217,5 +217,5 @@ def test_collator_flattens_and_pads_on_the_right():
 
 
 def test_doctests_hold():
-    for module in (ranking_collator, pairs):
+    for module in (ranking_batch, encoding):
         assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

@@ -12,13 +12,10 @@ from ranking_helpers import make as make_ranking
 from transformers import LlamaForCausalLM
 
 from instruct_trl import InstructSFTConfig, InstructSFTTrainer, RewardScorer
-from instruct_trl.data.chat import as_written, without_padding
-from instruct_trl.data.checks import check_text
-from instruct_trl.data.demonstrations import check_sft_dataset
-from instruct_trl.data.mixing import tokenize_pretraining
-from instruct_trl.data.pretraining import PretrainingStream
-from instruct_trl.data.prompts import filter_prompts
+from instruct_trl.data.encoding import as_written, without_padding
+from instruct_trl.data.pretraining import PretrainingStream, tokenize_pretraining
 from instruct_trl.data.ranking import prepare_ranking_dataset
+from instruct_trl.data.rows import check_sft_dataset, check_text, filter_prompts
 from instruct_trl.evaluation.selection import _validation_pairs, as_prompts
 from instruct_trl.models.generation import generate_completions
 
@@ -393,7 +390,7 @@ def test_content_null_beside_tool_calls_is_rendered(tokenizer):
 
 
 def test_columns_that_are_not_text_are_not_read_to_check_rows():
-    from instruct_trl.data.checks import check_rows
+    from instruct_trl.data.rows import check_rows
 
     seen = []
     rows = Dataset.from_dict({"text": ["a", "b"], "image": [1, 2]})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from instruct_trl.data.prompt_keys import prompt_key, prompt_keys
+from instruct_trl.data.encoding import prompt_key, prompt_keys
 from instruct_trl.evaluation.estimates import mean_interval, rate_interval, standard_error, student_t, wilson_interval
 from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.evaluation.win_rate import win_rate

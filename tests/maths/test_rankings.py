@@ -201,3 +201,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_doctests_hold():
     assert doctest.testmod(rankings, extraglobs={"torch": torch}).failed == 0
+
+
+def test_ranks_apart_counts_dense_ranks_so_that_gaps_and_ties_do_not_matter():
+    assert rankings.ranks_apart(torch.tensor([7, 3, 7, 9])).tolist()[1] == [1, 0, 1, 2]

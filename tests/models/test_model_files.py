@@ -108,7 +108,7 @@ def test_every_way_in_looks_at_the_files_first(folder, tokenizer, tmp_path):
     from instruct_trl import InstructSFTTrainer, RewardScorer, select_checkpoint
     from instruct_trl.models.value import ValueModel
     from instruct_trl.pipeline.sampling import load_causal_lm
-    from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig
+    from instruct_trl.trainers.instruct_sft import InstructSFTConfig
 
     model, reward = folder("whole"), folder("rm")
     for path in (model, reward):

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from instruct_trl.data.pairs import pad_rows
+from instruct_trl.data.encoding import pad_rows
 from instruct_trl.data.prefix_layout import Grid, GroupedRows, PrefixLayout, common_prefix_length
 from instruct_trl.models.prefix_sharing import PrefixSharing, ScoringRoute
 from instruct_trl.models.scores import score_rows

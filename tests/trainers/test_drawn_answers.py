@@ -11,9 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import RewardScorer
-from instruct_trl.data.mixing import tokenize_pretraining
-from instruct_trl.data.pairs import encode_prompt, encode_text, tokenize_drawn, tokenize_pair, what_template_rewrites
-from instruct_trl.data.pretraining import PretrainingStream
+from instruct_trl.data.encoding import encode_prompt, encode_text, tokenize_drawn, tokenize_pair, what_template_rewrites
+from instruct_trl.data.pretraining import PretrainingStream, tokenize_pretraining
 from instruct_trl.data.ranking import prepare_ranking_dataset
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion

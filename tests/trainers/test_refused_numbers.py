@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset
 
 from instruct_trl import InstructSFTConfig, InstructSFTTrainer, PPOPtxConfig, RankingRewardConfig
-from instruct_trl.data.checks import read_json
-from instruct_trl.data.pairs import template_kwargs
+from instruct_trl.data.encoding import template_kwargs
+from instruct_trl.data.rows import read_json
 from instruct_trl.models.loading import load_causal_model
 from instruct_trl.pipeline.arguments import RunArguments, load_yaml
 

@@ -1,20 +1,154 @@
-"""A (prompt, completion) pair as tokens: one way, shared by training, scoring and RL.
+"""Prompts and answers as tokens: one way, shared by training, scoring and RL.
 
 A reward model reads what a policy reads and draws: the prompt up to where the answer begins, the answer as it is, and
-what ends an answer. A chat template that drops or adds words in an answer does not get to do so here.
+what ends an answer (`ending_ids`). A chat template that drops or adds words in an answer does not get to do so here.
 
 Legend: N rows (one per completion), T tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset, Json, LargeList, List, Value
+from jinja2 import TemplateError
+from trl.trainer.utils import remove_none_values
 
-from instruct_trl.data.chat import TemplateRefusal, as_written, render
+_KWARGS = "chat_template_kwargs"
+CHAT_COLUMNS = (
+    *("prompt", "completion", "completions", "chosen", "rejected", "messages", "conversations"),
+    "tools",
+    _KWARGS,
+)
+# What a template's own code can raise: raise_exception, and Python's errors on values that it does not expect.
+TEMPLATE_REFUSALS = (TemplateError, TypeError, LookupError, AttributeError)
+_JSON_TYPES = ("string", "large_string", "bool", "null", "int", "uint", "float", "double")
+
+
+class TemplateRefusal(ValueError):
+    """A chat template cannot render some messages. `in_row` adds the place."""
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+    """Messages as the tokenizer's chat template writes them; `kwargs` go to `apply_chat_template`.
+
+    Raises:
+        TemplateRefusal: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    if not (kwargs.get("chat_template") or getattr(tokenizer, "chat_template", None)):
+        raise TemplateRefusal(
+            "these are messages, and the tokenizer has no chat template to render them with. Set "
+            "tokenizer.chat_template, or give plain text."
+        )
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+    except TEMPLATE_REFUSALS as error:
+        roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+        raise TemplateRefusal(
+            f"the chat template refuses messages with the roles {roles}: {error} Give roles, and an order, that "
+            "the template accepts; drop the row; or set another tokenizer.chat_template."
+        ) from error
+
+
+@contextmanager
+def in_row(where: str) -> Iterator[None]:
+    """Inside, a ValueError gets `where` put before it, e.g. "the train dataset, row 3"."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def as_written(value: Any) -> Any:
+    """Messages, tools or template arguments held in memory, without the nulls that Arrow adds; anything else as it is.
+
+    Arrow gives all dictionaries of a list the same keys. A list of which two differ in theirs was not padded, so that
+    a null in it is its user's.
+    """
+    if isinstance(value, list) and len({frozenset(item) for item in value if isinstance(item, Mapping)}) > 1:
+        return value
+    return _without_nulls(value)
+
+
+def without_padding(dataset: Any) -> Any:
+    """The dataset with messages, tools and template arguments as their user wrote them.
+
+    Arrow's structs hold every key of every row, and null where a row lacks it, which a chat template would render. The
+    columns of `CHAT_COLUMNS` that hold such structs come back as `datasets.Json`, without the nulls. Columns that are
+    Json already (what json lines are loaded as) keep theirs: those were written.
+    """
+    features = getattr(dataset, "features", None)
+    if not isinstance(dataset, Dataset | IterableDataset) or features is None or _transforms(dataset):
+        return dataset
+    padded = [name for name in CHAT_COLUMNS if name in features and _needs_care(name, features[name])]
+    if not padded:
+        return dataset
+    as_json = features.copy()
+    for name in padded:
+        as_json[name] = _with_json(features[name])
+    options: dict[str, Any] = {"features": as_json}
+    if isinstance(dataset, Dataset):
+        options["desc"] = "Taking out Arrow's nulls"
+    return dataset.map(_drop_nulls, fn_kwargs={"columns": padded}, **options)
+
+
+def _drop_nulls(example: Mapping[str, Any], columns: list[str]) -> dict[str, Any]:
+    rows = {name: _without_nulls(example[name]) for name in columns}
+    if _KWARGS in rows:
+        rows[_KWARGS] = rows[_KWARGS] or {}
+    return rows
+
+
+def _needs_care(name: str, feature: Any) -> bool:
+    """Whether a column holds padded structs, or template arguments: a row without any has a null, upstream needs {}."""
+    return _has_struct(feature) or (name == _KWARGS and isinstance(feature, Json))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return remove_none_values(value)
+    return remove_none_values(value) if isinstance(value, Mapping) else value
+
+
+def _transforms(dataset: Any) -> bool:
+    """Whether rows are made by the user's own function as they are read; a map would read through it, once."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def _has_struct(feature: Any) -> bool:
+    """Whether a column holds structs, and nothing in them that JSON cannot hold (an image, say)."""
+    if isinstance(feature, List | LargeList):
+        return _has_struct(feature.feature)
+    return isinstance(feature, dict) and all(_is_plain(inner) for inner in feature.values())
+
+
+def _is_plain(feature: Any) -> bool:
+    if isinstance(feature, List | LargeList):
+        return _is_plain(feature.feature)
+    if isinstance(feature, dict):
+        return all(_is_plain(inner) for inner in feature.values())
+    return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype.startswith(_JSON_TYPES))
+
+
+def _with_json(feature: Any) -> Any:
+    return type(feature)(_with_json(feature.feature)) if isinstance(feature, List | LargeList) else Json()
+
+
+def prompt_key(prompt: Any) -> str:
+    """A short name of a prompt (text, messages or token ids) by its content, the same on every machine."""
+    text = json.dumps(prompt, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def prompt_keys(prompts: Iterable[Any]) -> list[str]:
+    """The names of several; equal prompts have equal names."""
+    return [prompt_key(prompt) for prompt in prompts]
+
 
 Text = str | list[dict[str, Any]]  # plain text, or TRL's conversational messages
 
@@ -136,7 +270,7 @@ def turn_end(tokenizer: Any, prompt: Sequence[dict[str, Any]], **kwargs: Any) ->
     Raises:
         ValueError: the template leaves the answer out.
     """
-    text = _render(tokenizer, [*_context(prompt), {"role": "assistant", "content": _PROBE}], kwargs)
+    text = render(tokenizer, [*_context(prompt), {"role": "assistant", "content": _PROBE}], **kwargs)
     if _PROBE not in text:
         raise ValueError(
             "The chat template does not show the content of an assistant's message, so there is no answer to score. "
@@ -166,7 +300,7 @@ def _conversation(
     """The rendered messages of a pair, without the end of the last turn if that was cut."""
     answer = plain_answer(completion)
     if answer is None:
-        whole = _render(tokenizer, [*prompt, *completion], kwargs)
+        whole = render(tokenizer, [*prompt, *completion], **kwargs)
         return whole.removesuffix(turn_end(tokenizer, prompt, **kwargs)) if truncated else whole
     parts = _as_template_writes(tokenizer, prompt, answer, kwargs)
     if parts is None:
@@ -186,7 +320,7 @@ def _as_template_writes(
         return None
     start = _opening(tokenizer, prompt, kwargs)
     opened = prompt[-1]["content"] if _is_open(prompt) else ""
-    whole = _render(tokenizer, [*_context(prompt), {"role": "assistant", "content": opened + answer}], kwargs)
+    whole = render(tokenizer, [*_context(prompt), {"role": "assistant", "content": opened + answer}], **kwargs)
     rest = whole.removeprefix(start)
     blanks = 0 if rest.startswith(answer) else len(rest) - len(rest.lstrip())
     if not whole.startswith(start) or not rest.startswith(answer, blanks):
@@ -198,9 +332,9 @@ def _as_template_writes(
 def _opening(tokenizer: Any, prompt: Sequence[dict[str, Any]], kwargs: dict) -> str:
     """The rendered prompt, with the opening of the answer's turn or, if the prompt opened it, as far as it went."""
     if not _is_open(prompt):
-        return _render(tokenizer, prompt, {**kwargs, "add_generation_prompt": True})
+        return render(tokenizer, prompt, **{**kwargs, "add_generation_prompt": True})
     try:
-        return _render(tokenizer, prompt, {**kwargs, "continue_final_message": True})
+        return render(tokenizer, prompt, **{**kwargs, "continue_final_message": True})
     except TemplateRefusal:
         raise
     except ValueError as error:
@@ -219,10 +353,6 @@ def _is_open(prompt: Sequence[dict[str, Any]]) -> bool:
 def _context(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages before the answer's turn."""
     return list(prompt[:-1] if _is_open(prompt) else prompt)
-
-
-def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], kwargs: dict) -> str:
-    return render(tokenizer, messages, **kwargs)
 
 
 def _encode_rendered(tokenizer: Any, text: str) -> list[int]:
@@ -255,3 +385,52 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int | N
         input_ids[index, : len(row)] = torch.tensor(row)
         attention_mask[index, : len(row)] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def require_eos(tokenizer: Any) -> int:
+    """The id of the EOS token.
+
+    Raises:
+        ValueError: the tokenizer has none, so that an answer could neither end nor be seen to be cut.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, so an answer could never end. Set `tokenizer.eos_token` to a token of "
+            "its vocabulary before passing it (or `eos_token` in the config)."
+        )
+    return tokenizer.eos_token_id
+
+
+def ending_ids(tokenizer: Any, model: Any = None) -> list[int]:
+    """The ids of which any ends an answer, the tokenizer's EOS first.
+
+    They are the tokenizer's EOS, those that the model's generation config and config name, and the special token with
+    which the chat template closes an assistant's turn. A chat model often ends its turn with another token than EOS.
+
+    Args:
+        tokenizer: with an EOS token.
+        model: a causal LM or a classifier, wrapped by PEFT or not; None leaves its configs out.
+
+    Raises:
+        ValueError: no EOS token.
+    """
+    ids: list[int | None] = [require_eos(tokenizer)]
+    configs = [] if model is None else [getattr(model, "generation_config", None), model.config.get_text_config()]
+    for config in configs:
+        named = getattr(config, "eos_token_id", None)
+        ids += named if isinstance(named, list) else [named]
+    ids.append(_end_of_turn(tokenizer))
+    return list(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes after an assistant's words, blanks left out; None without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        end = turn_end(tokenizer, [{"role": "user", "content": "x"}]).lstrip()
+    except Exception:  # whatever a template raises: it is applied, and its error shown, where rows are read
+        return None
+    ids = tokenizer(text=end, add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids[0] if ids and ids[0] in special else None
