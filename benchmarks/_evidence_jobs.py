@@ -18,7 +18,7 @@ RANKED_PROMPTS = 8  # prompts an optimizer step of the reward model (paper: 64)
 
 def data(lab: Lab) -> Job:
     """The demo's datasets and its labeler, each review in one use only; the same for all seeds."""
-    from instruct_trl.pipeline.demo_data import DemoDataArguments, build_demo_data
+    from instruct_trl.recipes.demo.prepare import DemoDataArguments, build_demo_data
 
     plan = lab.plan
     sizes = {
@@ -58,7 +58,7 @@ def base(lab: Lab) -> Path:
         with lab.lock(folder.name):
             return tiny_lm(folder, lab.plan.base_steps, bf16=True)
     if lab.plan.model == "demo":
-        from instruct_trl.pipeline.assets import base_model
+        from instruct_trl.recipes.demo.prepare import base_model
 
         return Path(base_model())
     return Path(lab.plan.model)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from instruct_trl.recipes.demo.prepare import base_model
 from memory import ATTENTION
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -20,7 +21,6 @@ from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
 from instruct_trl.memory.plan import MemoryPlan
 from instruct_trl.memory.ppo import PPOModels, ppo_plan, sizes_of
 from instruct_trl.models.value import ValueModel
-from instruct_trl.pipeline.assets import base_model
 
 QUANTISATION: dict[str, Any] = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,

@@ -22,11 +22,11 @@ class SFTArguments(RunArguments):
 
 def main(argv: list[str] | None = None, stage: str = "sft") -> str:
     """Run the stage; returns its folder."""
+    from instruct_trl.recipes.demo.prepare import base_model
     from trl import ModelConfig, get_peft_config, get_quantization_config
 
     from instruct_trl import InstructSFTConfig, InstructSFTTrainer
     from instruct_trl.pipeline import run as pipeline
-    from instruct_trl.pipeline.assets import base_model
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((SFTArguments, InstructSFTConfig, ModelConfig), "sft", __doc__, argv)

@@ -75,10 +75,9 @@ def test_tokens_leave_the_arguments_that_trainers_write_beside_a_model(tmp_path,
 
 
 def test_the_labeler_comes_back_from_plain_arrays_with_the_scores_of_sklearn(tmp_path):
+    from instruct_trl.recipes.demo.labeler import SentimentLabeler
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-
-    from instruct_trl.pipeline.labeler import SentimentLabeler
 
     draw = random.Random(0)
     words = ["good", "bad", "fine", "awful", "film", "plot", "the", "of", "it's", "naïve", "x1", "GOOD"]
@@ -97,8 +96,7 @@ def test_the_labeler_comes_back_from_plain_arrays_with_the_scores_of_sklearn(tmp
 
 def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
     import joblib
-
-    from instruct_trl.pipeline.labeler import SentimentLabeler
+    from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
     class Runs:
         def __reduce__(self):

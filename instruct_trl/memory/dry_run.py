@@ -90,7 +90,7 @@ def demo_config() -> Any:
     """The config of the demo's SmolLM2-135M: of its cached copy, or from here, for it is downloaded as one file."""
     from transformers import LlamaConfig
 
-    from instruct_trl.pipeline.assets import cache_folder
+    from instruct_trl.pipeline.packages import cache_folder
 
     folder = cache_folder() / "smollm2-135m-instruct"
     if (folder / "config.json").exists():

@@ -98,7 +98,7 @@ def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -
 
 def model_paths(run: Any) -> dict[str, str]:
     """Name → path, in the order of the pipeline; own data without a --base_model leaves the base out."""
-    from instruct_trl.pipeline.assets import base_model
+    from instruct_trl.recipes.demo.prepare import base_model
 
     base = run.base_model or (str(base_model()) if run.dataset_name is None else None)
     sft = run.sft_model or str(run.run / "selected_sft" / "model")

