@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from instruct_trl.pipeline.disk import check_output_folder, disk_errors
+from instruct_trl.pipeline.stage import check_output_folder, disk_errors
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.pipeline.held_out import overlap
-from instruct_trl.pipeline.run import quiet_progress
-
-STAND_IN = (
-    "The labeler is a program that stands in for people: a sentiment classifier, which the reward model never sees."
-)
+from instruct_trl.pipeline.rows import overlap
+from instruct_trl.pipeline.training import quiet_progress
 
 
 def reward_trainer(model: Any, args: Any, model_args: Any, train: Any, test: Any) -> Any:
@@ -64,7 +60,7 @@ def labelers_left_out(model: Any, args: Any, model_args: Any, train: Any, n_fold
 
 
 def write_page(
-    trainer: Any, folder: str, demo: bool, folds: dict[str, Any] | None, train: Any = None, test: Any = None
+    trainer: Any, folder: str, labeler: str | None, folds: dict[str, Any] | None, train: Any = None, test: Any = None
 ) -> None:
     """`<folder>/evaluation/report.html` from the trainer's last evaluation, and a line that says where it is.
 
@@ -81,7 +77,7 @@ def write_page(
             trainer.evaluation_records,
             pages,
             title=f"Reward model on {'the test split' if repeated else 'held-out rankings'}",
-            notes=[STAND_IN] if demo else [],
+            notes=[f"The labeler: {labeler}."] if labeler else [],
             labeler_folds=folds,
             trained_on=(repeated, len(test)) if repeated else None,
         )

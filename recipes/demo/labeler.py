@@ -6,11 +6,22 @@ other stage of the demo uses. Its score is the log-odds that a text praises the 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+
+
+def score(prompts: list[str], completions: list[str], run_dir: str, **kwargs: Any) -> list[float]:
+    """The scores of the labeler that lies in a run's data folder: `labeler` of the demo's YAMLs."""
+    return _labeler_in(Path(run_dir, "data", "labeler.npz"))(prompts, completions)
+
+
+@lru_cache
+def _labeler_in(path: Path) -> SentimentLabeler:
+    return SentimentLabeler.load(path)
 
 
 class SentimentLabeler:

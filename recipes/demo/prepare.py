@@ -13,6 +13,7 @@ import csv
 import gzip
 import json
 import random
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,45 +152,70 @@ def split(review: str, prompt_words: int) -> tuple[str, str]:
     return " ".join(words[:prompt_words]), " " + " ".join(words[prompt_words:])
 
 
+def prepare(folder: Path, **sizes: int) -> dict:
+    """Write the demo's data into `folder`: the recipes call it as `prepare` of the demo's YAMLs.
+
+    There are `model`, `demonstrations`, `pretraining`, `reward_prompts`, `rl_prompts`, `selection_prompts` and
+    `test_prompts`, each a folder that a setting can name, and `labeler.npz`.
+
+    Args:
+        folder: the run's data folder.
+        sizes: fields of `DemoDataArguments`, from data.yaml.
+
+    Returns:
+        The number of rows of each dataset, and the labeler's accuracy.
+    """
+    model = base_model()
+    try:
+        (folder / "model").symlink_to(model.resolve())
+    except OSError:  # where links are not allowed
+        shutil.copytree(model, folder / "model")
+    return build_demo_data(folder, DemoDataArguments(**sizes))
+
+
+HELD_OUT, TRAINED = ("held out", "trained on")
+"""No prompt of the one kind is also of the other: reviews may begin with the same words."""
+
+
 def build_demo_data(folder: Path, args: DemoDataArguments, seed: int = 0) -> dict:
-    """Write the datasets as jsonl and the labeler under `folder`; returns counts and the labeler's accuracy."""
+    """Write the datasets and the labeler under `folder`; returns counts and the labeler's accuracy."""
     reviews = movie_reviews()
     sentences = [r for r in reviews if r["source"] == SENTENCES]
     random.Random(seed).shuffle(sentences)
     usable = [r for r in sentences if args.prompt_words + 4 <= len(r["text"].split(" ")) <= args.max_words]
     praise = [r for r in usable if r["label"] == 1]
-    parts = {}
+    parts: dict[str, list[dict]] = {}
     taken: set[str] = set()
+    prompts: dict[str, set[str]] = {HELD_OUT: set(), TRAINED: set()}
 
     def take(name: str, pool: list[dict], count: int) -> list[dict]:
-        rows = [r for r in pool if r["text"] not in taken][:count]
+        kind, other = (TRAINED, HELD_OUT) if name.endswith("train") else (HELD_OUT, TRAINED)
+        free = [r for r in pool if r["text"] not in taken]
+        rows = [r for r in free if split(r["text"], args.prompt_words)[0] not in prompts[other]][:count]
         if len(rows) < count:
             raise ValueError(f"{name}: {count} reviews asked for, only {len(rows)} left. Lower the sizes.")
         taken.update(r["text"] for r in rows)
         pairs = [split(r["text"], args.prompt_words) for r in rows]
-        parts[name] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        prompts[kind].update(prompt for prompt, _ in pairs)
+        whole = name.startswith("demonstrations")
+        parts[name] = [{"prompt": prompt} | ({"completion": rest} if whole else {}) for prompt, rest in pairs]
         return rows
 
-    take("demonstrations_train", praise, args.n_demonstrations)
-    take("demonstrations_test", praise, args.n_validation)
-    judged = take("test_prompts", usable, args.n_test_prompts)
-    for name, count in (
-        ("selection_prompts", args.n_selection_prompts),
-        ("reward_prompts_train", args.n_reward_prompts),
-        ("reward_prompts_test", args.n_reward_test_prompts),
-        ("rl_prompts", args.n_rl_prompts),
-    ):
-        take(name, usable, count)
-    for name, rows in parts.items():
-        if "prompts" in name:
-            parts[name] = [{"prompt": row["prompt"]} for row in rows]
+    take("demonstrations/train", praise, args.n_demonstrations)
+    take("demonstrations/test", praise, args.n_validation)
+    judged = take("test_prompts/test", usable, args.n_test_prompts)
+    take("selection_prompts/test", usable, args.n_selection_prompts)
+    take("reward_prompts/train", usable, args.n_reward_prompts)
+    take("reward_prompts/test", usable, args.n_reward_test_prompts)
+    take("rl_prompts/train", usable, args.n_rl_prompts)
     passages = book_passages()
     random.Random(seed).shuffle(passages)
-    parts["pretraining_test"] = [{"text": text} for text in passages[: args.n_pretraining_test]]
-    parts["pretraining_train"] = [{"text": text} for text in passages[args.n_pretraining_test :]]
-    folder.mkdir(parents=True, exist_ok=True)
+    parts["pretraining/test"] = [{"text": text} for text in passages[: args.n_pretraining_test]]
+    parts["pretraining/train"] = [{"text": text} for text in passages[args.n_pretraining_test :]]
     for name, rows in parts.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     rest = [r for r in reviews if r["text"] not in taken]
     random.Random(seed).shuffle(rest)
     return {name: len(rows) for name, rows in parts.items()} | _train_labeler(folder, rest, judged)
