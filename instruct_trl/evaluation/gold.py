@@ -86,8 +86,8 @@ def score_checkpoints(
         `mean`, `low` and `high`, paired over prompts, where another is best.
     """
     from instruct_trl.data.prompt_keys import prompt_keys
-    from instruct_trl.evaluation.score_values import one_number_each
     from instruct_trl.evaluation.selection import as_prompts, select_checkpoint
+    from instruct_trl.models.reward_functions import one_number_each
 
     proxies: list[float] = []
 

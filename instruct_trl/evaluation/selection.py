@@ -23,10 +23,10 @@ from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.estimates import Prompts, mean_interval, standard_error
 from instruct_trl.evaluation.language_modeling import mean_token_loss
-from instruct_trl.evaluation.score_values import one_number_each
 from instruct_trl.judges.base import Answer, as_completion
 from instruct_trl.models.generation import Completion, generate_completions
 from instruct_trl.models.policy_loading import load_policy_and_tokenizer
+from instruct_trl.models.reward_functions import one_number_each
 
 Prompt = str | list[dict[str, Any]]
 Scorer = Callable[..., list[float]]

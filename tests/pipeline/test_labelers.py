@@ -13,10 +13,10 @@ from instruct_trl.recipes.evaluate import EvaluateArguments
 from instruct_trl.recipes.sample import SampleArguments
 from instruct_trl.recipes.select_sft import SelectArguments
 
-from instruct_trl.evaluation.score_values import one_number_each
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.judges import Answer, Pair, ScoreJudge
 from instruct_trl.models.generation import Completion
+from instruct_trl.models.reward_functions import one_number_each
 from instruct_trl.pipeline import evaluating, sampling, selecting
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.functions import load_function
