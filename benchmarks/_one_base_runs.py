@@ -49,7 +49,7 @@ def start(args: argparse.Namespace) -> str:
 
 def make_reward_model(args: argparse.Namespace) -> None:
     """SFT, rankings, the reward adapter on the SFT model, and the adapter merged into it, for the full run."""
-    from instruct_trl.models.reward_loading import load_reward_model
+    from instruct_trl.models.loading import load_reward_model
 
     run, threads = prepared(args), ["--cpu_threads", str(args.threads)]
     base = ["--model_name_or_path", args.model] if args.model else []

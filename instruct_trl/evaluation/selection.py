@@ -25,7 +25,7 @@ from instruct_trl.evaluation.estimates import Prompts, mean_interval, standard_e
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.judges.base import Answer, as_completion
 from instruct_trl.models.generation import Completion, generate_completions
-from instruct_trl.models.policy_loading import load_policy_and_tokenizer
+from instruct_trl.models.loading import load_policy_and_tokenizer
 from instruct_trl.models.reward_functions import one_number_each
 
 Prompt = str | list[dict[str, Any]]

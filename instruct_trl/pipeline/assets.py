@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from instruct_trl.models.model_files import check_tokenizer
-from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.model_files import check_model_path, check_tokenizer
 from instruct_trl.pipeline.disk import check_output_folder, disk_errors
 
 

@@ -122,7 +122,7 @@ def check_model_folders(run: Any, paths: dict[str, str]) -> None:
     Raises:
         ValueError: neither a folder nor a model of the hub.
     """
-    from instruct_trl.models.reward_loading import check_model_path
+    from instruct_trl.models.model_files import check_model_path
 
     named = {f"--{_OPTIONS.get(name, f'other_models {name}')}": path for name, path in paths.items()}
     for option, path in (named | {"--reward_model_path": reward_path(run)}).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from instruct_trl.models.reward_loading import is_adapter, names_adapter
+from instruct_trl.models.model_files import is_adapter, names_adapter
 from instruct_trl.pipeline.run import read_yaml, reward_path, rewards_with_labeler
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from instruct_trl.evaluation.selection import as_prompts, score_answers
 from instruct_trl.judges.base import Answer, as_completion
 from instruct_trl.models.generation import Completion
-from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.model_files import check_model_path
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.run import demo_folder, load_labeler
 from instruct_trl.pipeline.trying import try_labeler
@@ -25,7 +25,7 @@ def ranks_of(scores: Sequence[float]) -> list[int]:
 
 def load_causal_lm(path: str) -> tuple[Any, Any]:
     """(model, tokenizer) for sampling, in float32 on the accelerator if there is one; also of an adapter's folder."""
-    from instruct_trl.models.policy_loading import load_policy_and_tokenizer
+    from instruct_trl.models.loading import load_policy_and_tokenizer
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model, tokenizer = load_policy_and_tokenizer(path)

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from instruct_trl.evaluation.selection import as_prompts, find_checkpoints
-from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.model_files import check_model_path
 from instruct_trl.pipeline.held_out import trained_on
 from instruct_trl.pipeline.run import demo_or_own, prompts_for, reward_path
 
