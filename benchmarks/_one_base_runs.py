@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from _memory_case import Peak
+from instruct_trl.pipeline.one_base import models_of
 from instruct_trl.recipes.evaluate import EvaluateArguments
 from instruct_trl.recipes.ppo_ptx import PPOPtxArguments
 from one_base_learning import folder_of
@@ -18,7 +19,6 @@ from instruct_trl import PPOPtxConfig, PPOPtxTrainer
 from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
 from instruct_trl.pipeline.loading import load_split
-from instruct_trl.pipeline.one_base import models_of
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import finished_summary, run_stage
 
@@ -49,7 +49,7 @@ def start(args: argparse.Namespace) -> str:
 
 def make_reward_model(args: argparse.Namespace) -> None:
     """SFT, rankings, the reward adapter on the SFT model, and the adapter merged into it, for the full run."""
-    from instruct_trl.models.reward_loading import load_reward_model
+    from instruct_trl.models.loading import load_reward_model
 
     run, threads = prepared(args), ["--cpu_threads", str(args.threads)]
     base = ["--model_name_or_path", args.model] if args.model else []

@@ -118,7 +118,7 @@ def test_a_key_of_capitals_is_no_name_of_a_variable(key):
 
 
 def test_what_is_refused_shows_no_password(tmp_path):
-    from instruct_trl.models.reward_loading import check_model_path
+    from instruct_trl.models.model_files import check_model_path
     from instruct_trl.pipeline.arguments import read_yaml
     from instruct_trl.pipeline.loading import load_splits
 

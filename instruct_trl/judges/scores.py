@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from instruct_trl.evaluation.score_values import one_number_each
 from instruct_trl.judges.base import Answer, Pair, Question, Reply, as_completion
+from instruct_trl.models.reward_functions import one_number_each
 
 ScoreFunction = Callable[..., Sequence[float | None]]
 

@@ -107,7 +107,7 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    from instruct_trl.models.reward_loading import check_model_path
+    from instruct_trl.models.model_files import check_model_path
 
     adapter = Path(name, "adapter_config.json")
     if adapter.is_file():

@@ -1,15 +1,31 @@
-"""Whether the files of a local model folder are there and whole: told from names, sizes and headers, nothing loaded."""
+"""What lies in a model's folder: config, weights, adapter, tokenizer, and whether they are whole. Nothing is loaded."""
 
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from instruct_trl.redaction import redact
 
 _JSON = ("config.json", "tokenizer.json", "vocab.json", "special_tokens_map.json", ".index.json")
+
+
 CONFIGS = ("config.json", "adapter_config.json")
+
+
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
 _OF_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state")  # which a checkpoint has beside its weights
+
+
 # In the order in which transformers and PEFT look for them; the first that is there is the one that is read.
 _NAMES = {
     "config.json": (
@@ -20,6 +36,8 @@ _NAMES = {
     ),
     "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
 }
+
+
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,6 +47,8 @@ _TOKENIZERS = (
     "*.tiktoken",
     "tekken.json",
 )
+
+
 _AGAIN = "Download or copy the folder again, or name another model."
 
 
@@ -117,3 +137,99 @@ def _safetensors_problem(path: Path) -> str | None:
             return "have a header that cannot be read"
     whole = 8 + header_size + max(ends, default=0)
     return None if size == whole else f"are cut short or damaged ({size:,} bytes in place of {whole:,})"
+
+
+# Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
+ADAPTER_CONFIG = "reward_config.json"
+
+
+# Of the arguments of `from_pretrained`, those that say where a model lies.
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
+
+
+def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -> None:
+    """Refuse a path that is not there, or whose files are missing or cut short, with one line in place of a traceback.
+
+    Args:
+        path: local folder or hub name.
+        weights: look at a folder's weights too, not at its config and tokenizer alone.
+        kwargs: those that the model is going to be loaded with; `subfolder`, `token` and their like say where it lies.
+
+    Raises:
+        ValueError: neither a folder with a whole model nor a reachable repository of the hub with this name.
+    """
+    path, subfolder = str(path), kwargs.get("subfolder") or ""
+    if kwargs.get("gguf_file"):  # one file, of a format of its own
+        return
+    if os.path.isdir(path):
+        check_config(Path(path, subfolder))
+        if weights:
+            check_weights(Path(path, subfolder))
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ValueError(f"There is no model folder {redact(path)!r}. Check the path, or train the model first.")
+    try:
+        AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _WHERE if kwargs.get(name)})
+    except OSError as error:
+        if names_adapter(path):
+            return
+        offline = " HF_HUB_OFFLINE is set and it is not in the cache." if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ValueError(
+            f"There is no model {path!r}: neither a local folder nor a repository that could be read.{offline} Check "
+            "the name, or log in with `hf auth login` if it is private."
+        ) from error
+
+
+def is_adapter(path: str | Path) -> bool:
+    """True for the folder of a PEFT adapter."""
+    return os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def names_adapter(name: str | Path) -> bool:
+    """As `is_adapter`, for names on the hub, too; False for one that cannot be read."""
+    if os.path.isdir(name):
+        return is_adapter(name)
+    try:
+        return find_adapter_config_file(str(name)) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def has_tokenizer(name: str) -> bool:
+    """True for a folder, or a name on the hub, beside which a tokenizer was saved."""
+    files = ("tokenizer_config.json", "tokenizer.json")
+    flags = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    try:
+        return bool(name) and any(cached_file(name, file, **flags) is not None for file in files)
+    except (OSError, ValueError):
+        return False
+
+
+def tokenizer_beside(path: str) -> Any:
+    """The tokenizer saved beside a model, by folder or name, or for an adapter beside its base; None without one."""
+    from peft import PeftConfig
+
+    if path and names_adapter(path) and not has_tokenizer(path):
+        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    return AutoTokenizer.from_pretrained(path) if has_tokenizer(path) else None
+
+
+def is_sft_adapter(path: str | Path) -> bool:
+    """True for an adapter, by folder or name, that is not a classifier's, on which a reward adapter may be trained."""
+    from peft import PeftConfig
+
+    return names_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type != "SEQ_CLS"
+
+
+def tokenizer_source(path: str) -> str:
+    """Where the tokenizer of a model lies: beside it, or for an adapter without one beside its base.
+
+    Raises:
+        ValueError: a local folder without one.
+    """
+    from peft import PeftConfig
+
+    if names_adapter(path) and not has_tokenizer(path):
+        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    check_tokenizer(path)
+    return path

@@ -21,8 +21,9 @@ from instruct_trl.data.pairs import Text, pad_rows, plain_answer, template_kwarg
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.data.token_budget import fill, rows_cost
 from instruct_trl.models.context import refuse_long_row
-from instruct_trl.models.reward_loading import check_single_label, load_reward_model, tokenizer_source
-from instruct_trl.models.scoring_route import ScoringRoute
+from instruct_trl.models.loading import check_single_label, load_reward_model
+from instruct_trl.models.model_files import tokenizer_source
+from instruct_trl.models.prefix_sharing import ScoringRoute
 
 logger = logging.getLogger(__name__)
 

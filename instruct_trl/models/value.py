@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from instruct_trl._upstream import backbone, score_head
 from instruct_trl.models.dropout import switch_off_dropout
+from instruct_trl.models.loading import load_reward_model
+from instruct_trl.models.model_files import check_model_path, names_adapter
 from instruct_trl.models.precision import is_quantised, one_dtype
-from instruct_trl.models.reward_loading import check_model_path, load_reward_model, names_adapter
 from instruct_trl.models.scores import head_in_float32
 
 

@@ -92,7 +92,7 @@ def check_judges(run: Any, settings: JudgeArguments, folder: Path) -> list[Score
     Raises:
         ValueError: whatever `make_judge` finds, or a reward model that is not there.
     """
-    from instruct_trl.models.reward_loading import check_model_path
+    from instruct_trl.models.model_files import check_model_path
 
     if "reward_model" in settings.judges:
         check_model_path(run.reward_model_path or str(run.run / "reward_model"))

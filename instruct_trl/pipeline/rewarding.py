@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.pipeline.rows import overlap
+from instruct_trl.pipeline.rows import overlap, rows_digest
+from instruct_trl.pipeline.stage import write_json
 from instruct_trl.pipeline.training import quiet_progress
 
 
@@ -66,14 +67,14 @@ def write_page(
 
     With `train` and `test` the page says how many rows of `test` have a prompt that is trained on.
     """
-    from instruct_trl.report.reward_page import write_reward_report
+    from instruct_trl.report.reward_page import METRICS_JSON, write_reward_report
 
     if not trainer.accelerator.is_main_process:
         return
     pages = Path(folder, "evaluation")
     repeated = overlap(train, test)
     try:
-        write_reward_report(
+        metrics = write_reward_report(
             trainer.evaluation_records,
             pages,
             title=f"Reward model on {'the test split' if repeated else 'held-out rankings'}",
@@ -84,4 +85,6 @@ def write_page(
     except ImportError as error:
         print(f"No page on the evaluation was written. {error}")
     else:
+        if test is not None:  # the evaluation of the run takes the figures from here, where its rankings are these
+            write_json(pages / METRICS_JSON, {**metrics, "rankings": rows_digest(test)})
         print(f"   The evaluation in pictures: {pages / 'report.html'}")

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from instruct_trl._upstream import critic_optimizer
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
-from instruct_trl.models.roles import ValueRole
+from instruct_trl.models.role_adapters import ValueRole
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.engines import prepare_beside_policy, whole_state_dict
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig

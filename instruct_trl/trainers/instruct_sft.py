@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -20,13 +21,14 @@ from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tok
 from instruct_trl.data.pairs import drop_own_bos
 from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.evaluation.answer_room import check_answer_room, check_scorer_room
-from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
-from instruct_trl.models.adapter_loading import save_token_rows
+from instruct_trl.evaluation.estimates import standard_error
+from instruct_trl.evaluation.selection import as_prompts, as_scorer, score_answers
+from instruct_trl.models.adapters import save_token_rows
 from instruct_trl.models.context import check_rows_fit
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
-from instruct_trl.models.policy_loading import check_causal, load_tokenizer
-from instruct_trl.models.reward_loading import check_model_path, check_token_rows, names_adapter, tokenizer_source
+from instruct_trl.models.loading import check_causal, check_token_rows, load_tokenizer
+from instruct_trl.models.model_files import check_model_path, names_adapter, tokenizer_source
 from instruct_trl.trainers.instruct_sft_config import InstructSFTConfig as InstructSFTConfig
 from instruct_trl.trainers.run_checks import (
     NamedEvalSets,
@@ -239,8 +241,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._scorer is not None and output.metrics is not None and metric_key_prefix == self._scored_prefix():
             scores, asked = self._score_selection_prompts()
-            mean, error = mean_and_standard_error(scores, asked)
-            output.metrics.update({RM_SCORE: mean, f"{RM_SCORE}_se": error})
+            output.metrics.update({RM_SCORE: fmean(scores), f"{RM_SCORE}_se": standard_error(scores, asked)})
         return output
 
     def _scored_prefix(self) -> str:

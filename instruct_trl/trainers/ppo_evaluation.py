@@ -25,7 +25,7 @@ from trl.trainer.utils import use_adapter
 
 from instruct_trl.data.prompt_keys import prompt_key
 from instruct_trl.evaluation.estimates import rate_interval
-from instruct_trl.models.roles import ReferenceRole
+from instruct_trl.models.role_adapters import ReferenceRole
 from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics, count_rows, reward_statistics
 from instruct_trl.trainers.ppo_rollout import PPORollout
 from instruct_trl.trainers.run_checks import metric_and_set

@@ -12,9 +12,8 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig
 
-from instruct_trl.models.adapter_switching import adapter_parameters
-from instruct_trl.models.policy_loading import load_causal_model
-from instruct_trl.models.reward_loading import check_token_rows
+from instruct_trl.models.adapters import adapter_parameters
+from instruct_trl.models.loading import check_token_rows, load_causal_model
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.models.value import merged
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from instruct_trl._upstream import without_init_kwargs
 from instruct_trl.data.pairs import encode_prompt
-from instruct_trl.models.policy_loading import load_tokenizer
+from instruct_trl.models.loading import check_token_rows, load_tokenizer
+from instruct_trl.models.model_files import check_model_path, tokenizer_beside
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_functions import checked
-from instruct_trl.models.reward_loading import check_model_path, check_token_rows, tokenizer_beside
-from instruct_trl.models.role_adapters import RoleAdapters
-from instruct_trl.models.roles import ReferenceRole, RewardRole, ValueRole
+from instruct_trl.models.role_adapters import ReferenceRole, RewardRole, RoleAdapters, ValueRole
 from instruct_trl.models.value import ValueModel, value_model_from_reward_model
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.models.adapter_loading import save_token_rows
+from instruct_trl.models.adapters import save_token_rows
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.trainers.checkpoints import begin_checkpoint, last_complete_checkpoint, seal_checkpoint
 from instruct_trl.trainers.ema import EMACallback

@@ -21,12 +21,12 @@ from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
 from instruct_trl.data.token_budget import grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.maths.rankings import ranking_losses
-from instruct_trl.models.adapter_loading import save_token_rows
+from instruct_trl.models.adapters import save_token_rows
 from instruct_trl.models.context import check_rows_fit, refuse_long_row
 from instruct_trl.models.dropout import switch_off_dropout
-from instruct_trl.models.reward_loading import fit_model_to_tokenizer, save_adapter_config
+from instruct_trl.models.loading import fit_model_to_tokenizer, save_adapter_config
+from instruct_trl.models.prefix_sharing import ScoringRoute
 from instruct_trl.models.scores import score_rows
-from instruct_trl.models.scoring_route import ScoringRoute
 from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
 from instruct_trl.trainers.ranking_reward_checks import (
     HEAD_REMEDY,

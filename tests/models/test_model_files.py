@@ -7,9 +7,8 @@ import torch
 from conftest import tiny_config
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from instruct_trl.models.model_files import check_tokenizer, check_weights
-from instruct_trl.models.policy_loading import load_causal_model
-from instruct_trl.models.reward_loading import check_model_path
+from instruct_trl.models.loading import load_causal_model
+from instruct_trl.models.model_files import check_model_path, check_tokenizer, check_weights
 
 
 @pytest.fixture(scope="module")

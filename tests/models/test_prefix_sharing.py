@@ -7,9 +7,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from instruct_trl.data.pairs import pad_rows
 from instruct_trl.data.prefix_layout import Grid, GroupedRows, PrefixLayout, common_prefix_length
-from instruct_trl.models.prefix_sharing import PrefixSharing
+from instruct_trl.models.prefix_sharing import PrefixSharing, ScoringRoute
 from instruct_trl.models.scores import score_rows
-from instruct_trl.models.scoring_route import ScoringRoute
 
 SIZES = {"vocab_size": 64, "num_labels": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 LLAMA_LIKE = {

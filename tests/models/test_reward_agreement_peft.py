@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from instruct_trl._upstream import keep_4bit_trainable
+from instruct_trl.models.loading import load_reward_model
 from instruct_trl.models.reward import RewardScorer
-from instruct_trl.models.reward_loading import load_reward_model
 
 
 def lora():

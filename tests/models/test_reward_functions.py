@@ -9,10 +9,9 @@ import torch
 from ppo_helpers import make
 
 from instruct_trl._upstream import get_callable_name, is_async_callable
-from instruct_trl.evaluation.score_values import one_number_each
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.models.generation import Completion
-from instruct_trl.models.reward_functions import checked
+from instruct_trl.models.reward_functions import checked, one_number_each
 
 GOOD = {
     "list": [1, 0.5, True],

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from instruct_trl.data.pairs import end_of_text, pad_rows, tokenize_pair
+from instruct_trl.models.loading import ensure_distinct_pad_token, load_reward_model
 from instruct_trl.models.reward import RewardScorer
-from instruct_trl.models.reward_loading import ensure_distinct_pad_token, load_reward_model
 from instruct_trl.models.scores import score_rows
 from instruct_trl.models.value import ValueModel
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl._upstream import add_fused_lm_head, keep_4bit_trainable
-from instruct_trl.models.adapter_switching import adapter_parameters, adapters_are_on
+from instruct_trl.models.adapters import adapter_parameters, adapters_are_on
 
 # Each role is the model it stands for -------------------------------------------------------------------------------
 

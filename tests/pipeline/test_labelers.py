@@ -9,19 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from instruct_trl.pipeline.run import load_labeler
+from instruct_trl.pipeline.trying import STAND_INS, try_labeler
 from instruct_trl.recipes.evaluate import EvaluateArguments
 from instruct_trl.recipes.sample import SampleArguments
 from instruct_trl.recipes.select_sft import SelectArguments
 
-from instruct_trl.evaluation.score_values import one_number_each
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.judges import Answer, Pair, ScoreJudge
 from instruct_trl.models.generation import Completion
+from instruct_trl.models.reward_functions import one_number_each
 from instruct_trl.pipeline import evaluating, sampling, selecting
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.functions import load_function
-from instruct_trl.pipeline.run import load_labeler
-from instruct_trl.pipeline.trying import STAND_INS, try_labeler
 
 RIGHT = [
     [1, 0.5],

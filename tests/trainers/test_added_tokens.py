@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl.evaluation.selection import load_policy
-from instruct_trl.models.adapter_loading import put_adapter_on, resize_token_rows, token_rows
-from instruct_trl.models.policy_loading import load_causal_model
-from instruct_trl.models.reward_loading import check_token_rows
+from instruct_trl.models.adapters import put_adapter_on, resize_token_rows, token_rows
+from instruct_trl.models.loading import check_token_rows, load_causal_model
 
 IDS = torch.tensor([[1, 258, 2, 261, 256]])  # of 258 rows the base has, and four more
 WAYS = {

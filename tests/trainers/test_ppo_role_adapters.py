@@ -10,7 +10,7 @@ from role_helpers import BIAS, SIZES, randomise, save_pieces, separate_models, s
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from instruct_trl import RewardScorer, RoleAdapters
-from instruct_trl.models.adapter_switching import adapters_are_on
+from instruct_trl.models.adapters import adapters_are_on
 from instruct_trl.models.value import ValueModel
 
 

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from ranking_helpers import DEMONSTRATIONS, RANKINGS, eos_as_pad, fresh_model, make, pairs_of
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
+from instruct_trl.models.loading import load_reward_model
 from instruct_trl.models.reward import RewardScorer
-from instruct_trl.models.reward_loading import load_reward_model
 
 
 @pytest.mark.parametrize("conversational", [False, True])

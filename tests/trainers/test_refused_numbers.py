@@ -8,7 +8,7 @@ from datasets import Dataset
 from instruct_trl import InstructSFTConfig, InstructSFTTrainer, PPOPtxConfig, RankingRewardConfig
 from instruct_trl.data.checks import read_json
 from instruct_trl.data.pairs import template_kwargs
-from instruct_trl.models.policy_loading import load_causal_model
+from instruct_trl.models.loading import load_causal_model
 from instruct_trl.pipeline.arguments import RunArguments, load_yaml
 
 CONFIGS = [InstructSFTConfig, PPOPtxConfig, RankingRewardConfig]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from instruct_trl import RewardScorer, value_model_from_reward_model
 from instruct_trl.evaluation.selection import load_policy
-from instruct_trl.models.reward_loading import load_reward_model
+from instruct_trl.models.loading import load_reward_model
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.starting_model import place_reward_models
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 from trl import TrlParser
 
 from instruct_trl import InstructSFTConfig, PPOPtxConfig, RankingRewardConfig, RewardScorer, RoleAdapters
+from instruct_trl.models.loading import load_reward_model
 from instruct_trl.models.precision import one_dtype
-from instruct_trl.models.reward_loading import load_reward_model
 from instruct_trl.models.value import ValueModel
 
 FLOAT, HALF = torch.float32, torch.bfloat16

@@ -1,4 +1,4 @@
-"""LoRA adapters in and out of PEFT's folders, onto one causal language model, and what can be wrong with them.
+"""LoRA adapters: in and out of PEFT's folders, onto a base with room for their tokens, and switched on a shared base.
 
 A reward adapter was trained on a sequence classifier. Its layers have the same names in the causal language model of
 the same family, since both hold the same backbone; its head has none there, and is kept apart.
@@ -12,22 +12,228 @@ import copy
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from instruct_trl.models.adapter_loading import PREFIX, rows_of_adapter, token_rows
-from instruct_trl.models.adapter_switching import adapter_parameters
-from instruct_trl.models.reward_loading import ADAPTER_CONFIG, names_adapter
+from instruct_trl.models.model_files import ADAPTER_CONFIG, names_adapter
+from instruct_trl.models.precision import is_quantised, keep_whole_modules_in_float32
+
+
+def adapter_parameters(model: torch.nn.Module, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """The parameters that belong to the adapter of this name, by their names in `model`."""
+    own = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
+    return {name: parameter for name, parameter in model.named_parameters() if own.search(name)}
+
+
+@contextmanager
+def switched(
+    model: Any, adapters: Sequence[str], *, trainable: Sequence[torch.nn.Parameter] = (), training: bool = False
+) -> Iterator[None]:
+    """Within, `model` runs with exactly `adapters` (added up if several; none switches all off).
+
+    PEFT's own switches change `requires_grad` as they go. Here it is True for `trainable` alone within. On leaving,
+    also after an error, come back: the active adapters and whether they are on, `requires_grad` of every parameter,
+    and train or eval mode (so dropout) of every module.
+
+    A backward pass belongs inside, too: gradient checkpointing runs layers again under the adapters that are active
+    then, and autograd drops the gradient of a parameter whose `requires_grad` is False by then.
+
+    Args:
+        model: a PeftModel.
+        adapters: names; they may target different modules.
+        trainable: parameters of these adapters that shall get gradients.
+        training: train mode within, else eval mode.
+    """
+    was_active, was_on = list(model.base_model.active_adapters), adapters_are_on(model)
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        _activate(model, adapters)
+        for parameter, _ in gradients:
+            parameter.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(training)
+        yield
+    finally:
+        _activate(model, was_active)
+        if not was_on:
+            _activate(model, [])
+        for parameter, required in gradients:
+            parameter.requires_grad_(required)
+        for module, mode in modes:
+            module.training = mode
+
+
+def adapters_are_on(model: torch.nn.Module) -> bool:
+    """False where the adapters of `model` are switched off, so that the base alone runs. All layers are alike."""
+    return not next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)).disable_adapters
+
+
+def _activate(model: Any, adapters: Sequence[str]) -> None:
+    if not adapters:
+        model.base_model.disable_adapter_layers()
+        return
+    if not adapters_are_on(model):
+        model.base_model.enable_adapter_layers()
+    model.base_model.set_adapter(list(adapters))
+
+
+PREFIX = "base_model.model."
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def token_rows(model: Any) -> int:
+    """How many tokens the embedding of `model` knows."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def resize_token_rows(model: Any, rows: int) -> None:
+    """Give embedding and head of `model` this many rows.
+
+    A new row is the mean of those that were there: the same in every process, and again when an adapter is read.
+
+    Raises:
+        ValueError: an adapter holds the embedding, which would be lost.
+    """
+    before = token_rows(model)
+    if rows == before:
+        return
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    if any(type(layer) not in (nn.Embedding, nn.Linear) for layer in layers):
+        raise ValueError(
+            f"The model has {before} token rows and needs {rows}, but an adapter lies on its embedding or head. Resize "
+            f"the base before the adapter is put on it: model.resize_token_embeddings({rows})."
+        )
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None and rows > before:
+            for part in (layer.weight, getattr(layer, "bias", None)):
+                if part is not None:
+                    part.data[before:] = part.data[:before].float().mean(dim=0).to(part.dtype)
+
+
+def put_adapter_on(base: Any, path: str | Path, *, config: Any = None, trainable: bool = False) -> Any:
+    """`base` with the adapter of a folder on it, a PeftModel; the base gets the token rows that the adapter needs.
+
+    Args:
+        base: the model that it was trained on.
+        path: the adapter's folder, or its name on the hub.
+        config: its PeftConfig, where it differs from the one in the folder.
+        trainable: the adapter goes on training.
+
+    Raises:
+        ValueError: its tensors do not fit the base.
+    """
+    path = str(path)
+    config = config or PeftConfig.from_pretrained(path)
+    weights = load_peft_weights(path, device="cpu")
+    rows = rows_of_adapter(base, config, weights)
+    if rows is not None:
+        resize_token_rows(base, rows)
+    try:
+        model = PeftModel.from_pretrained(base, path, config=config, is_trainable=trainable)
+        if not is_quantised(base) and keep_whole_modules_in_float32(model):
+            set_peft_model_state_dict(model, weights)  # once more, not rounded
+    except (RuntimeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"The adapter {path!r} does not fit its base {config.base_model_name_or_path!r}: {error} Give the adapter "
+            "that was trained on this base; or name its base in adapter_config.json (`base_model_name_or_path`)."
+        ) from error
+    return model
+
+
+def rows_of_adapter(base: Any, config: Any, weights: dict[str, torch.Tensor]) -> int | None:
+    """The token rows that `base` must have for an adapter; None where those that it has will do.
+
+    Args:
+        base: the model, still without the adapter.
+        config: the adapter's.
+        weights: the tensors of its file.
+    """
+    saved = {len(value) for key, value in weights.items() if _embedding_of(base, key)}
+    if saved:
+        return max(saved)
+    indices = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    needed = 1 + max((index for part in lists for index in part), default=-1)
+    return needed if needed > token_rows(base) else None
+
+
+def _embedding_of(base: Any, key: str) -> bool:
+    """True for a tensor of an adapter's file that holds embedding or head whole, a row for each token."""
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    names = [name for name, module in base.named_modules() if any(module is layer for layer in layers)]
+    ours = any(key.startswith(f"{PREFIX}{name}.") for name in names)
+    return ours and key.endswith(".weight") and "lora_" not in key
+
+
+def save_token_rows(model: Any, folder: str | Path) -> None:
+    """Write beside the adapter in `folder` the embedding and head that its base on disk lacks rows for.
+
+    PEFT does so itself only where it can read the base's config without a network, and leaves out the head where an
+    adapter lies on the embedding.
+
+    Args:
+        model: the PeftModel that was saved there.
+        folder: holds its `adapter_model.safetensors`.
+    """
+    file = Path(folder, WEIGHTS)
+    base, name = model.get_base_model(), str(model.active_peft_config.base_model_name_or_path or "")
+    rows = _rows_on_disk(name)
+    if rows in (None, token_rows(base)) or not file.is_file():
+        return
+    weights = load_peft_weights(str(folder), device="cpu")
+    missing = {
+        f"{PREFIX}{part}.weight": layer.weight.detach().cpu().clone()
+        for part, layer in base.named_modules()
+        if layer in (base.get_input_embeddings(), base.get_output_embeddings())
+        and _is_whole(layer)
+        and not any(key.startswith(f"{PREFIX}{part}.") for key in weights)
+    }
+    if missing:
+        save_file(weights | missing, file, metadata={"format": "pt"})
+
+
+def _is_whole(layer: Any) -> bool:
+    """True for a plain layer whose weights lie in this process, not in shards."""
+    return type(layer) in (nn.Embedding, nn.Linear) and not any(
+        hasattr(layer.weight, mark) for mark in ("ds_id", "full_tensor")
+    )
+
+
+def _rows_on_disk(name: str) -> int | None:
+    """The vocabulary of a base by name or path; None where its config cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(name).get_text_config().vocab_size if name else None
+    except (OSError, ValueError):
+        return None
+
 
 HEADS = ("score", "classifier")
+
+
 # What a config says of how a model is used, not of what it computes.
 _USAGE = {
     "_name_or_path", "_commit_hash", "architectures", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id",

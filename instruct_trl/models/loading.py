@@ -1,31 +1,98 @@
-"""A reward model and its tokenizer on their way in and out of a folder: pad token, head, bias, adapter, 4-bit base."""
+"""Language models and reward models from a folder or the hub, whole or an adapter on its base, and their tokenizers."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from instruct_trl._upstream import keep_4bit_trainable, score_head
-from instruct_trl.models.adapter_loading import put_adapter_on, resize_token_rows, token_rows
-from instruct_trl.models.model_files import check_config, check_tokenizer, check_weights
+from instruct_trl.models.adapters import put_adapter_on, resize_token_rows, token_rows
+from instruct_trl.models.model_files import (
+    ADAPTER_CONFIG,
+    check_model_path,
+    is_sft_adapter,
+    names_adapter,
+    tokenizer_source,
+)
 from instruct_trl.models.precision import is_quantised, one_dtype
-from instruct_trl.redaction import redact
 
-# Not `config.json`, beside which transformers would look for full weights and overlook the adapter.
-ADAPTER_CONFIG = "reward_config.json"
+
+def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: Any) -> Any:
+    """A causal language model, or an adapter on its base, with the token rows that the adapter was trained with.
+
+    Args:
+        path: a folder, or a name on the hub.
+        trainable: an adapter goes on training.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` is float32 unless given.
+
+    Raises:
+        ValueError: no such path; an adapter of a reward model, or one that does not fit its base.
+    """
+    path = str(path)
+    kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
+    check_model_path(path, **kwargs)
+    if not names_adapter(path):
+        check_causal(path, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(path)
+    if config.task_type == "SEQ_CLS":
+        raise ValueError(
+            f"{path!r} is the adapter of a reward model (task_type 'SEQ_CLS'), not of a language model. Give the "
+            "folder that SFT saved."
+        )
+    base = str(config.base_model_name_or_path)
+    check_model_path(base)
+    model = AutoModelForCausalLM.from_pretrained(base, **{**kwargs, "revision": config.revision})
+    return put_adapter_on(model, path, trainable=trainable)
+
+
+def check_causal(path: str | Path, **kwargs: Any) -> None:
+    """Refuse a classifier, such as a reward model, in a language model's place: its head for words would be random.
+
+    Args:
+        path: of a full model, not of an adapter.
+        kwargs: of `from_pretrained`; those that say where the model lies count.
+
+    Raises:
+        ValueError: it is one.
+    """
+    where = {name: kwargs[name] for name in ("revision", "subfolder", "token", "trust_remote_code") if kwargs.get(name)}
+    kinds = [] if kwargs.get("gguf_file") else AutoConfig.from_pretrained(path, **where).architectures or []
+    if any("Classification" in kind for kind in kinds):
+        raise ValueError(
+            f"{str(path)!r} is a classifier ({', '.join(kinds)}), such as a reward model, and no language model: what "
+            "draws its words would be random. Give the folder of the policy or of the SFT model."
+        )
+
+
+def load_tokenizer(path: str, **kwargs: Any) -> Any:
+    """The tokenizer beside a model, or for an adapter without one that of its base."""
+    return AutoTokenizer.from_pretrained(tokenizer_source(path), **kwargs)
+
+
+def load_policy_and_tokenizer(path: str | Path, processing_class: Any = None) -> tuple[Any, Any]:
+    """As `load_causal_model`, in eval mode, and its tokenizer, whose tokens it has rows for.
+
+    Raises:
+        ValueError: as there, or the tokenizer has tokens that the model lacks.
+    """
+    model = load_causal_model(path)
+    tokenizer = processing_class or load_tokenizer(str(path))
+    check_token_rows(model, tokenizer, f"The model {str(path)!r}")
+    return model.eval(), tokenizer
+
 
 # Special tokens that tokenizers carry for padding or leave unused, in order of preference.
 _PAD_CANDIDATES = ("<|endoftext|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 
-# Of the arguments of `from_pretrained`, those that say where a model lies.
-_WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
+
 # Tokens that stand for what is no text: Gemma 3's tokenizer has one for pictures, and its model of 1B no row for it.
 _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 
@@ -100,80 +167,6 @@ def check_token_rows(model: Any, tokenizer: Any, name: str, *, pad: bool = True)
         )
 
 
-def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -> None:
-    """Refuse a path that is not there, or whose files are missing or cut short, with one line in place of a traceback.
-
-    Args:
-        path: local folder or hub name.
-        weights: look at a folder's weights too, not at its config and tokenizer alone.
-        kwargs: those that the model is going to be loaded with; `subfolder`, `token` and their like say where it lies.
-
-    Raises:
-        ValueError: neither a folder with a whole model nor a reachable repository of the hub with this name.
-    """
-    path, subfolder = str(path), kwargs.get("subfolder") or ""
-    if kwargs.get("gguf_file"):  # one file, of a format of its own
-        return
-    if os.path.isdir(path):
-        check_config(Path(path, subfolder))
-        if weights:
-            check_weights(Path(path, subfolder))
-        return
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"There is no model folder {redact(path)!r}. Check the path, or train the model first.")
-    try:
-        AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _WHERE if kwargs.get(name)})
-    except OSError as error:
-        if names_adapter(path):
-            return
-        offline = " HF_HUB_OFFLINE is set and it is not in the cache." if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ValueError(
-            f"There is no model {path!r}: neither a local folder nor a repository that could be read.{offline} Check "
-            "the name, or log in with `hf auth login` if it is private."
-        ) from error
-
-
-def is_adapter(path: str | Path) -> bool:
-    """True for the folder of a PEFT adapter."""
-    return os.path.isfile(os.path.join(path, "adapter_config.json"))
-
-
-def names_adapter(name: str | Path) -> bool:
-    """As `is_adapter`, for names on the hub, too; False for one that cannot be read."""
-    if os.path.isdir(name):
-        return is_adapter(name)
-    try:
-        return find_adapter_config_file(str(name)) is not None
-    except (OSError, ValueError):
-        return False
-
-
-def has_tokenizer(name: str) -> bool:
-    """True for a folder, or a name on the hub, beside which a tokenizer was saved."""
-    files = ("tokenizer_config.json", "tokenizer.json")
-    flags = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
-    try:
-        return bool(name) and any(cached_file(name, file, **flags) is not None for file in files)
-    except (OSError, ValueError):
-        return False
-
-
-def tokenizer_beside(path: str) -> Any:
-    """The tokenizer saved beside a model, by folder or name, or for an adapter beside its base; None without one."""
-    from peft import PeftConfig
-
-    if path and names_adapter(path) and not has_tokenizer(path):
-        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-    return AutoTokenizer.from_pretrained(path) if has_tokenizer(path) else None
-
-
-def is_sft_adapter(path: str | Path) -> bool:
-    """True for an adapter, by folder or name, that is not a classifier's, on which a reward adapter may be trained."""
-    from peft import PeftConfig
-
-    return names_adapter(path) and PeftConfig.from_pretrained(str(path)).task_type != "SEQ_CLS"
-
-
 def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
     """A sequence classifier with one label on the base of an SFT adapter, the adapter merged into it.
 
@@ -242,20 +235,6 @@ def load_reward_model(path: str | Path, *, trainable: bool = False, **kwargs: An
         model = AutoModelForSequenceClassification.from_pretrained(path, **kwargs)
     check_token_rows(model, tokenizer, f"The reward model {path!r}")
     return model.eval(), tokenizer
-
-
-def tokenizer_source(path: str) -> str:
-    """Where the tokenizer of a model lies: beside it, or for an adapter without one beside its base.
-
-    Raises:
-        ValueError: a local folder without one.
-    """
-    from peft import PeftConfig
-
-    if names_adapter(path) and not has_tokenizer(path):
-        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-    check_tokenizer(path)
-    return path
 
 
 def _load_adapter(path: str, tokenizer: Any, trainable: bool, kwargs: dict[str, Any]) -> Any:
