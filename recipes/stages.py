@@ -22,8 +22,8 @@ def make_what_is_missing(run: PPOPtxArguments, policy: str | None) -> str:
     if run.own_data:
         raise ValueError(
             "Own prompts (--dataset_name) need own models: give --model_name_or_path and --reward_model_path, made "
-            "with recipes/sft.py, recipes/sample.py and recipes/reward_model.py on your data. Or write a YAML per stage "
-            "into one folder, as recipes/demo has them, and name its ppo_ptx.yaml: --config."
+            "with recipes/sft.py, recipes/sample.py and recipes/reward_model.py on your data. Or write a YAML per "
+            "stage into one folder, as recipes/demo has them, and name its ppo_ptx.yaml: --config."
         )
     base = ["--model_name_or_path", policy] if policy else []
     run_recipe("sft", run, base)

@@ -33,7 +33,7 @@ from instruct_trl.memory.report import (
 )
 from instruct_trl.memory.shapes import ModelShape, read_config, without_head
 from instruct_trl.memory.trace import Precision
-from instruct_trl.pipeline.one_base import check_one_base
+from instruct_trl.pipeline.training import check_one_base
 
 PROMPT_TOKENS = 1024  # where nothing bounds a prompt: the paper's limit
 COMPLETIONS = 4  # K where the data decides it

@@ -87,7 +87,7 @@ def load_labeler(name: str | None, run: RunArguments) -> Callable[..., Any]:
     Raises:
         ValueError: none is named, or whatever `load_function` finds.
     """
-    if not name:
+    if name is None:
         raise ValueError("There is no labeler. Name yours: --labeler module:function.")
     function = load_function(name, "labeler")
     return partial(function, run_dir=run.run_dir) if "run_dir" in _parameters(function) else function

@@ -231,8 +231,8 @@ def _fault_in(path: Path, kind: str) -> str | None:
         before = data[: error.start]
         return (
             f"{path}, line {before.count(10) + 1}: byte {data[error.start]:#04x} after "
-            f"{before[-20:].decode(errors='replace')!r} is not UTF-8. If the file is in Latin-1 or Windows-1252, convert "
-            f"it: iconv -f WINDOWS-1252 {convert}"
+            f"{before[-20:].decode(errors='replace')!r} is not UTF-8. If it is Latin-1 or Windows-1252, convert it: "
+            f"iconv -f WINDOWS-1252 {convert}"
         )
 
 
@@ -250,8 +250,8 @@ def _json_fault(path: Path, text: str) -> str | None:
         except json.JSONDecodeError as error:
             around = shown(error.doc[max(0, error.pos - 30) : error.pos + 30])
             return (
-                f"{path}, line {number or error.lineno}: broken JSON ({error.msg}, column {error.colno}), near {around}. "
-                "Mend the line, or write the file anew if it was cut off."
+                f"{path}, line {number or error.lineno}: broken JSON ({error.msg}, column {error.colno}), near "
+                f"{around}. Mend the line, or write the file anew if it was cut off."
             )
         except UnicodeEncodeError as error:
             return f"{where}: it holds half a character ({error.object[error.start]!r}). Write the whole one."

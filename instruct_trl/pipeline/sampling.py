@@ -50,7 +50,7 @@ def load_causal_lm(path: str) -> tuple[Any, Any]:
 def sample_answers(
     model: Any, tokenizer: Any, prompts: list, run: SamplingArguments, *, seed: int, desc: str, count: int = 1
 ) -> list[Completion]:
-    """`count` answers per prompt, prompt by prompt, under the recipe's length, temperature, batch size and precision."""
+    """`count` answers per prompt, prompt by prompt, with the run's length, temperature, batch and precision."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
         return generate_completions(
             model,
@@ -91,9 +91,9 @@ def sample_rankings(run: SampleArguments, folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     ranked: dict[str, list[dict]] = {}  # written when all are: a labeler that fails leaves an empty folder
     for offset, (part, asked) in enumerate(prompts.items()):
-        settings = {"seed": run.seed + offset, "desc": f"sampling {part}", "count": run.num_completions}
-        answers = sample_answers(model, tokenizer, asked, run, **settings)
-        rows, groups = _rows_of(asked, answers, run.num_completions)
+        count, seed = run.num_completions, run.seed + offset
+        answers = sample_answers(model, tokenizer, asked, run, seed=seed, desc=f"sampling {part}", count=count)
+        rows, groups = _rows_of(asked, answers, count)
         if labeler is not None:
             _rank(labeler, rows, groups, folder.with_name(f"{folder.name}_unranked_{part}.jsonl"))
         ranked[part], kept = rows, sum(map(len, groups))

@@ -153,7 +153,7 @@ def _refuse_other_run(folder: Path, record: dict[str, Any]) -> None:
     before = finished_summary(folder)
     if before is None and not (folder / STARTED).exists():
         raise ValueError(
-            f"The output folder {folder} is not empty and was not made by this stage. {ELSEWHERE}, or empty it yourself."
+            f"The output folder {folder} is not empty and was not made by this stage. {ELSEWHERE}, or empty this one."
         )
     if before is None:
         before = read_json(folder / STARTED)
@@ -259,9 +259,9 @@ def disk_errors(folder: Path, title: str) -> Iterator[None]:
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         room = f" Make room ({shutil.disk_usage(existing).free / 1e9:.2f} GB are free at {existing})."
         raise RuntimeError(
-            f"{title}: {path} could not be written: {problem}.{room if problem in (_FULL, _QUOTA) else ''} Mend that, or "
-            "name another --output_dir or --run_dir. The same command continues from the last complete checkpoint, if "
-            f"there is one. The error was: {error}"
+            f"{title}: {path} could not be written: {problem}.{room if problem in (_FULL, _QUOTA) else ''} Mend that, "
+            "or name another --output_dir or --run_dir. The same command continues from the last complete checkpoint, "
+            f"if there is one. The error was: {error}"
         ) from error
 
 

@@ -135,7 +135,8 @@ def models_of(run: PPOPtxArguments, args: PPOPtxConfig, model_args: ModelConfig,
             "quantization_config": get_quantization_config(model_args),
             "peft_config": get_peft_config(model_args),
         }
-    init, args.model_init_kwargs = args.model_init_kwargs or {}, None  # upstream takes them with a path only
+    init: Any = args.model_init_kwargs or {}
+    args.model_init_kwargs = None  # upstream takes them with a path only
     roles = load_roles(run.reward_path, policy, model_args, init | {"trust_remote_code": args.trust_remote_code})
     return {"model": None, "reward_funcs": rewards_with_labeler(run, args, roles.reward), "role_adapters": roles}
 
@@ -193,8 +194,8 @@ def _check_reward(is_lora: bool, what: str) -> None:
 def _check_policy(has_adapter: bool, what: str) -> None:
     if not has_adapter:
         raise ValueError(
-            f"--one_base needs an adapter for the policy, and the model {what} is whole. Add --use_peft and its settings "
-            "(lora_r, ...)."
+            f"--one_base needs an adapter for the policy, and the model {what} is whole. Add --use_peft and "
+            "its settings (lora_r, ...)."
         )
 
 

@@ -8,7 +8,6 @@ import torch
 from conftest import tiny_config
 from datasets import Dataset
 from huggingface_hub import constants
-from instruct_trl.pipeline.one_base import load_roles
 from peft import AutoPeftModelForCausalLM, LoHaConfig, PeftModel, get_peft_model
 from ranking_helpers import DEMONSTRATIONS, RANKINGS, eos_as_pad, make, pairs_of
 from role_helpers import (
@@ -36,6 +35,7 @@ from trl import ModelConfig
 from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl.models.adapters import adapter_parameters
 from instruct_trl.models.loading import classifier_on_sft
+from instruct_trl.pipeline.training import load_roles
 
 # Pieces that do not belong together ---------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from instruct_trl.judges.chat import ChatEndpoint
 from instruct_trl.pipeline import sampling
 from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
 from instruct_trl.pipeline.evaluating import evaluate_models, model_paths, name_and_path
+from instruct_trl.pipeline.functions import try_judges
 from instruct_trl.pipeline.judging import JudgeArguments, check_judges, judge_answers, make_judge
-from instruct_trl.pipeline.trying import try_judges
 from instruct_trl.report.data import ModelResult, ReportData, load_report_data, save_report_data
 
 

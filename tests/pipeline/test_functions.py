@@ -1,5 +1,6 @@
 """Labelers of the user's: imported by name, tried before anything is sampled, and one number taken for each answer."""
 
+import json
 import sys
 from dataclasses import replace
 from decimal import Decimal
@@ -9,11 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from instruct_trl.pipeline.run import load_labeler
-from instruct_trl.pipeline.trying import STAND_INS, try_labeler
-from instruct_trl.recipes.evaluate import EvaluateArguments
-from instruct_trl.recipes.sample import SampleArguments
-from instruct_trl.recipes.select_sft import SelectArguments
 
 from instruct_trl.evaluation.selection import score_answers
 from instruct_trl.judges import Answer, Pair, ScoreJudge
@@ -21,7 +17,11 @@ from instruct_trl.models.generation import Completion
 from instruct_trl.models.reward_functions import one_number_each
 from instruct_trl.pipeline import evaluating, sampling, selecting
 from instruct_trl.pipeline.arguments import RunArguments
-from instruct_trl.pipeline.functions import load_function
+from instruct_trl.pipeline.evaluating import EvaluateArguments
+from instruct_trl.pipeline.functions import STAND_INS, load_function, load_labeler, prepare_data, try_labeler
+from instruct_trl.pipeline.sampling import SampleArguments
+from instruct_trl.pipeline.selecting import SelectArguments
+from instruct_trl.pipeline.stage import FINISHED
 
 RIGHT = [
     [1, 0.5],
@@ -110,9 +110,38 @@ def test_a_function_that_cannot_be_had_is_named_with_the_modules_own_error(tmp_p
     monkeypatch.setattr(sys, "path", list(sys.path))
     run = RunArguments(dataset_name="mine.jsonl", cpu_threads=1)
     with pytest.raises(ValueError, match=f"^--labeler {name}.*{message}"):
-        load_labeler(run, name)
+        load_labeler(name, run)
     assert load_function("fine_labeler:score", "labeler")() == [0.0, 1.0]
     del sys.modules["fine_labeler"]
+
+
+def test_a_labeler_that_takes_run_dir_gets_the_runs_folder_and_none_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "labeler_of_runs.py").write_text(
+        "def score(prompts, completions, run_dir, **_):\n    return [run_dir + c for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = RunArguments(run_dir="r/")
+    assert load_labeler("labeler_of_runs:score", run)(prompts=["p"], completions=["c"]) == ["r/c"]
+    with pytest.raises(ValueError, match="no labeler. Name yours: --labeler module:function"):
+        load_labeler(None, run)
+
+
+def test_a_preparing_step_is_called_once_with_the_settings_beside_the_config(tmp_path, monkeypatch):
+    (tmp_path / "preparing_step.py").write_text(
+        "def write(folder, rows=1):\n    (folder / 'd.txt').write_text('x' * rows)\n    return {'rows': rows}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = RunArguments(run_dir="run", prepare="preparing_step:write")
+    run.config_folder = tmp_path
+    (tmp_path / "data.yaml").write_text("rowz: 3\n")
+    with pytest.raises(ValueError, match="data.yaml: unknown key 'rowz'. Did you mean 'rows'"):
+        prepare_data(run)
+    (tmp_path / "data.yaml").write_text("rows: 3\n")
+    for _ in range(2):
+        prepare_data(run)
+        assert (run.run / "data" / "d.txt").read_text() == "xxx"
+        monkeypatch.setattr("preparing_step.write", lambda folder, rows: pytest.fail("called again"))
+    assert json.loads((run.run / "data" / FINISHED).read_text())["summary"] == {"rows": 3}
 
 
 def test_a_labeler_is_called_as_it_will_be_and_no_more_than_once(tokenizer):

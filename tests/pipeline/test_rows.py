@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import tiny_config
 from datasets import Dataset, DatasetDict
-from instruct_trl.pipeline.held_out import overlap, prompts_to_judge, trained_on
 from transformers import LlamaForCausalLM
 
 from instruct_trl.evaluation.win_rate import win_rate
-from instruct_trl.pipeline import run as pipeline
+from instruct_trl.pipeline import rows
 from instruct_trl.pipeline.arguments import RunArguments
+from instruct_trl.pipeline.rows import overlap, prompts_to_judge, rl_prompts, train_and_test, trained_on
+from instruct_trl.pipeline.selecting import SelectArguments, select_and_copy
 from instruct_trl.pipeline.stage import FINISHED
 from instruct_trl.report import findings as captions
 from instruct_trl.report import findings_reward as reward_captions
@@ -44,29 +45,29 @@ def test_where_nothing_is_held_out_a_line_says_so_and_no_rows_come_back(tmp_path
         prompts("a").save_to_disk(name)
     else:
         save(name, train=prompts("a"), extra=prompts("b"))
-    train, test = pipeline.demo_or_own(replace(run, dataset_name=str(name)), "demonstrations")
+    train, test = train_and_test(replace(run, dataset_name=str(name)))
     assert (list(train["prompt"]), test) == (["a"], None)
     assert "There is no test split in" in capsys.readouterr().out
 
 
 def test_a_validation_split_takes_the_place_of_a_test_split_and_a_line_says_so(tmp_path, run, capsys):
     own = replace(run, dataset_name=save(tmp_path / "d", train=prompts("a"), validation=prompts("b")))
-    assert list(pipeline.demo_or_own(own, "demonstrations")[1]["prompt"]) == ["b"]
+    assert list(train_and_test(own)[1]["prompt"]) == ["b"]
     assert "no split 'test'; its split 'validation' is held out" in capsys.readouterr().out
-    assert list(pipeline.prompts_for(own, "test")["prompt"]) == ["b"]
-    assert list(pipeline.prompts_for(own, "rl")["prompt"]) == ["a"]
+    assert list(prompts_to_judge(own, own.dataset_name)["prompt"]) == ["b"]
+    assert list(rl_prompts(own)["prompt"]) == ["a"]
     asked = replace(own, dataset_test_split="validation")
     capsys.readouterr()
-    pipeline.demo_or_own(asked, "demonstrations")
+    train_and_test(asked)
     assert capsys.readouterr().out == ""
 
 
 def test_the_train_split_cannot_be_asked_for_as_held_out_nor_a_split_that_is_missing(tmp_path, run):
     own = replace(run, dataset_name=save(tmp_path / "d", train=prompts("a"), test=prompts("b")))
     with pytest.raises(ValueError, match="train is the split that is trained on"):
-        pipeline.demo_or_own(replace(own, dataset_test_split="train"), "demonstrations")
+        train_and_test(replace(own, dataset_test_split="train"))
     with pytest.raises(ValueError, match="no split 'tests'.* Did you mean 'test'?"):
-        pipeline.demo_or_own(replace(own, dataset_test_split="tests"), "demonstrations")
+        train_and_test(replace(own, dataset_test_split="tests"))
 
 
 def test_prompts_to_judge_are_not_taken_from_one_of_several_splits_by_chance(tmp_path, run, capsys):
@@ -81,10 +82,10 @@ def test_prompts_to_judge_are_not_taken_from_one_of_several_splits_by_chance(tmp
 def test_a_further_dataset_need_not_have_the_main_ones_splits(tmp_path, run):
     own = replace(run, dataset_name="mine", dataset_train_split="train_prefs", dataset_test_split="test_prefs")
     prompts("a").to_json(tmp_path / "d.jsonl")
-    train, test = pipeline.further_rows(own, "demonstrations", str(tmp_path / "d.jsonl"))
+    train, test = rows.further_rows(own, str(tmp_path / "d.jsonl"))
     assert (list(train["prompt"]), test) == (["a"], None)
     name = save(tmp_path / "d", train=prompts("a"), test=prompts("b"))
-    assert [list(rows["prompt"]) for rows in pipeline.further_rows(own, "demonstrations", name)] == [["a"], ["b"]]
+    assert [list(part["prompt"]) for part in rows.further_rows(own, name)] == [["a"], ["b"]]
 
 
 def test_overlap_counts_rows_by_prompt_whatever_its_blanks_and_form():
@@ -105,7 +106,7 @@ def test_overlap_counts_rows_by_prompt_whatever_its_blanks_and_form():
 
 def test_shared_prompts_are_said(tmp_path, run, capsys):
     own = replace(run, dataset_name=save(tmp_path / "d", train=prompts("a", "b"), test=prompts("a", "c", "d")))
-    pipeline.demo_or_own(own, "demonstrations")
+    train_and_test(own)
     assert "1 of 3 rows of the test split have prompts that are also in the training rows" in capsys.readouterr().out
 
 
@@ -122,13 +123,9 @@ def test_prompts_that_a_stage_was_trained_on_are_counted_where_its_data_can_be_r
     assert (seen["rows"], seen["of"]) == (3, 5)
     assert "3 of 5 prompts are also in the training rows of sft, ppo_ptx" in capsys.readouterr().out
     assert trained_on(own, ["d", "e"]) is None
-    assert trained_on(run, ["a"]) is None  # the demo's
-    elsewhere = SimpleNamespace(
-        run=tmp_path / "other", dataset_name="mine.jsonl", ppo_model=str(tmp_path / "run" / "ppo_ptx" / "policy")
-    )
-    assert trained_on(elsewhere, ["a", "c"])["rows"] == 1
-    own.sft_model = str(tmp_path / "run" / "sft")  # named once
-    assert "rows of sft, so" in trained_on(own, ["a"])["note"]
+    elsewhere = replace(own, run_dir=str(tmp_path / "other"))
+    assert trained_on(elsewhere, ["a", "c"], [None, tmp_path / "run" / "ppo_ptx"])["rows"] == 1
+    assert "rows of sft, so" in trained_on(own, ["a"], [str(tmp_path / "run" / "sft")])["note"]  # named once
 
 
 @pytest.mark.parametrize(("rows", "verdict"), [(0, "better"), (5, "better"), (6, "missing")])
@@ -145,13 +142,13 @@ def test_a_best_checkpoint_needs_held_out_rows():
     args = SimpleNamespace(
         load_best_model_at_end=False, save_strategy="steps", eval_strategy="steps", eval_on_start=True
     )
-    pipeline.evaluate_held_out(args, [1])
+    rows.evaluate_held_out(args, [1])
     assert (args.eval_strategy, args.eval_on_start) == ("steps", True)
-    pipeline.evaluate_held_out(args, None)
+    rows.evaluate_held_out(args, None)
     assert (args.eval_strategy, args.eval_on_start) == ("no", False)
     args.load_best_model_at_end = True
     with pytest.raises(ValueError, match="no test split.* best checkpoint"):
-        pipeline.evaluate_held_out(args, None)
+        rows.evaluate_held_out(args, None)
 
 
 def test_sft_does_not_evaluate_on_its_training_rows(tmp_path, tokenizer, monkeypatch, capsys):
@@ -177,8 +174,8 @@ def test_sft_does_not_evaluate_on_its_training_rows(tmp_path, tokenizer, monkeyp
 def test_the_page_says_how_many_rows_were_trained_on_and_calls_them_not_held_out(tmp_path):
     from instruct_trl.report.reward_page import write_reward_report
 
-    rows = [{"rewards": [1.0, 0.0], "pairs": [[0, 1]], "lengths": [3, 4], "prompt_length": 5} for _ in range(8)]
-    metrics = write_reward_report(rows, tmp_path, title="t", trained_on=(2, 8))
+    records = [{"rewards": [1.0, 0.0], "pairs": [[0, 1]], "lengths": [3, 4], "prompt_length": 5} for _ in range(8)]
+    metrics = write_reward_report(records, tmp_path, title="t", trained_on=(2, 8))
     assert metrics["trained_on"] == {"rows": 2, "of": 8}
     page = (tmp_path / "report.md").read_text()
     assert "2 of the 8 rows of the test split have prompts that are also in the training rows" in page
@@ -186,8 +183,6 @@ def test_the_page_says_how_many_rows_were_trained_on_and_calls_them_not_held_out
 
 
 def test_a_selection_on_prompts_that_were_trained_on_says_so(tmp_path, run, policy, reward_model, tokenizer):
-    from instruct_trl.pipeline.selecting import select_and_copy
-
     prompts("a", "b", "c").to_json(tmp_path / "d.jsonl")
     for model, name in ((policy, "run/sft/checkpoint-1"), (reward_model, "rm")):
         model.save_pretrained(tmp_path / name)
@@ -195,13 +190,61 @@ def test_a_selection_on_prompts_that_were_trained_on_says_so(tmp_path, run, poli
     (tmp_path / "out").mkdir()
     settings = {"settings": {"dataset_name": str(tmp_path / "d.jsonl")}}
     (tmp_path / "run" / "sft" / FINISHED).write_text(json.dumps(settings))
-    own = SimpleNamespace(
-        run=run.run, dataset_name=str(tmp_path / "d.jsonl"), dataset_config=None, dataset_test_split=None,
-        dataset_train_split="train", reward_model_path=str(tmp_path / "rm"), sft_path=None, batch_size=1,
-        bf16=False, seed=0, max_completion_length=1, temperature=1.0,
+    own = SelectArguments(
+        run_dir=run.run_dir, dataset_name=str(tmp_path / "d.jsonl"), reward_model_path=str(tmp_path / "rm"),
+        batch_size=1, max_completion_length=1,
     )  # fmt: skip
     select_and_copy(own, tmp_path / "out")
     assert (
         "Not held out: 3 of 3 prompts are also in the training rows of sft"
         in (tmp_path / "out/selection.md").read_text()
     )
+
+
+def test_own_prompts_that_judge_are_of_the_test_split(tmp_path, capsys):
+    splits = {name: Dataset.from_list([{"prompt": name}]) for name in ("train", "test", "dev")}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    run = RunArguments(run_dir=str(tmp_path / "run"), dataset_name=str(tmp_path / "data"), cpu_threads=1)
+    assert rl_prompts(run)["prompt"][0] == "train"
+    judged = lambda run: prompts_to_judge(run, run.dataset_name)["prompt"][0]  # noqa: E731
+    assert judged(run) == "test"
+    assert judged(replace(run, dataset_test_split="dev")) == "dev"
+    assert "Prompts" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no split 'tst', only train, test, dev. Did you mean 'test'?"):
+        judged(replace(run, dataset_test_split="tst"))
+
+
+@pytest.mark.parametrize("setting", ["ptx_coef", "pretraining_fraction"])
+def test_ones_own_data_needs_texts_of_ones_own(setting):
+    with pytest.raises(ValueError, match=f"{setting} > 0 needs --pretraining_dataset_name .* or set --{setting} 0"):
+        rows.pretraining_texts(RunArguments(), None, setting)
+
+
+def test_a_pretraining_loss_on_texts_that_were_trained_on_says_so(tmp_path, capsys, monkeypatch):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(3)))
+    run = RunArguments(run_dir=str(tmp_path / "run"), dataset_name="mine.jsonl", cpu_threads=1)
+    name = str(tmp_path / "texts.jsonl")
+    assert rows.held_out_texts(run, None) is None
+    assert rows.held_out_texts(run, name) == ["t0", "t1", "t2"]
+    assert capsys.readouterr().out == ""
+    folder = tmp_path / "run" / "ppo_ptx"
+    folder.mkdir(parents=True)
+    (folder / FINISHED).write_text(json.dumps({"settings": {"pretraining_dataset_name": name}}))
+    monkeypatch.setattr(rows, "HELD_OUT_TEXTS", 2)
+    assert rows.held_out_texts(run, name) == ["t0", "t1"]
+    said = capsys.readouterr().out
+    assert "texts.jsonl holds the texts that ppo_ptx was trained on" in said
+    assert "of 3 texts the first 2" in said
+    (tmp_path / "other.jsonl").write_text(json.dumps({"body": "t"}) + "\n")
+    with pytest.raises(ValueError, match="other.jsonl has no column 'text' or 'input_ids'; it has 'body'"):
+        rows.held_out_texts(run, str(tmp_path / "other.jsonl"))
+
+
+def test_rankings_are_the_runs_own_where_none_are_named(tmp_path):
+    run = RunArguments(run_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="rankings holds no rankings yet. Run recipes/sample.py first"):
+        rows.rankings_of(run)
+    (tmp_path / "rankings").mkdir()
+    (tmp_path / "rankings" / "train.jsonl").write_text("{}")
+    assert rows.rankings_of(run) == str(tmp_path / "rankings")
+    assert rows.rankings_of(replace(run, dataset_name="mine")) == "mine"
