@@ -18,6 +18,7 @@ from instruct_trl.pipeline.evaluation_report import make_report
 from instruct_trl.pipeline.rewarding import write_page
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import FINISHED
+from instruct_trl.report import findings
 from instruct_trl.report.data import ModelResult, ReportData, load_report_data
 from instruct_trl.report.pages import write_report
 
@@ -205,7 +206,7 @@ def test_both_pages_of_a_run_give_one_accuracy(tmp_path, capsys):
         figures["pair_accuracy"] == json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["pair_accuracy"]
     )
     assert (figures["pair_accuracy"]["mean"], figures["pair_accuracy"]["n_pairs"]) == (1.0, 3)
-    run = reward_model_caption(ReportData("run", [ModelResult("SFT")], reward_model=figures))
+    run = findings.reward_model(ReportData("run", [ModelResult("SFT")], reward_model=figures))
     for text in (page, run):
         assert "100\u00a0% of 3 held-out pairs" in text
     assert reward_model_figures(by_letter, tmp_path, rows.select([0, 1]))["pair_accuracy"]["n_pairs"] == 6
@@ -215,3 +216,34 @@ def test_rankings_without_untied_pairs_are_refused(tmp_path):
     rows = Dataset.from_list([{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}])
     with pytest.raises(ValueError, match="No record has a pair"):
         reward_model_figures(lambda prompts, completions: [0.0] * len(prompts), tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint_prompts": "mine.jsonl"}, "ppo_ptx holds no checkpoint-.* save_steps"),
+        ({"other_runs": ["PPO=nowhere"]}, "'nowhere' holds no PPO log"),
+        ({"other_runs": ["PPO-ptx=x"]}, "the name 'PPO-ptx' is this run's"),
+    ],
+)
+def test_what_could_not_be_reported_is_refused_before_anything_is_sampled(own, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_models(replace(own, ppo_model=None, **changes), own.folder("evaluation"))
+
+
+def test_other_models_stand_between_sft_and_ppo_ptx():
+    models = {"base_model": "b", "sft_model": "s", "ppo_model": "p"}
+    run = EvaluateArguments(**models, other_models=["PPO=plain/policy", "prompted=x=y"])
+    assert list(model_paths(run).items()) == [
+        ("base", "b"),
+        ("SFT", "s"),
+        ("PPO", "plain/policy"),
+        ("prompted", "x=y"),
+        ("PPO-ptx", "p"),
+    ]
+    assert "base" not in model_paths(replace(run, base_model=None))
+    with pytest.raises(ValueError, match="'SFT' is taken; give --sft_model"):
+        model_paths(replace(run, other_models=["SFT=x"]))
+    for entries in (["no path"], ["=x"], ["a="], ["a=1", "a=2"]):
+        with pytest.raises(ValueError, match="other_runs: .* is not NAME=PATH"):
+            name_and_path(entries, "other_runs")

@@ -77,7 +77,7 @@ def test_the_yamls_name_the_folders_and_the_labeler_that_the_preparing_step_writ
     passages = [f"passage {i}" for i in range(300)]
     reviews = [
         {
-            "text": f"p{i} has some plot that is {'great' if i % 4 else 'awful'}",
+            "text": f"p{i} has some plot that is {'great' if i % 4 else 'awful'} now",
             "label": int(i % 4 > 0),
             "source": source,
         }
@@ -95,7 +95,7 @@ def test_the_yamls_name_the_folders_and_the_labeler_that_the_preparing_step_writ
     assert len(named) == 7
     assert [path for path in named if not (tmp_path / path.replace("{run_dir}", "run")).is_dir()] == []
     (spec,) = {given["labeler"] for given in settings if "labeler" in given}
-    good, bad = load_labeler(spec, run)(prompts=["it has", "it has"], completions=[" great", " awful"])
+    good, bad = load_labeler(spec, run)(prompts=["it has", "it has"], completions=[" great now", " awful now"])
     assert good > bad
 
 
