@@ -13,7 +13,14 @@ from instruct_trl import RewardScorer
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.models.generation import Completion
 from instruct_trl.pipeline import evaluating
-from instruct_trl.pipeline.evaluating import evaluate_models, reward_model_figures, score_rankings
+from instruct_trl.pipeline.evaluating import (
+    EvaluateArguments,
+    evaluate_models,
+    model_paths,
+    name_and_path,
+    reward_model_figures,
+    score_rankings,
+)
 from instruct_trl.pipeline.evaluation_report import make_report
 from instruct_trl.pipeline.rewarding import write_page
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
