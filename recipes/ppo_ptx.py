@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> str:
     policy = make_what_is_missing(run, model.model_name_or_path)
 
     def body(checkpoint: str | None) -> dict:
-        texts = rows.pretraining_texts(run, run.pretraining_dataset_name, "ptx_coef") if args.ptx_coef else None
         trainer = PPOPtxTrainer(
-            pretraining_dataset=texts,
+            pretraining_dataset=rows.pretraining_texts(run, run.pretraining_dataset_name, "ptx_coef", args.ptx_coef),
             train_dataset=rows.rl_prompts(run),
             **training.models_of(run, args, model, policy),
             args=args,

@@ -7,25 +7,12 @@ Data: `prompt`, `completions` (a list) and `ranks` (1 is best), `scores` or `pai
 Held-out rankings give <output_dir>/evaluation/report.html: accuracy, calibration, length bias, scores.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from instruct_trl.recipes import EXAMPLE
 
-from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
-
-
-@dataclass
-class RewardArguments(RunArguments):
-    """Data of `recipes/reward_model.py`; without a dataset_name the rankings in <run_dir>/rankings."""
-
-    demonstrations_name: str | None = field(
-        default=None, metadata={"help": "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."}
-    )
-    labeler_folds: int | None = field(
-        default=None, metadata={"help": "Also train on all but one group of labelers, for so many groups (paper: 5)."}
-    )
-    labeler_description: str | None = field(default=None, metadata={"help": "Who ranked, for the report."})
+from instruct_trl.pipeline.arguments import parse_recipe, settings_of
+from instruct_trl.pipeline.rewarding import RewardArguments
 
 
 def main(argv: list[str] | None = None) -> str:

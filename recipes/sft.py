@@ -16,9 +16,7 @@ from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings
 class SFTArguments(RunArguments):
     """Data of `recipes/sft.py`: `prompt` and `completion` columns (or TRL's other SFT formats)."""
 
-    pretraining_dataset_name: str | None = field(
-        default=None, metadata={"help": "Texts for pretraining_fraction > 0 (`text`)."}
-    )
+    pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Texts to mix in (`text`)."})
 
 
 def main(argv: list[str] | None = None, stage: str = "sft") -> str:
@@ -36,11 +34,9 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
         start = run.models(model.model_name_or_path)
         dry_run.training("sft", args, model, start=start, device_memory_gb=run.device_memory_gb)
     training.prepare_output(args, run, stage)
+    texts = run.pretraining_dataset_name
 
     def body(checkpoint: str | None) -> dict:
-        texts = None
-        if args.pretraining_fraction:
-            texts = rows.pretraining_texts(run, run.pretraining_dataset_name, "pretraining_fraction")
         train, test = rows.train_and_test(run)
         rows.evaluate_held_out(args, test)
         trainer = InstructSFTTrainer(
@@ -50,7 +46,7 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
             eval_dataset=test if args.eval_strategy != "no" else None,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
-            pretraining_dataset=texts,
+            pretraining_dataset=rows.pretraining_texts(run, texts, "pretraining_fraction", args.pretraining_fraction),
         )
         training.quiet_progress(trainer, ["loss", "eval_loss", "eval_rm_score"])
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)

@@ -6,12 +6,27 @@ import copy
 import gc
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.rows import overlap, rows_digest
 from instruct_trl.pipeline.stage import write_json
 from instruct_trl.pipeline.training import quiet_progress
+
+
+@dataclass
+class RewardArguments(RunArguments):
+    """Data of `recipes/reward_model.py`; without a dataset_name the rankings in <run_dir>/rankings."""
+
+    demonstrations_name: str | None = field(
+        default=None, metadata={"help": "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."}
+    )
+    labeler_folds: int | None = field(
+        default=None, metadata={"help": "Also train on all but one group of labelers, for so many groups (paper: 5)."}
+    )
+    labeler_description: str | None = field(default=None, metadata={"help": "Who ranked, for the report."})
 
 
 def reward_trainer(model: Any, args: Any, model_args: Any, train: Any, test: Any) -> Any:

@@ -118,12 +118,14 @@ def rl_prompts(run: RunArguments) -> Any:
     return load_split(dataset_of(run), run.dataset_train_split, run.dataset_config)
 
 
-def pretraining_texts(run: RunArguments, name: str | None, setting: str) -> Any:
-    """Texts of the γ term or of SFT's mix, with a `text` or `input_ids` column.
+def pretraining_texts(run: RunArguments, name: str | None, setting: str, weight: float) -> Any:
+    """Texts of the γ term or of SFT's mix, with a `text` or `input_ids` column; None if `setting` gives them no weight.
 
     Raises:
-        ValueError: none are named; names the `setting` that asks for them.
+        ValueError: none are named.
     """
+    if not weight:
+        return None
     if name is None:
         raise ValueError(f"{setting} > 0 needs --pretraining_dataset_name (a `text` column); or set --{setting} 0.")
     return further_rows(run, name)[0]
@@ -199,8 +201,8 @@ def rows_digest(rows: Iterable[Any]) -> str:
 
 
 def overlap(train: Any, test: Any) -> int:
-    """How many rows of `test` have a prompt that a row of `train` also has; 0 if there is no test."""
-    if test is None:
+    """How many rows of `test` have a prompt that a row of `train` also has; 0 without one of the two."""
+    if train is None or test is None:
         return 0
     trained = set(_rows_keys(train))
     return sum(key in trained for key in _rows_keys(test))

@@ -217,7 +217,7 @@ def test_own_prompts_that_judge_are_of_the_test_split(tmp_path, capsys):
 @pytest.mark.parametrize("setting", ["ptx_coef", "pretraining_fraction"])
 def test_ones_own_data_needs_texts_of_ones_own(setting):
     with pytest.raises(ValueError, match=f"{setting} > 0 needs --pretraining_dataset_name .* or set --{setting} 0"):
-        rows.pretraining_texts(RunArguments(), None, setting)
+        rows.pretraining_texts(RunArguments(), None, setting, 0.1)
 
 
 def test_a_pretraining_loss_on_texts_that_were_trained_on_says_so(tmp_path, capsys, monkeypatch):
