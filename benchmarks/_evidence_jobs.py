@@ -39,14 +39,15 @@ def labeler(lab: Lab) -> PlainLabeler:
 
 def prompts(lab: Lab, use: str) -> list[str]:
     """The prompts of a use: 'test', 'selection', 'rl', 'reward_train' or 'reward_test'."""
-    name = f"reward_prompts_{use[7:]}" if use.startswith("reward_") else f"{use}_prompts"
+    part = "train" if use == "rl" else "test"
+    name = f"reward_prompts/{use[7:]}" if use.startswith("reward_") else f"{use}_prompts/{part}"
     return [row["prompt"] for row in rows_of(data(lab).folder / f"{name}.jsonl")]
 
 
 def demonstrations(lab: Lab, part: str) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list(rows_of(data(lab).folder / f"demonstrations_{part}.jsonl"))
+    return Dataset.from_list(rows_of(data(lab).folder / f"demonstrations/{part}.jsonl"))
 
 
 def base(lab: Lab) -> Path:
