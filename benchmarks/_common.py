@@ -122,8 +122,7 @@ def sentences(max_words: int) -> tuple[list[str], list[dict]]:
 
     The language model and the labeler are trained on what is left, so that no ranked sentence was seen by either.
     """
-    from instruct_trl.pipeline.assets import movie_reviews
-    from instruct_trl.pipeline.demo_data import SENTENCES
+    from instruct_trl.recipes.demo.prepare import SENTENCES, movie_reviews
 
     ranked, rest = [], []
     for review in movie_reviews():
@@ -155,7 +154,7 @@ def _review_groups(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 
 def _labeler(reviews: list[dict], path: Path) -> Any:
-    from instruct_trl.pipeline.labeler import SentimentLabeler
+    from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
     if path.exists():
         return SentimentLabeler.load(path)
@@ -213,7 +212,7 @@ def quiet() -> None:
 def backbone(args: argparse.Namespace) -> str:
     """The name or folder of the model that every run starts from."""
     if args.model == "demo":
-        from instruct_trl.pipeline.assets import base_model
+        from instruct_trl.recipes.demo.prepare import base_model
 
         name = str(base_model())
     elif args.model:

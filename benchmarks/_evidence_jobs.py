@@ -18,7 +18,7 @@ RANKED_PROMPTS = 8  # prompts an optimizer step of the reward model (paper: 64)
 
 def data(lab: Lab) -> Job:
     """The demo's datasets and its labeler, each review in one use only; the same for all seeds."""
-    from instruct_trl.pipeline.demo_data import DemoDataArguments, build_demo_data
+    from instruct_trl.recipes.demo.prepare import DemoDataArguments, build_demo_data
 
     plan = lab.plan
     sizes = {
@@ -39,14 +39,15 @@ def labeler(lab: Lab) -> PlainLabeler:
 
 def prompts(lab: Lab, use: str) -> list[str]:
     """The prompts of a use: 'test', 'selection', 'rl', 'reward_train' or 'reward_test'."""
-    name = f"reward_prompts_{use[7:]}" if use.startswith("reward_") else f"{use}_prompts"
+    part = "train" if use == "rl" else "test"
+    name = f"reward_prompts/{use[7:]}" if use.startswith("reward_") else f"{use}_prompts/{part}"
     return [row["prompt"] for row in rows_of(data(lab).folder / f"{name}.jsonl")]
 
 
 def demonstrations(lab: Lab, part: str) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list(rows_of(data(lab).folder / f"demonstrations_{part}.jsonl"))
+    return Dataset.from_list(rows_of(data(lab).folder / f"demonstrations/{part}.jsonl"))
 
 
 def base(lab: Lab) -> Path:
@@ -58,7 +59,7 @@ def base(lab: Lab) -> Path:
         with lab.lock(folder.name):
             return tiny_lm(folder, lab.plan.base_steps, bf16=True)
     if lab.plan.model == "demo":
-        from instruct_trl.pipeline.assets import base_model
+        from instruct_trl.recipes.demo.prepare import base_model
 
         return Path(base_model())
     return Path(lab.plan.model)
@@ -266,7 +267,7 @@ def selected(lab: Lab, seed: int) -> Job:
             seed=seed,
         )
         rows = [
-            {"folder": row.checkpoint, "epoch": row.epoch, "rm_score": row.rm_score, "loss": row.validation_loss}
+            {"folder": row.checkpoint, "epoch": row.epoch, "rm_score": row.rm_score.mean, "loss": row.validation_loss}
             for row in result.rows
         ]
         picked = {Path(row.checkpoint).name: row.epoch for row in result.rows}

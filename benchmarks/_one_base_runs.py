@@ -12,15 +12,17 @@ import torch
 from _memory_case import Peak
 from instruct_trl.recipes.evaluate import EvaluateArguments
 from instruct_trl.recipes.ppo_ptx import PPOPtxArguments
+from instruct_trl.recipes.stages import run_recipe
 from one_base_learning import folder_of
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer
-from instruct_trl.pipeline import run as pipeline
+from instruct_trl.pipeline import rows
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
+from instruct_trl.pipeline.functions import load_labeler
 from instruct_trl.pipeline.loading import load_split
-from instruct_trl.pipeline.one_base import models_of
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import finished_summary, run_stage
+from instruct_trl.pipeline.training import models_of
 
 
 def lora(rank: int, targets: list[str], alpha: int | None = None) -> list[str]:
@@ -37,7 +39,7 @@ def of_reward(args: argparse.Namespace) -> dict[str, Any]:
 def prepared(args: argparse.Namespace) -> RunArguments:
     """The run whose data, SFT model and rankings are taken, made where they are missing."""
     run = RunArguments(run_dir=str(args.run_dir), cpu_threads=args.threads)
-    run._config_folder = args.recipes.resolve()  # type: ignore[attr-defined]
+    run.config_folder = args.recipes.resolve()
     return run
 
 
@@ -53,10 +55,10 @@ def make_reward_model(args: argparse.Namespace) -> None:
 
     run, threads = prepared(args), ["--cpu_threads", str(args.threads)]
     base = ["--model_name_or_path", args.model] if args.model else []
-    pipeline.run_recipe("sft", run, [*threads, *base])
-    pipeline.run_recipe("sample", run, threads)
+    run_recipe("sft", run, [*threads, *base])
+    run_recipe("sample", run, threads)
     if Path(start(args)).name == "rl_init":
-        pipeline.run_recipe("sft", run, [*threads, *base], config="rl_init", stage="rl_init")
+        run_recipe("sft", run, [*threads, *base], config="rl_init", stage="rl_init")
     adapter, merged = args.folder / "reward_model", args.folder / "reward_model_merged"
     options = ["--model_name_or_path", start(args), "--learning_rate", args.reward_learning_rate, *threads]
     options += [
@@ -73,7 +75,7 @@ def make_reward_model(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(merged)
         return (finished_summary(adapter) or {})["summary"]
 
-    pipeline.run_recipe("reward_model", run, options)
+    run_recipe("reward_model", run, options)
     run_stage(merged, "Merged reward model", of_reward(args), body, resume=False)
 
 
@@ -127,7 +129,7 @@ def parse(args: argparse.Namespace, options: list[str]) -> tuple[Any, PPOPtxConf
     shared = ["--config", str(args.ppo), "--run_dir", str(args.run_dir), "--cpu_threads", str(args.threads)]
     shared += ["--total_episodes", str(args.episodes), "--disable_tqdm", "true"]
     parsed = parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", "", [*shared, *options])
-    parsed[0]._config_folder = args.recipes.resolve()  # whose data these are
+    parsed[0].config_folder = args.recipes.resolve()  # whose data these are
     return parsed
 
 
@@ -141,8 +143,8 @@ def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
         trainer = PPOPtxTrainer(
             **models_of(run, config, model, start(args)),
             args=config,
-            train_dataset=pipeline.prompts_for(run, "rl"),
-            pretraining_dataset=pipeline.pretraining_texts(run, "ptx_coef"),
+            train_dataset=rows.rl_prompts(run),
+            pretraining_dataset=rows.pretraining_texts(run, run.pretraining_dataset_name, "ptx_coef", config.ptx_coef),
         )
         peak.start()
         begin = time.perf_counter()
@@ -179,16 +181,19 @@ def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
     options = ["--config", str(args.recipes / "evaluate.yaml"), "--run_dir", str(args.run_dir)]
     (run,) = parse_recipe((EvaluateArguments,), "evaluate", "", [*options, "--cpu_threads", str(args.threads)])
     model, tokenizer = load_causal_lm(path)
-    labeler = pipeline.load_labeler(run, "demo")
+    labeler = load_labeler(run.labeler, run)
     scores: dict[str, list[float]] = {}
     for use, seed, count in (("selection", 1, 1), ("test", 0, args.answers)):
-        prompts = list(pipeline.prompts_for(run, use)["prompt"])
+        prompts = list(load_split(args.run_dir / "data" / f"{use}_prompts", "test")["prompt"])
         answers = sample_answers(model, tokenizer, prompts, run, seed=seed, desc=f"{use} answers", count=count)
         each = labeler([p for p in prompts for _ in range(count)], [answer.text for answer in answers])
         scores[use] = [float(sum(each[i : i + count]) / count) for i in range(0, len(each), count)]
-    prompts, answers = list(pipeline.prompts_for(run, "test")["prompt"]), answers[:: args.answers]
+    prompts, answers = (
+        list(load_split(args.run_dir / "data" / "test_prompts", "test")["prompt"]),
+        answers[:: args.answers],
+    )
     rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
-    texts = list(load_split(args.run_dir / "data" / "pretraining_test.jsonl")["text"])
+    texts = list(load_split(args.run_dir / "data" / "pretraining", "test")["text"])
     with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
         loss, _ = mean_token_loss(model, tokenizer, texts, batch_size=16, max_length=run.max_text_length)
         kl = 0.0 if path == start(args) else mean_answer_kl(model, load_causal_lm(start(args))[0], rows)

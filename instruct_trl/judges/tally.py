@@ -198,7 +198,7 @@ def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int =
 def judged_row(result: JudgedWinRate) -> dict[str, Any]:
     """A win rate as a row of the report; the rate and its interval are None without a valid pair."""
     row: dict[str, Any] = {"judge": result.judge, "model": result.model, "baseline": result.baseline}
-    for name in ("rate", "low", "high", "wins", "ties", "losses", "n"):
+    for name in ("mean", "low", "high", "wins", "ties", "losses", "n"):
         row[name] = getattr(result.win, name, None)
     return row | {"invalid": result.invalid, "flipped": result.flipped}
 
