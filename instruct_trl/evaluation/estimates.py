@@ -2,8 +2,8 @@
 
 Rows of one prompt go together: the pairs of its answers, the verdicts of several labelers, its repetitions in a test
 set. An interval that counts them as independent is too narrow: with 36 pairs per prompt it can be a third of its true
-width. So each function here takes the `prompts` that the rows belong to (such as `data.prompt_keys` gives), sums up
-the rows of a prompt, and asks how another draw of prompts would come out. Without `prompts` each row has its own.
+width. So each function here takes the `prompts` that the rows belong to (`data.encoding.prompt_keys`), sums up the
+rows of a prompt, and asks how another draw of prompts would come out. Without `prompts` each row has its own.
 
 Legend: P rows, G different prompts.
 """

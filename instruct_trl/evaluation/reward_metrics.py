@@ -213,11 +213,14 @@ def fit_temperature(differences: np.ndarray) -> float | None:
     if differences.min() >= 0 or differences.mean() <= 0:
         return None
 
+    unit = float(np.abs(differences).mean())  # in which T is of the order of 1, whatever the scale of the scores
+    scaled = differences / unit
+
     def slope(log_inverse: float) -> float:
-        return float(-np.mean(differences / (1 + np.exp(np.clip(differences * np.exp(log_inverse), -500, 500)))))
+        return float(-np.mean(scaled / (1 + np.exp(np.clip(scaled * np.exp(log_inverse), -500, 500)))))
 
     # The loss is convex in 1/T: its slope changes its sign once.
-    return float(np.exp(-optimize.brentq(slope, -50.0, 50.0)))
+    return unit * float(np.exp(-optimize.brentq(slope, -30.0, 30.0)))
 
 
 def correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:

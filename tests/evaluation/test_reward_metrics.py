@@ -21,7 +21,6 @@ from instruct_trl.evaluation.reward_metrics import (
     reward_metrics,
     score_groups,
 )
-from instruct_trl.report.data import ModelResult, ReportData
 from instruct_trl.report.findings_reward import differs
 
 
@@ -77,7 +76,8 @@ def test_accuracy_equals_a_loop_over_everything():
                 if row["ranks"][i] < row["ranks"][j]:
                     right, total = right + (first > second), total + 1
     found = pair_accuracy(records)
-    assert (found.mean, found.n_pairs, found.n) == (right / total, total, 40)
+    assert (found.mean, found.n_pairs) == (right / total, total)
+    assert found.n == sum(bool(row["pairs"]) for row in records)
     assert found.low < found.mean < found.high
 
 
@@ -248,13 +248,6 @@ def test_differs_at_five_per_cent():
 
     assert not differs(rows(0.6 + 0.01 * math.sqrt(2) * 1.90))
     assert differs(rows(0.6 + 0.01 * math.sqrt(2) * 2.02))
-
-
-def test_metrics_fit_the_runs_report():
-    data = ReportData("run", [ModelResult("SFT")], reward_model=reward_metrics(random_records(), n_boot=50))
-    from instruct_trl.report.findings import reward_model
-
-    assert "held-out pairs as the labeler does" in reward_model(data)
 
 
 @pytest.mark.parametrize(
