@@ -13,7 +13,6 @@ from accelerate import PartialState
 
 from instruct_trl.data.encoding import prompt_key
 from instruct_trl.data.rows import read_json
-from instruct_trl.evaluation.answer_room import check_scorer_room
 from instruct_trl.evaluation.divergence import mean_answer_kl
 from instruct_trl.evaluation.gold import score_checkpoints
 from instruct_trl.evaluation.language_modeling import mean_token_loss
@@ -23,6 +22,7 @@ from instruct_trl.evaluation.win_rate import win_rate
 from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt
 from instruct_trl.models.model_files import check_model_path
+from instruct_trl.models.reward import check_scorer_room
 from instruct_trl.pipeline.arguments import SamplingArguments, require_at_least
 from instruct_trl.pipeline.functions import load_labeler, try_judges, try_labeler
 from instruct_trl.pipeline.loading import load_split, load_splits
