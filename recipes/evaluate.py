@@ -44,11 +44,19 @@ class EvaluateArguments(RunArguments):
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage and write the report; returns the report's path."""
+    from instruct_trl.memory import dry_run
     from instruct_trl.pipeline.evaluating import check_evaluation, evaluate_models
     from instruct_trl.pipeline.evaluation_report import judged_report
     from instruct_trl.pipeline.stage import run_stage
 
     run, judges, tasks = parse_recipe((EvaluateArguments, JudgeArguments, TaskArguments), "evaluate", __doc__, argv)
+    if run.dry_run:
+        sft = (run.sft_model, run.run / "selected_sft" / "model", run.demo_model)
+        dry_run.sampling(
+            "evaluate", {"model": (run.ppo_model, *sft), "reference": sft},
+            reward_model=(run.reward_model_path, run.run / "reward_model", run.demo_model), batch_size=run.batch_size,
+            max_completion_length=run.max_completion_length, bf16=run.bf16, device_memory_gb=run.device_memory_gb,
+        )  # fmt: skip
     folder = run.folder("evaluation")
     tried = check_evaluation(run, judges, tasks)
     run_stage(folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder, tried), resume=False)

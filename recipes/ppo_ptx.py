@@ -29,12 +29,20 @@ def main(argv: list[str] | None = None) -> str:
     from trl import ModelConfig
 
     from instruct_trl import PPOPtxConfig, PPOPtxTrainer
+    from instruct_trl.memory import dry_run
     from instruct_trl.pipeline import run as pipeline
     from instruct_trl.pipeline.one_base import check_one_base, models_of
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", __doc__, argv)
     check_one_base(run, model)
+    if run.dry_run:
+        policies = (model.model_name_or_path, run.run / "selected_sft" / "model", run.demo_model)
+        dry_run.ppo(
+            "ppo_ptx", args, model, policy=policies,
+            reward_model=(run.reward_model_path, run.run / "reward_model"), one_base=run.one_base,
+            device_memory_gb=run.device_memory_gb,
+        )  # fmt: skip
     pipeline.prepare_output(args, run, "ppo_ptx")
     policy = pipeline.make_what_is_missing(run, model.model_name_or_path)
 

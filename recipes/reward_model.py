@@ -30,11 +30,15 @@ def main(argv: list[str] | None = None) -> str:
     from trl import ModelConfig
 
     from instruct_trl import RankingRewardConfig
+    from instruct_trl.memory import dry_run
     from instruct_trl.pipeline.rewarding import labelers_left_out, reward_trainer, write_page
     from instruct_trl.pipeline.run import evaluate_held_out, finish_training, further_rows, prepare_output, rankings
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((RewardArguments, RankingRewardConfig, ModelConfig), "reward_model", __doc__, argv)
+    if run.dry_run:
+        start = (model.model_name_or_path, run.run / "sft", run.demo_model)
+        dry_run.training("reward_model", args, model, start=start, scores=True, device_memory_gb=run.device_memory_gb)
     prepare_output(args, run, "reward_model")
 
     def body(checkpoint: str | None) -> dict:

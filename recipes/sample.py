@@ -29,10 +29,17 @@ class SampleArguments(RunArguments):
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage; returns its folder."""
+    from instruct_trl.memory import dry_run
     from instruct_trl.pipeline.sampling import sample_rankings
     from instruct_trl.pipeline.stage import run_stage
 
     (run,) = parse_recipe((SampleArguments,), "sample", __doc__, argv)
+    if run.dry_run:
+        sampler = (run.model_name_or_path, run.run / "sft", run.demo_model)
+        dry_run.sampling(
+            "sample", {"sampler": sampler}, batch_size=run.batch_size,
+            max_completion_length=run.max_completion_length, bf16=run.bf16, device_memory_gb=run.device_memory_gb,
+        )  # fmt: skip
     folder = run.folder("rankings")
     run_stage(folder, "Rankings", settings_of(run), lambda _: sample_rankings(run, folder), resume=False)
     return str(folder)

@@ -5,6 +5,7 @@ accelerate launch recipes/select_sft.py --sft_path out --reward_model_path rm --
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
 
@@ -25,10 +26,19 @@ class SelectArguments(RunArguments):
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage; returns its folder."""
+    from instruct_trl.memory import dry_run
     from instruct_trl.pipeline.selecting import select_and_copy
     from instruct_trl.pipeline.stage import run_stage
 
     (run,) = parse_recipe((SelectArguments,), "select_sft", __doc__, argv)
+    if run.dry_run:
+        sft = Path(run.sft_path or run.run / "sft")
+        checkpoint = (*sorted(sft.glob("checkpoint-*")), run.sft_path, sft, run.demo_model)
+        reward = (run.reward_model_path, run.run / "reward_model", run.demo_model)
+        dry_run.sampling(
+            "select_sft", {"checkpoint": checkpoint}, reward_model=reward, batch_size=run.batch_size,
+            max_completion_length=run.max_completion_length, bf16=run.bf16, device_memory_gb=run.device_memory_gb,
+        )  # fmt: skip
     folder = run.folder("selected_sft")
     run_stage(folder, "SFT selection", settings_of(run), lambda _: select_and_copy(run, folder), resume=False)
     return str(folder)

@@ -25,11 +25,15 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
     from trl import ModelConfig, get_peft_config, get_quantization_config
 
     from instruct_trl import InstructSFTConfig, InstructSFTTrainer
+    from instruct_trl.memory import dry_run
     from instruct_trl.pipeline import run as pipeline
     from instruct_trl.pipeline.assets import base_model
     from instruct_trl.pipeline.stage import run_stage
 
     run, args, model = parse_recipe((SFTArguments, InstructSFTConfig, ModelConfig), "sft", __doc__, argv)
+    if run.dry_run:
+        start = (model.model_name_or_path, run.demo_model)
+        dry_run.training("sft", args, model, start=start, device_memory_gb=run.device_memory_gb)
     pipeline.prepare_output(args, run, stage)
 
     def body(checkpoint: str | None) -> dict:

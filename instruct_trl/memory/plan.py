@@ -1,36 +1,26 @@
-"""A plan of a run's memory: what lies there all the time, what each phase adds, and where the peak is."""
+"""A plan of a run's memory: what is always there, what each phase adds, and where the peak is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from instruct_trl.memory import arithmetic as arithmetic
-from instruct_trl.memory.shapes import ModelShape
-from instruct_trl.memory.trace import Pass, Precision, trace_pass
+from instruct_trl.memory.arithmetic import cross_entropy_bytes, fused_head_bytes, logps_bytes, sampling_bytes
+from instruct_trl.memory.roles import Item, ModelShape, RoleModel, total
+from instruct_trl.memory.trace import Precision
 
-KINDS = (
-    "weights", "adapters", "optimizer", "average", "gradients", "bf16 copies", "activations", "logits", "KV cache",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
-
-_TRACED: dict[tuple, Pass] = {}  # the roles of a run ask for the same pass again
-
-
-class Item(NamedTuple):
-    """So many bytes of one kind for one role."""
-
-    role: str
-    kind: str
-    size: int
+LAYOUTS = ("four_full", "policy_lora", "four_lora", "one_base")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase holds beyond what is always there."""
+    """A part of a run, and what it holds beyond what is always there."""
 
     name: str
     items: tuple[Item, ...]
@@ -47,7 +37,7 @@ class MemoryPlan:
     Attributes:
         resident: there from the first optimizer step on: weights, adapters, moments, averages.
         phases: in the order of the run.
-        assumptions: what was not known and taken to be so, one sentence each.
+        assumptions: one sentence for each thing that was not known.
     """
 
     resident: tuple[Item, ...]
@@ -64,7 +54,6 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """max over phases of resident + phase."""
         return self.resident_size + self.peak_phase.size
 
     @property
@@ -73,153 +62,42 @@ class MemoryPlan:
         return total(self.resident, kinds=("weights", "adapters"))
 
 
-def total(items: Iterable[Item], role: str | None = None, kinds: Iterable[str] = KINDS) -> int:
-    """Bytes of these kinds, of one role or of all."""
-    kinds = tuple(kinds)
-    return sum(item.size for item in items if item.kind in kinds and role in (None, item.role))
-
-
-@dataclass(frozen=True)
-class RoleModel:
-    """One role's model and how it is held.
-
-    Attributes:
-        name: policy, reference, reward, value; or base.
-        shape: its architecture.
-        precision: dtypes and autocast.
-        peft_config: its adapter's, or None.
-        scalar_head: the adapter brings a head of H numbers (reward and value on a shared base).
-        nf4: None: not quantised; else whether the scales are quantised, too.
-        own_base: False where it runs on another role's base.
-        trained: it has gradients and moments.
-        averaged: a moving average of what is trained is kept.
-    """
-
-    name: str
-    shape: ModelShape
-    precision: Precision = field(default_factory=Precision)
-    peft_config: Any = None
-    scalar_head: bool = False
-    nf4: bool | None = None
-    own_base: bool = True
-    trained: bool = False
-    averaged: bool = False
-
-    @property
-    def adapter(self) -> int:
-        """Parameters of the adapter and of the head that comes with it."""
-        if self.peft_config is None:
-            return 0
-        return self.shape.adapter_parameters(self.peft_config) + self.shape.hidden * self.scalar_head
-
-    @property
-    def trainable(self) -> int:
-        if not self.trained:
-            return 0
-        return self.adapter if self.peft_config is not None else self.shape.parameters
-
-    @property
-    def width(self) -> int:
-        """Bytes of a trained number."""
-        return (self.precision.weights if self.peft_config is None else self.precision.adapters).itemsize
-
-    @property
-    def gradients(self) -> int:
-        return arithmetic.gradient_bytes(self.trainable, self.width)
-
-    @property
-    def head_width(self) -> int:
-        """Bytes of a logit as the head computes it."""
-        return 2 if self.precision.autocast else self.precision.weights.itemsize
-
-    def base_bytes(self) -> int:
-        """The base's weights; with nf4 the linear layers but the LM head are in 4 bits."""
-        width, shape = self.precision.weights.itemsize, self.shape
-        if self.nf4 is None:
-            return arithmetic.weight_bytes(shape.parameters, width)
-        plain = arithmetic.weight_bytes(shape.parameters - sum(shape.matrices), width)
-        return plain + arithmetic.nf4_bytes(shape.matrices, self.nf4)
-
-    def resident(self) -> list[Item]:
-        """Weights, adapter, moments and average."""
-        items = [Item(self.name, "weights", self.base_bytes())] if self.own_base else []
-        items.append(Item(self.name, "adapters", arithmetic.weight_bytes(self.adapter, self._adapter_width)))
-        items.append(Item(self.name, "optimizer", arithmetic.adam_bytes(self.trainable, self.width)))
-        if self.averaged:
-            items.append(Item(self.name, "average", arithmetic.average_bytes(self.trainable, self.width)))
-        return [item for item in items if item.size]
-
-    @property
-    def _adapter_width(self) -> int:
-        return self.precision.adapters.itemsize
-
-    @property
-    def unpacked(self) -> int:
-        """One 4-bit matrix unpacked to be multiplied: the largest."""
-        return 0 if self.nf4 is None else max(self.shape.matrices) * self.precision.weights.itemsize
-
-    def run(self, rows: int, tokens: int, **how: Any) -> Pass:
-        """One traced pass of this model; see `trace_pass`."""
-        shape, peft_config = self.shape, self.peft_config
-        key = (shape.text, str(peft_config), self.precision, rows, tokens, *sorted(how.items()))
-        if key not in _TRACED:
-            _TRACED[key] = trace_pass(
-                shape.config, rows, tokens, precision=self.precision, peft_config=peft_config, **how
-            )
-        return _TRACED[key]
-
-    def kv_cache(self, rows: int, tokens: int) -> int:
-        """Keys and values of `rows` × `tokens` tokens.
-
-        Under autocast they are bf16 without RoPE alone: rotated keys stay in float32, and transformers keeps the values
-        in the dtype of the keys. Adapters sample without autocast; see `generation_phase`.
-        """
-        shape, precision = self.shape, self.precision
-        bf16 = precision.autocast and self.peft_config is None and not shape.rotates
-        width = 2 if bf16 else precision.weights.itemsize
-        return arithmetic.kv_cache_bytes(
-            rows, tokens, shape.layers, shape.kv_heads, shape.head_dim, width, shape.windows
-        )
+def _phase(name: str, role: RoleModel, *moments: dict[str, int], others: Iterable[Item] = ()) -> Phase:
+    """A phase is as large as the largest of its moments (kind → bytes of `role`)."""
+    largest = max(moments, key=lambda sizes: sum(sizes.values()))
+    items = [*others, *(Item(role.name, kind, size) for kind, size in largest.items())]
+    return Phase(name, tuple(item for item in items if item.size))
 
 
 def generation_phase(role: RoleModel, rows: int, prompt: int, completion: int) -> Phase:
-    """Sampling: after the prompts (their activations) or at the last token (the full cache), whichever is more.
+    """Sampling is largest after the prompts, with their activations, or at the last token, with the full cache.
 
-    Adapters sample without autocast: accelerate's sits on the PeftModel's forward, and PEFT's `generate` calls the
+    Adapters sample without autocast: accelerate's lies on the forward of the PeftModel, and PEFT's `generate` calls the
     model inside.
     """
     if role.peft_config is not None:
         role = replace(role, precision=replace(role.precision, autocast=False))
     prefill = role.run(rows, prompt)
-    sampling = arithmetic.sampling_bytes(rows, role.shape.vocabulary)
-    head = _head_copy(role)
-    at_prefill = prefill.forward - prefill.copies + role.kv_cache(rows, prompt)
-    at_the_end = sampling + role.kv_cache(rows, prompt + completion)
-    items = [Item(role.name, "bf16 copies", prefill.copies + head), Item(role.name, "activations", role.unpacked)]
-    if at_prefill > at_the_end:
-        items += [
-            Item(role.name, "activations", prefill.forward - prefill.copies),
-            Item(role.name, "KV cache", role.kv_cache(rows, prompt)),
-        ]
-    else:
-        items += [
-            Item(role.name, "logits", sampling),
-            Item(role.name, "KV cache", role.kv_cache(rows, prompt + completion)),
-        ]
-    return _phase("generation", items)
+    copies = {"bf16 copies": prefill.copies + role.head_copy}
+    after_prompts = {
+        "activations": prefill.forward - prefill.copies + role.unpacked,
+        "KV cache": role.kv_cache(rows, prompt),
+    }
+    at_the_end = {
+        "activations": role.unpacked,
+        "logits": sampling_bytes(rows, role.shape.vocabulary),
+        "KV cache": role.kv_cache(rows, prompt + completion),
+    }
+    return _phase("generation", role, copies | after_prompts, copies | at_the_end)
 
 
 def scoring_phase(name: str, role: RoleModel, rows: int, tokens: int, logits: int) -> Phase:
-    """One forward without gradient; `logits`: what the head takes on top of the hidden states."""
+    """One forward without gradient. `logits` is what the head adds to the hidden states."""
     run = role.run(rows, tokens)
-    at_the_head = run.kept - run.copies + logits
-    within = run.forward - run.copies
-    items = [Item(role.name, "bf16 copies", run.copies + (_head_copy(role) if logits else 0))]
-    if at_the_head > within:
-        items += [Item(role.name, "activations", run.kept - run.copies), Item(role.name, "logits", logits)]
-    else:
-        items += [Item(role.name, "activations", within + role.unpacked)]
-    return _phase(name, items)
+    copies = {"bf16 copies": run.copies + (role.head_copy if logits else 0)}
+    at_the_head = {"activations": run.kept - run.copies, "logits": logits}
+    within = {"activations": run.forward - run.copies + role.unpacked}
+    return _phase(name, role, copies | at_the_head, copies | within)
 
 
 def update_phase(
@@ -233,40 +111,157 @@ def update_phase(
     accumulates: bool,
     others: Iterable[RoleModel] = (),
 ) -> Phase:
-    """Forward and backward: at the end of the forward (activations, logits) or during the backward (gradients).
+    """Forward and backward: largest at the end of the forward (logits), or during the backward (gradients).
 
     Args:
         logits: what the head takes at the end of the forward.
-        accumulates: gradients of micro-batches before are there already.
+        accumulates: the gradients of earlier micro-batches are there already.
         others: roles whose gradients wait for their step meanwhile.
     """
     run = role.run(rows, tokens, train=True, checkpointing=checkpointing, accumulates=accumulates)
-    own = role.gradients
-    forward = arithmetic.activation_bytes(run.forward, run.kept, logits, run.copies)
-    backward = run.backward - run.gradients
-    items = [Item(other.name, "gradients", other.gradients) for other in others]
-    if forward + own * accumulates >= backward + own:
-        items += [
-            Item(role.name, "gradients", own * accumulates),
-            Item(role.name, "bf16 copies", run.copies + _head_copy(role)),
-            Item(role.name, "activations", forward - logits),
-            Item(role.name, "logits", logits),
-        ]
-    else:
-        items += [Item(role.name, "gradients", own), Item(role.name, "activations", backward)]
-    return _phase(name, [*items, Item(role.name, "activations", role.unpacked)])
+    end_of_forward = {
+        "gradients": role.gradients * accumulates,
+        "bf16 copies": run.copies + role.head_copy,
+        "activations": max(run.forward - logits, run.kept) - run.copies + role.unpacked,
+        "logits": logits,
+    }
+    backward = {"gradients": role.gradients, "activations": run.backward - run.gradients + role.unpacked}
+    waiting = [Item(other.name, "gradients", other.gradients) for other in others]
+    return _phase(name, role, end_of_forward, backward, others=waiting)
 
 
 def step_phase(roles: Iterable[RoleModel]) -> Phase:
-    """The optimizer step: all gradients; the fused AdamW needs no room of its own."""
-    return _phase("optimizer step", [Item(role.name, "gradients", role.gradients) for role in roles])
+    """The optimizer step holds all gradients; the fused AdamW needs no room of its own."""
+    return Phase("optimizer step", tuple(Item(role.name, "gradients", role.gradients) for role in roles))
 
 
-def _head_copy(role: RoleModel) -> int:
-    """The LM head's bf16 copy, under autocast and where it is trained."""
-    copied = role.precision.autocast and role.precision.weights == torch.float32 and role.peft_config is None
-    return arithmetic.autocast_copy_bytes(role.shape.head) if copied and role.trained else 0
+@dataclass(frozen=True)
+class PPOModels:
+    """The models that a PPO run holds.
+
+    Attributes:
+        policy, reward: configs of the policy (and reference) and of the reward model (and critic).
+        layout: 'four_full' is four models. 'policy_lora' has an adapter on the policy, whose base is the reference, and
+            a full reward model and critic. 'four_lora' is four bases with an adapter each. 'one_base' is one base with
+            four adapters.
+        dtype: of the policy's weights, and of the one base. A reward model or critic of its own is float32.
+        adapters: dtype of the policy's adapter. The others' are float32.
+        nf4: None if it is not quantised; else whether the scales are quantised too.
+        sft_adapter: on one base, the reference is an adapter and not the bare base.
+        ema: a moving average of the policy is kept.
+    """
+
+    policy: Any
+    reward: Any
+    layout: str = "four_full"
+    dtype: torch.dtype = torch.float32
+    adapters: torch.dtype = torch.float32
+    nf4: bool | None = None
+    peft_config: Any = None
+    reward_peft_config: Any = None
+    sft_adapter: bool = True
+    autocast: bool = False
+    ema: bool = True
 
 
-def _phase(name: str, items: list[Item]) -> Phase:
-    return Phase(name, tuple(item for item in items if item.size))
+def ppo_roles(models: PPOModels) -> dict[str, RoleModel]:
+    """Role → its model, for one of `LAYOUTS`.
+
+    Raises:
+        ValueError: the layout is not one of them, or its adapter is missing.
+    """
+    layout, names = models.layout, ("policy", "reference", "reward", "value")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    if layout != "four_full" and models.peft_config is None:
+        raise ValueError(f"layout {layout!r} needs a peft_config, e.g. LoraConfig(r=16).")
+    one_base = layout == "one_base"
+    adapted = {"four_full": (), "policy_lora": ("policy",)}.get(layout, names)
+    policy, reward = ModelShape(models.policy), ModelShape(models.reward, score=True)
+    roles = {}
+    if one_base:
+        precision = Precision(models.dtype, models.adapters, models.autocast)
+        roles["base"] = RoleModel("base", policy, precision, nf4=models.nf4)
+    for name in names:
+        scores, has_adapter = name in ("reward", "value"), name in adapted
+        if name == "reference" and (layout == "policy_lora" or (one_base and not models.sft_adapter)):
+            continue  # it is the base with the adapters off
+        plain = scores and not has_adapter
+        lora = (models.reward_peft_config if scores else None) or models.peft_config
+        roles[name] = RoleModel(
+            name,
+            reward if scores and not one_base else policy,
+            Precision(
+                torch.float32 if plain else models.dtype,
+                models.adapters if name == "policy" else torch.float32,
+                models.autocast,
+            ),
+            peft_config=lora if has_adapter else None,
+            scalar_head=one_base and scores,
+            nf4=None if plain else models.nf4,
+            own_base=not one_base,
+            trained=name in ("policy", "value"),
+            averaged=name == "policy" and models.ema,
+        )
+    return roles
+
+
+def ppo_plan(
+    models: PPOModels, args: PPOPtxConfig, *, prompt: int, fused_head: bool, assumptions: tuple[str, ...] = ()
+) -> MemoryPlan:
+    """The plan of one iteration: generation, scoring, updates.
+
+    Args:
+        args: the run's settings.
+        prompt: tokens of a prompt; every answer has `args.max_completion_length`.
+        fused_head: TRL's fused log-prob head is used, which needs Triton.
+    """
+    roles = ppo_roles(models)
+    policy, value = roles["policy"], roles["value"]
+    completion: int = args.max_completion_length or 0  # upstream's field may be None, ours may not
+    tokens = prompt + completion
+    rows = min(args.local_rollout_forward_batch_size, args.generation_batch_size // args.world_size)
+    phases = [] if args.use_vllm else [generation_phase(policy, rows, prompt, completion)]
+    answers = _head(policy, rows * completion, fused_head, grad=False)
+    phases += [
+        scoring_phase("log-probs", policy, rows, tokens, answers),
+        scoring_phase("reward", roles["reward"], rows, tokens, 0),
+        scoring_phase("values", value, rows, tokens, 0),
+        *_updates(policy, value, args, prompt, completion, fused_head),
+        step_phase([policy, value]),
+    ]
+    resident = tuple(item for role in roles.values() for item in role.resident())
+    return MemoryPlan(resident, tuple(phases), assumptions)
+
+
+def _updates(
+    policy: RoleModel, value: RoleModel, args: PPOPtxConfig, prompt: int, completion: int, fused_head: bool
+) -> list[Phase]:
+    """Pretraining, policy and value, in this order for each micro-batch. Gradients are kept until the step."""
+    rows, again = args.per_device_train_batch_size, args.gradient_accumulation_steps > 1
+    ptx_ratio, length = args.ptx_ratio if args.ptx_coef else 0, args.ptx_max_length
+    waiting = [value] if again else []  # from the second micro-batch on, the critic's gradients are there as well
+    checkpointing = args.gradient_checkpointing
+    if fused_head:
+        text_loss = _head(policy, rows * length, fused_head, grad=True)
+    else:
+        text_loss = cross_entropy_bytes(rows, length, policy.shape.vocabulary, policy.head_width)
+    answers = _head(policy, rows * completion, fused_head, grad=True)
+    # name, role, tokens, bytes of the head, gradients that are there already, roles that wait
+    updates = [
+        ("pretraining update", policy, length, text_loss, again or ptx_ratio > 1, waiting),
+        ("policy update", policy, prompt + completion, answers, again or ptx_ratio > 0, waiting),
+        ("value update", value, prompt + completion, 0, again, [policy]),
+    ]
+    return [
+        update_phase(name, role, rows, size, head, checkpointing=checkpointing, accumulates=there, others=others)
+        for name, role, size, head, there, others in (updates if ptx_ratio else updates[1:])
+    ]
+
+
+def _head(policy: RoleModel, scored: int, fused: bool, *, grad: bool) -> int:
+    """The head's log-probs of `scored` tokens, with the entropy if there is a gradient."""
+    shape = policy.shape
+    if fused:
+        return fused_head_bytes(scored, shape.hidden, shape.vocabulary, grad and policy.peft_config is None)
+    return logps_bytes(scored, shape.vocabulary, policy.head_width, update=grad)

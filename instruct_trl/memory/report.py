@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-from instruct_trl.memory.plan import KINDS, MemoryPlan, total
+from instruct_trl.memory.plan import MemoryPlan
+from instruct_trl.memory.roles import KINDS, total
 
 GB = 10**9  # as cards are sold
 CONTEXT, KEPT_FREE = GB // 2, 0.05
-SMALLER = "take a smaller model"
+ROWS, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+Settings = dict[str, int | bool]
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the plan is held against. `memory` in bytes; `usable` leaves room for the driver and for fragmentation."""
+class Device(NamedTuple):
+    """The device that must hold the plan. `memory` is in bytes; `usable` leaves room for driver and fragmentation."""
 
     name: str
     memory: int
@@ -27,7 +28,8 @@ class Device:
 
 
 def this_device(gigabytes: float | None = None) -> Device:
-    """The GPU of this machine or, without one, its main memory; with `gigabytes` a GPU of that size instead."""
+    """A GPU with `gigabytes`; by default this machine's GPU or, without one, its main memory."""
+    import psutil
     import torch
 
     if gigabytes is not None:
@@ -35,130 +37,110 @@ def this_device(gigabytes: float | None = None) -> Device:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(properties.name, properties.total_memory, True)
-    import psutil
-
     return Device("this machine's main memory (no GPU)", psutil.virtual_memory().total, False)
-
-
-def gigabytes(size: float) -> str:
-    """'1.23 GB'; in MB below 0.1 GB."""
-    return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 10**6:.1f} MB"
-
-
-def table_of(plan: MemoryPlan) -> list[str]:
-    """Roles down, kinds across, at the peak."""
-    items = [*plan.resident, *plan.peak_phase.items]
-    kinds = [kind for kind in KINDS if total(items, kinds=[kind])]
-    roles = list(dict.fromkeys(item.role for item in items))
-    rows = [["", *kinds, "all"]]
-    for role in [*roles, None]:
-        sizes = [total(items, role, [kind]) for kind in kinds]
-        rows.append([role or "all", *(gigabytes(s) if s else "-" for s in sizes), gigabytes(sum(sizes))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return lines
-
-
-def phases_of(plan: MemoryPlan) -> list[str]:
-    """What each phase adds to what is always there."""
-    width = max(len(phase.name) for phase in plan.phases)
-    return [
-        f"  {phase.name.ljust(width)}  {gigabytes(phase.size).rjust(9)}"
-        + ("  <- peak" if phase is plan.peak_phase else "")
-        for phase in plan.phases
-    ]
-
-
-ROWS, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
-Settings = dict[str, int | bool]
-Planner = Callable[[Settings], MemoryPlan]
-
-
-def advise(
-    plan: MemoryPlan, make: Planner, settings: Settings, relief: Mapping[str, Sequence[str]], usable: int
-) -> tuple[Settings, MemoryPlan]:
-    """Change one setting after the other, the cheapest that helps the phase at the peak, until the plan fits.
-
-    Args:
-        make: settings → plan.
-        settings: numbers are halved down to 1, False becomes True. With fewer rows a device `ACCUMULATION` grows, if it
-            is there, so that the optimizer's batch stays what it is.
-        relief: phase → settings that lower it, the cheapest first.
-
-    Returns:
-        the settings changed, and the plan with them, which may still not fit.
-    """
-    changed: Settings = {}
-    while plan.peak > usable > plan.resident_size:
-        options = [name for name in relief.get(plan.peak_phase.name, ()) if _lower(settings[name]) != settings[name]]
-        if not options:
-            break
-        name = options[0]
-        lowered: Settings = {name: _lower(settings[name])}
-        if name == ROWS and ACCUMULATION in settings:
-            batch = settings[ROWS] * settings[ACCUMULATION]
-            rows = next(n for n in range(int(lowered[ROWS]), 0, -1) if batch % n == 0)
-            lowered = {ROWS: rows, ACCUMULATION: batch // rows}
-        settings, changed = {**settings, **lowered}, {**changed, **lowered}
-        plan = make(settings)
-    return changed, plan
-
-
-def _lower(value: int | bool) -> int | bool:
-    return True if isinstance(value, bool) else max(1, value // 2)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe to be planned: how its plan follows from the settings that advice may change.
+    """A recipe to be planned, and how its plan follows from the settings that the advice may change.
 
     Attributes:
         title: the recipe.
-        make, settings, relief: as `advise` takes them.
-        last_resort: what to do where no setting helps.
+        make: settings → plan.
+        settings: numbers may be halved down to 1, and False may become True.
+        relief: phase → the settings that lower it, the cheapest first.
+        last_resort: the advice if no setting helps.
     """
 
     title: str
-    make: Planner
+    make: Callable[[Settings], MemoryPlan]
     settings: Settings
     relief: Mapping[str, Sequence[str]]
-    last_resort: str = SMALLER
+    last_resort: str = "take a smaller model"
 
 
 def report(stage: Stage, device: Device) -> str:
     """The page. Its last line begins with 'fits' or 'does not fit'."""
     plan = stage.make(stage.settings)
+    width = max(len(phase.name) for phase in plan.phases)
     lines = [
         f"Dry run of {stage.title}: configs were read, no weights were downloaded or loaded, nothing was written.",
         "",
+        *_table(plan),
+        "",
+        f"Always there: {_gb(plan.resident_size)}. Each phase adds:",
+        *(
+            f"  {phase.name.ljust(width)}  {_gb(phase.size).rjust(9)}" + "  <- peak" * (phase is plan.peak_phase)
+            for phase in plan.phases
+        ),
+        "",
+        *(f"Assumed: {sentence}" for sentence in plan.assumptions),
+        f"Peak {_gb(plan.peak)}, during {plan.peak_phase.name}. Device: {device.name}, {_gb(device.memory)}; usable "
+        f"{_gb(device.usable)} ({_gb(CONTEXT)} and {KEPT_FREE:.0%} left to driver, libraries and fragmentation).",
+        _verdict(plan, stage, device),
     ]
-    lines += [*table_of(plan), "", f"Always there: {gigabytes(plan.resident_size)}. Each phase adds:", *phases_of(plan)]
-    lines += ["", *(f"Taken to be so: {sentence}" for sentence in plan.assumptions)]
-    reserve = f"{gigabytes(CONTEXT)} and {KEPT_FREE:.0%} left to driver, libraries and fragmentation"
-    lines.append(
-        f"Peak {gigabytes(plan.peak)}, during {plan.peak_phase.name}. Device: {device.name}, "
-        f"{gigabytes(device.memory)}; usable {gigabytes(device.usable)} ({reserve})."
-    )
-    return "\n".join([*lines, verdict(plan, stage, device)])
+    return "\n".join(lines)
 
 
-def verdict(plan: MemoryPlan, stage: Stage, device: Device) -> str:
-    """'fits: ...' or 'does not fit: do this: ...'."""
+def _gb(size: float) -> str:
+    """'1.23 GB'; in MB below 0.1 GB."""
+    return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 10**6:.1f} MB"
+
+
+def _table(plan: MemoryPlan) -> list[str]:
+    """One row per role and one column per kind, at the peak."""
+    items = [*plan.resident, *plan.peak_phase.items]
+    kinds = [kind for kind in KINDS if total(items, kinds=[kind])]
+    rows = [["", *kinds, "all"]]
+    for role in [*dict.fromkeys(item.role for item in items), None]:
+        sizes = [total(items, role, [kind]) for kind in kinds]
+        rows.append([role or "all", *(_gb(size) if size else "-" for size in sizes), _gb(sum(sizes))])
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
+        for name, *cells in rows
+    ]
+
+
+def _verdict(plan: MemoryPlan, stage: Stage, device: Device) -> str:
+    """'fits: ...' or 'does not fit: ... Do this: ...'."""
     if plan.peak <= device.usable:
-        return f"fits: {gigabytes(device.usable - plan.peak)} to spare"
-    over = gigabytes(plan.peak - device.usable)
+        return f"fits: {_gb(device.usable - plan.peak)} to spare"
+    over = _gb(plan.peak - device.usable)
     if plan.resident_size >= device.usable:
         return f"does not fit: {over} too much, and the models alone are too large. Do this: {stage.last_resort}"
-    changed, better = advise(plan, stage.make, stage.settings, stage.relief, device.usable)
-    words = ", ".join(f"--{name} {_shown(value)}" for name, value in changed.items())
+    changed, better = _advise(plan, stage, device.usable)
+    words = ", ".join(f"--{name} {str(value).lower()}" for name, value in changed.items())
     if better.peak <= device.usable:
-        return f"does not fit: {over} too much. Do this: {words}; the peak is then {gigabytes(better.peak)}"
-    tried = f" (even {words} leaves {gigabytes(better.peak)})" if words else ""
+        return f"does not fit: {over} too much. Do this: {words}; the peak is then {_gb(better.peak)}"
+    tried = f" (even {words} leaves {_gb(better.peak)})" if words else ""
     return f"does not fit: {over} too much{tried}. Do this: {stage.last_resort}"
 
 
-def _shown(value: Any) -> str:
-    return str(value).lower()
+def _advise(plan: MemoryPlan, stage: Stage, usable: int) -> tuple[Settings, MemoryPlan]:
+    """Change one setting after the other, the cheapest that helps the phase at the peak, until the plan fits.
+
+    Returns:
+        the changed settings, and the plan with them. It may still not fit.
+    """
+    settings: Settings = dict(stage.settings)
+    changed: Settings = {}
+    while plan.peak > usable:
+        options = [name for name in stage.relief.get(plan.peak_phase.name, ()) if _lower(settings[name])]
+        if not options:
+            break
+        name = options[0]
+        lowered: Settings = {name: _lower(settings[name])}
+        if name == ROWS and ACCUMULATION in settings:
+            # The optimizer's batch stays the user's: fewer rows come with more accumulation.
+            batch = settings[ROWS] * settings[ACCUMULATION]
+            rows = next(n for n in range(int(lowered[ROWS]), 0, -1) if batch % n == 0)
+            lowered = {ROWS: rows, ACCUMULATION: batch // rows}
+        settings, changed = settings | lowered, changed | lowered
+        plan = stage.make(settings)
+    return changed, plan
+
+
+def _lower(value: int | bool) -> int | bool:
+    """The next setting that takes less; 0 (or False) if there is none."""
+    return not value if isinstance(value, bool) else value // 2

@@ -1,18 +1,18 @@
-"""What a forward and a backward pass keep in memory, found by running them on shapes alone: no weight, no data.
+"""The bytes that a forward and a backward pass keep, counted on fake tensors: no weights, no data.
 
-The model is made of fake tensors, which have a shape, a dtype and a device but no content. Autograd, autocast, PEFT and
-gradient checkpointing run as ever, so that what they keep is read off and not derived for each architecture.
-
-Legend: B rows, T tokens, H hidden units.
+A fake tensor has a shape and a dtype but no content. Autograd, autocast, PEFT and gradient checkpointing run as in
+training, so the count follows the architecture and the installed versions. torch's own MemTracker counts the same bytes
+for a full model, but it refuses frozen parameters, and so every adapter (torch 2.13).
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,17 +22,17 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made while it is on, as long as they live; views share their storage's.
+    """Counts the bytes of the tensors that are made while it is on, as long as they live. Views count once.
 
     Args:
-        weights: dtype copies of these (autocast's) are counted apart as well.
+        weights: these are not counted. Their copies in another dtype (autocast's) are also counted apart.
 
     Attributes:
-        now, peak: bytes alive now, and at most since the last `restart`.
-        copies: bytes alive now that are copies of `weights` in another dtype.
+        now, peak: bytes alive now, and the most since `restart`.
+        copies: bytes alive now that are copies of `weights`.
     """
 
-    def __init__(self, weights: Any = ()):
+    def __init__(self, weights: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.now = self.peak = self.copies = 0
         self._alive: dict[int, tuple[int, bool]] = {}
@@ -50,8 +50,7 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._alive or key in self._weights:
             return
-        size = storage.nbytes()
-        self._alive[key] = (size, is_copy)
+        self._alive[key] = size, _ = storage.nbytes(), is_copy
         self.now += size
         self.copies += size * is_copy
         self.peak = max(self.peak, self.now)
@@ -63,20 +62,19 @@ class LiveBytes(TorchDispatchMode):
         self.copies -= size * is_copy
 
     def restart(self) -> None:
-        """Count the peak from here on."""
+        """Measure the peak from here on."""
         self.peak = self.now
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Bytes beyond the weights that a forward (and a backward) of the transformer without its head takes.
+class Pass(NamedTuple):
+    """Bytes beyond the weights that one pass of the transformer takes, without its head.
 
     Attributes:
-        copies: of weights in autocast's dtype, alive at the end of the forward.
+        copies: copies of weights in autocast's dtype, alive at the end of the forward.
         forward: peak during the forward, copies included.
         kept: alive at the end of the forward, for the backward; copies included.
-        backward: peak during the backward, the gradients of the weights included.
-        gradients: of the weights, alive afterwards.
+        backward: peak during the backward, gradients included.
+        gradients: gradients of the weights, alive afterwards.
     """
 
     copies: int
@@ -88,7 +86,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype of the frozen weights, dtype of the trained ones, and whether bf16 autocast is on."""
+    """The dtype of the weights, the dtype of a trained adapter, and whether bf16 autocast is on."""
 
     weights: torch.dtype = torch.float32
     adapters: torch.dtype = torch.float32
@@ -109,34 +107,38 @@ def trace_pass(
     """Run one pass over (B, T) = (`rows`, `tokens`) on fake tensors and count.
 
     Args:
-        config: of a decoder, as `AutoConfig` reads it.
+        config: a decoder's, as `AutoConfig` reads it.
         precision: float32 without autocast by default.
-        peft_config: a LoraConfig: then its adapter alone is trained.
-        train: with gradient and a backward; otherwise one forward without gradient.
-        checkpointing: gradient checkpointing, not reentrant.
-        accumulates: gradients of a pass before are there already and are added to.
+        peft_config: train this adapter alone.
+        train: run a backward as well; without it one forward runs without gradient.
+        checkpointing: use gradient checkpointing, not reentrant.
+        accumulates: add to the gradients of an earlier pass.
     """
     precision = precision or Precision()
     shapes = meta_model(config, precision.weights, peft_config, precision.adapters)
     with FakeTensorMode():
-        model = _trained_model(shapes, checkpointing and train, adapters=peft_config is not None)
+        model = _fake(shapes).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointing and train:
+            # There is no random state to preserve: it has no content here either.
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            if peft_config is not None:
+                model.enable_input_require_grads()
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         with LiveBytes(model.parameters()) as live:
-            result = _one_pass(model, inputs, live, train, precision.autocast)
             if accumulates and train:
+                _one_pass(model, inputs, live, train, precision.autocast)
                 live.restart()
-                result = _one_pass(model, inputs, live, train, precision.autocast)
-        return result
+            return _one_pass(model, inputs, live, train, precision.autocast)
 
 
 def meta_model(
     config: Any, weights: torch.dtype, peft_config: Any = None, adapters: torch.dtype = torch.float32
 ) -> Any:
-    """The causal language model of `config` on the meta device: shapes and dtypes, no memory; with its adapter, if any.
-
-    With `peft_config` the adapter alone requires a gradient.
-    """
+    """The causal language model of `config` on the meta device; with `peft_config` its adapter alone is trained."""
     from accelerate import init_empty_weights
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -153,32 +155,16 @@ def meta_model(
 
 
 def _fake(model: Any) -> Any:
-    """`model` with fake tensors in place of meta tensors, tied weights tied as before. Call it in a FakeTensorMode."""
+    """`model` with fake tensors in place of meta tensors; tied weights stay tied. Call it in a FakeTensorMode."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
-                empty = torch.empty(old.shape, dtype=old.dtype)
-                module._parameters[name] = made.setdefault(
-                    id(old), nn.Parameter(empty, requires_grad=old.requires_grad)
-                )
+                new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad)
+                module._parameters[name] = made.setdefault(id(old), new)
         for name, old in module._buffers.items():
             if old is not None:
                 module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
-    return model
-
-
-def _trained_model(shapes: Any, checkpointing: bool, adapters: bool) -> Any:
-    model = _fake(shapes)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if checkpointing:
-        # The random state has no content here either.
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        if adapters:
-            model.enable_input_require_grads()
     return model
 
 
@@ -189,11 +175,11 @@ def _one_pass(model: Any, inputs: dict[str, Any], live: LiveBytes, train: bool, 
     with torch.set_grad_enabled(train):
         with context:
             hidden = transformer(**inputs).last_hidden_state
-            # Inside the context: the head, which comes next, runs in it, and autocast's copies live until it ends.
-            copies, forward, kept = live.copies, live.peak, live.now
+            # The head comes next, in the same context. So autocast's copies are still alive then.
+            copies, forward, kept = live.copies, live.peak - before, live.now - before
         if not train:
             return Pass(copies, forward, kept)
         live.restart()
         hidden.float().sum().backward()
     del hidden
-    return Pass(copies, forward - before, kept - before, live.peak, live.now)
+    return Pass(copies, forward, kept, live.peak, live.now)

@@ -62,6 +62,11 @@ class RunArguments:
         """Where this run's YAMLs lie: the folder of `--config`, set by `parse_recipe`."""
         return getattr(self, "_config_folder", default_config("ppo_ptx").parent)
 
+    @property
+    def demo_model(self) -> Path | None:
+        """Where the config of the demo's model lies, on the demo's data: a dry run does not download the model."""
+        return default_config("sft").parent / "base" if self.dataset_name is None else None
+
     def folder(self, stage: str) -> Path:
         """`--output_dir`, or the stage's folder in the run."""
         return Path(getattr(self, "output_dir", None) or self.run / stage)
@@ -87,7 +92,6 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
 
     Raises:
         ValueError: the config file does not exist, is no mapping in YAML, or holds a key that nothing knows.
-        SystemExit: with `--dry_run`, after its report, as with `--help`.
     """
     from trl import TrlParser
 
@@ -122,11 +126,6 @@ def parse_recipe(dataclass_types: tuple, recipe: str, description: str, argv: li
     parsed[0]._config_folder = config.parent
     _load_as_asked(parsed)
     _tokens_to_environment(parsed)
-    if getattr(parsed[0], "dry_run", False):
-        from instruct_trl.memory.dry_run import dry_run
-
-        dry_run(recipe, parsed)
-        raise SystemExit(0)
     return parsed
 
 
