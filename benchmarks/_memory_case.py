@@ -17,8 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
-from instruct_trl.memory.plan import MemoryPlan
-from instruct_trl.memory.ppo import PPOModels, ppo_plan, sizes_of
+from instruct_trl.memory.plan import MemoryPlan, PPOModels, ppo_plan
 from instruct_trl.models.value import ValueModel
 from instruct_trl.pipeline.assets import base_model
 
@@ -252,4 +251,4 @@ def plan_of(args: Any, case: str, pieces: Path) -> MemoryPlan:
         peft_config=lora(args, "CAUSAL_LM"),
         autocast=args.autocast,
     )
-    return ppo_plan(models, sizes_of(settings(args, pieces), prompt=args.prompt, fused_head=gpu))
+    return ppo_plan(models, settings(args, pieces), prompt=args.prompt, fused_head=gpu)

@@ -17,8 +17,8 @@ from _common import table
 from peft import LoraConfig
 from transformers import LlamaConfig
 
-from instruct_trl.memory.plan import total
-from instruct_trl.memory.ppo import PPOModels, ppo_roles
+from instruct_trl.memory.plan import PPOModels, ppo_roles
+from instruct_trl.memory.roles import total
 
 # hidden, intermediate, layers, heads, heads with keys of their own, head size, vocabulary, embeddings tied to the head
 SIZES = {
