@@ -12,18 +12,14 @@ import pytest
 from launch_helpers import run_program
 from scipy import stats
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence import claims, report, sweeps, verdicts
+from benchmarks.evidence import lab as lab_module
+from benchmarks.evidence.lab import LARGE, QUICK, Lab, Plan, job_hash
+from benchmarks.evidence.text import CLAIM_TEXTS
+from benchmarks.evidence.verdicts import Finding, Interval
 
-import _evidence_claims as claims  # noqa: E402
-import _evidence_lab as lab_module  # noqa: E402
-import _evidence_report as report  # noqa: E402
-import _evidence_sweeps as sweeps  # noqa: E402
-import _evidence_verdicts as verdicts  # noqa: E402
-import evidence  # noqa: E402
-from _evidence_lab import LARGE, QUICK, Lab, Plan, job_hash  # noqa: E402
-from _evidence_text import CLAIM_TEXTS  # noqa: E402
-from _evidence_verdicts import Finding, Interval  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_interval_over_seeds_is_students():
@@ -277,7 +273,7 @@ def test_every_claims_rule_is_said():
 @pytest.mark.slow
 def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path):
     """One seed at tiny sizes; a second call finds its jobs done and does another seed's in processes side by side."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--quick", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.evidence", "--quick", "--folder", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*options):

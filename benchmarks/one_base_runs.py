@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _memory_case import Peak
 from instruct_trl.recipes.evaluate import EvaluateArguments
 from instruct_trl.recipes.ppo_ptx import PPOPtxArguments
-from one_base_learning import folder_of
 
+from benchmarks.memory_case import Peak
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer
 from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
@@ -201,3 +200,10 @@ def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
         "scores": scores["test"],
         "examples": examples,
     }
+
+
+def folder_of(args: argparse.Namespace, arm: str, rate: str, seed: int | str) -> str:
+    """Name of a PPO run's folder."""
+    name = f"_r{args.rank}_a{args.alpha}" if args.alpha else f"_r{args.rank}"
+    adapter = "_".join([name, args.dtype, *args.modules_to_save]) if arm == "one_base" else ""
+    return f"{arm}{adapter}_{rate.replace('/', '_')}_{seed}"

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _evidence_jobs import (
+from benchmarks.evidence.jobs import (
     base,
     base_settings,
     data,
@@ -21,7 +21,7 @@ from _evidence_jobs import (
     rl_init,
     without_prints,
 )
-from _evidence_lab import Job, Lab
+from benchmarks.evidence.lab import Job, Lab
 
 LOGGED = ("score", "kl", "explained_variance", "ptx_loss", "entropy", "eos_rate", "grad_norm", "value_loss")
 

@@ -7,12 +7,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _evidence_claims import by_seed, gold_a_prompt, of_policy
-from _evidence_jobs import RANKED_PROMPTS, labeler, rankings, rl_init
-from _evidence_lab import Job, Lab
-from _evidence_ppo import ppo, tax
-from _evidence_text import SHARE_BACK, SWEEP_LOST
-from _evidence_verdicts import (
+from benchmarks.evidence.claims import by_seed, gold_a_prompt, of_policy
+from benchmarks.evidence.jobs import RANKED_PROMPTS, labeler, rankings, rl_init
+from benchmarks.evidence.lab import Job, Lab
+from benchmarks.evidence.ppo import ppo, tax
+from benchmarks.evidence.text import SHARE_BACK, SWEEP_LOST
+from benchmarks.evidence.verdicts import (
     Finding,
     Verdict,
     by_interval,
@@ -95,8 +95,8 @@ def claim_4(lab: Lab) -> Finding:
 
 def fit(lab: Lab, seed: int, method: str, rate: float, train_rows: list[dict], judged: list[dict]) -> tuple[Any, int]:
     """One epoch of `reward_groups.py` by 'groups' or 'pile' from the RL initialisation: its curve, and its steps."""
-    from _common import RankedText
-    from reward_groups import train
+    from benchmarks.ranked_text import RankedText
+    from benchmarks.reward_groups import train
 
     args = argparse.Namespace(
         epochs=1, eval_steps=15, train_judged=20, prompts_per_step=RANKED_PROMPTS, accumulation=1, bf16=lab.plan.bf16,
@@ -111,7 +111,7 @@ def rates(lab: Lab) -> Job:
     ranked = rankings(lab, 0)
 
     def body(folder: Path) -> dict[str, Any]:
-        from reward_groups import METHODS
+        from benchmarks.reward_groups import METHODS
 
         rows = ranked.read("train.jsonl")
         held = len(rows) // 6
@@ -148,7 +148,7 @@ def groups(lab: Lab, seed: int) -> Job:
 
 def scored(lab: Lab, rows: list[dict], noise: float) -> list[dict]:
     """The rankings as a labeler with noise would make them."""
-    from _common import blur, with_ranks
+    from benchmarks.ranked_text import blur, with_ranks
 
     judge = labeler(lab)
     rows = [{**row, "scores": judge([row["prompt"]] * len(row["completions"]), row["completions"])} for row in rows]

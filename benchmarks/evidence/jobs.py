@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from _evidence_lab import Job, Lab, PlainLabeler, rows_of, write_rows
+from benchmarks.evidence.lab import Job, Lab, PlainLabeler, rows_of, write_rows
 
 ROWS = 32  # demonstrations an optimizer step (paper: 32)
 RANKED_PROMPTS = 8  # prompts an optimizer step of the reward model (paper: 64)
@@ -52,7 +52,7 @@ def demonstrations(lab: Lab, part: str) -> Any:
 def base(lab: Lab) -> Path:
     """Folder of the base: our tiny LM, trained on reviews of which no stage has a sentence, or the one asked for."""
     if lab.plan.model == "tiny":
-        from _tiny_lm import tiny_lm
+        from benchmarks.tiny_lm import tiny_lm
 
         folder = lab.root / f"base-{lab.plan.base_steps}"
         with lab.lock(folder.name):
@@ -93,7 +93,7 @@ def pretraining(lab: Lab) -> Job:
 
 def real_reviews(count: int = 100) -> list[str]:
     """Reviews that the tiny LM held out."""
-    from _common import sentences
+    from benchmarks.common import sentences
 
     texts = [review["text"] for review in sentences(28)[1]]
     random.Random(0).shuffle(texts)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _evidence_jobs import base, rl_init, selected, selected_folder
-from _evidence_lab import Job, Lab
-from _evidence_ppo import answers, base_tax, ppo, tax
-from _evidence_text import DISTINCT_KEPT, GAIN_LOST, SHARE_BACK
-from _evidence_verdicts import (
+from benchmarks.evidence.jobs import base, rl_init, selected, selected_folder
+from benchmarks.evidence.lab import Job, Lab
+from benchmarks.evidence.ppo import answers, base_tax, ppo, tax
+from benchmarks.evidence.text import DISTINCT_KEPT, GAIN_LOST, SHARE_BACK
+from benchmarks.evidence.verdicts import (
     Finding,
     Interval,
     both,

@@ -1,6 +1,6 @@
 """A small real language model for the reward-model benchmarks, trained once on movie reviews and kept under outputs/.
 
-    python benchmarks/_tiny_lm.py [--steps 500]
+    python -m benchmarks.tiny_lm [--steps 500]
 
 A Llama of 4.2M parameters (4 layers, hidden 256) with a byte-level BPE of 4,096 tokens. It never saw the sentences
 that the benchmarks rank.
@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from _common import OUTPUTS, machine, sentences
+from benchmarks.common import OUTPUTS, machine, sentences
 
 VOCABULARY = 4096
 BLOCK = 128  # tokens a training row
