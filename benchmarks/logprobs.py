@@ -11,11 +11,11 @@ import statistics
 import time
 
 import torch
+from instruct_trl.recipes.demo.prepare import base_model
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from instruct_trl.models.logprobs import completion_logps
-from instruct_trl.pipeline.assets import base_model
 
 
 def alternate(routes: dict, device: torch.device, repeats: int) -> dict[str, list[float]]:

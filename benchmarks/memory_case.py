@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from instruct_trl.recipes.demo.prepare import base_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
 from instruct_trl.memory.plan import MemoryPlan, PPOModels, ppo_plan
 from instruct_trl.models.value import ValueModel
-from instruct_trl.pipeline.assets import base_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 QUANTISATION: dict[str, Any] = {

@@ -17,7 +17,6 @@ from instruct_trl import PPOPtxConfig, PPOPtxTrainer
 from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
 from instruct_trl.pipeline.loading import load_split
-from instruct_trl.pipeline.one_base import models_of
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import finished_summary, run_stage
 

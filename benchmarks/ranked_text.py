@@ -115,7 +115,7 @@ def _review_groups(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 
 def _labeler(reviews: list[dict], path: Path) -> Any:
-    from instruct_trl.pipeline.labeler import SentimentLabeler
+    from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
     if path.exists():
         return SentimentLabeler.load(path)
@@ -161,7 +161,7 @@ def reward_model_arguments(parser: argparse.ArgumentParser) -> None:
 def backbone(args: argparse.Namespace) -> str:
     """The name or folder of the model that every run starts from."""
     if args.model == "demo":
-        from instruct_trl.pipeline.assets import base_model
+        from instruct_trl.recipes.demo.prepare import base_model
 
         name = str(base_model())
     elif args.model:

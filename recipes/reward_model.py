@@ -1,4 +1,4 @@
-"""Step 2b: train the reward model on rankings of K answers a prompt (Eq. 1), and set its bias.
+"""Step 2b: train the reward model on rankings of K answers per prompt (Eq. 1), and set its bias.
 
     accelerate launch recipes/reward_model.py                         # the demo
     accelerate launch recipes/reward_model.py --model_name_or_path M --dataset_name rankings.jsonl --output_dir rm
@@ -7,22 +7,12 @@ Data: `prompt`, `completions` (a list) and `ranks` (1 is best), `scores` or `pai
 Held-out rankings give <output_dir>/evaluation/report.html: accuracy, calibration, length bias, scores.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
+from instruct_trl.recipes import EXAMPLE
 
-
-@dataclass
-class RewardArguments(RunArguments):
-    """Data of `recipes/reward_model.py`."""
-
-    demonstrations_name: str | None = field(
-        default=None, metadata={"help": "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."}
-    )
-    labeler_folds: int | None = field(
-        default=None, metadata={"help": "Also train on all but one group of labelers, for so many groups (paper: 5)."}
-    )
+from instruct_trl.pipeline.arguments import parse_recipe, settings_of
+from instruct_trl.pipeline.rewarding import RewardArguments
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -31,30 +21,31 @@ def main(argv: list[str] | None = None) -> str:
 
     from instruct_trl import RankingRewardConfig
     from instruct_trl.memory import dry_run
+    from instruct_trl.pipeline import rows, training
     from instruct_trl.pipeline.rewarding import labelers_left_out, reward_trainer, write_page
-    from instruct_trl.pipeline.run import evaluate_held_out, finish_training, further_rows, prepare_output, rankings
     from instruct_trl.pipeline.stage import run_stage
 
-    run, args, model = parse_recipe((RewardArguments, RankingRewardConfig, ModelConfig), "reward_model", __doc__, argv)
+    types = (RewardArguments, RankingRewardConfig, ModelConfig)
+    run, args, model = parse_recipe(types, "reward_model", __doc__, argv, EXAMPLE / "reward_model.yaml")
     if run.dry_run:
-        start = (model.model_name_or_path, run.run / "sft", run.demo_model)
+        start = run.models(model.model_name_or_path, "sft")
         dry_run.training("reward_model", args, model, start=start, scores=True, device_memory_gb=run.device_memory_gb)
-    prepare_output(args, run, "reward_model")
+    training.prepare_output(args, run, "reward_model")
 
     def body(checkpoint: str | None) -> dict:
-        train, test = rankings(run)
-        base, demo = model.model_name_or_path or str(run.run / "sft"), run.dataset_name is None
+        train, test = rows.train_and_test(run, rows.rankings_of(run))
+        base = model.model_name_or_path or str(run.run / "sft")
         folds = labelers_left_out(base, args, model, train, run.labeler_folds) if run.labeler_folds else None
-        evaluate_held_out(args, test)
+        rows.evaluate_held_out(args, test)
         trainer = reward_trainer(base, args, model, train, test)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-        if run.demonstrations_name or demo:
-            trainer.normalize(further_rows(run, "demonstrations", run.demonstrations_name)[0])
+        if run.demonstrations_name:
+            trainer.normalize(rows.further_rows(run, run.demonstrations_name)[0])
         metrics = trainer.evaluate() if test is not None else {}
         if metrics:
-            write_page(trainer, args.output_dir, demo, folds, train, test)
+            write_page(trainer, args.output_dir, run.labeler_description, folds, train, test)
         shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
-        return finish_training(trainer, run.dataset_name) | shown
+        return training.finish_training(trainer, run.dataset_name) | shown
 
     run_stage(Path(args.output_dir), "Reward model", settings_of(run, args, model), body)
     return args.output_dir

@@ -7,6 +7,8 @@ accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D --outpu
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from instruct_trl.recipes import EXAMPLE
+
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
 
 
@@ -14,10 +16,7 @@ from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings
 class SFTArguments(RunArguments):
     """Data of `recipes/sft.py`: `prompt` and `completion` columns (or TRL's other SFT formats)."""
 
-    pretraining_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Texts for pretraining_fraction > 0 (`text`). Default, on the demo's data: its novels."},
-    )
+    pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Texts to mix in (`text`)."})
 
 
 def main(argv: list[str] | None = None, stage: str = "sft") -> str:
@@ -26,32 +25,32 @@ def main(argv: list[str] | None = None, stage: str = "sft") -> str:
 
     from instruct_trl import InstructSFTConfig, InstructSFTTrainer
     from instruct_trl.memory import dry_run
-    from instruct_trl.pipeline import run as pipeline
-    from instruct_trl.pipeline.assets import base_model
+    from instruct_trl.pipeline import rows, training
     from instruct_trl.pipeline.stage import run_stage
 
-    run, args, model = parse_recipe((SFTArguments, InstructSFTConfig, ModelConfig), "sft", __doc__, argv)
+    types = (SFTArguments, InstructSFTConfig, ModelConfig)
+    run, args, model = parse_recipe(types, "sft", __doc__, argv, EXAMPLE / "sft.yaml")
     if run.dry_run:
-        start = (model.model_name_or_path, run.demo_model)
+        start = run.models(model.model_name_or_path)
         dry_run.training("sft", args, model, start=start, device_memory_gb=run.device_memory_gb)
-    pipeline.prepare_output(args, run, stage)
+    training.prepare_output(args, run, stage)
+    texts = run.pretraining_dataset_name
 
     def body(checkpoint: str | None) -> dict:
-        texts = pipeline.pretraining_texts(run, "pretraining_fraction") if args.pretraining_fraction else None
-        train, test = pipeline.demo_or_own(run, "demonstrations")
-        pipeline.evaluate_held_out(args, test)
+        train, test = rows.train_and_test(run)
+        rows.evaluate_held_out(args, test)
         trainer = InstructSFTTrainer(
-            model.model_name_or_path or str(base_model()),
+            training.named_model(model),
             args,
             train_dataset=train,
             eval_dataset=test if args.eval_strategy != "no" else None,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
-            pretraining_dataset=texts,
+            pretraining_dataset=rows.pretraining_texts(run, texts, "pretraining_fraction", args.pretraining_fraction),
         )
-        pipeline.quiet_progress(trainer, ["loss", "eval_loss", "eval_rm_score"])
+        training.quiet_progress(trainer, ["loss", "eval_loss", "eval_rm_score"])
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
-        return pipeline.finish_training(trainer, run.dataset_name)
+        return training.finish_training(trainer, run.dataset_name)
 
     run_stage(Path(args.output_dir), "SFT" if stage == "sft" else "RL init", settings_of(run, args, model), body)
     return args.output_dir

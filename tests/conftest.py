@@ -74,3 +74,12 @@ def roles(pieces):
     from instruct_trl import RoleAdapters
 
     return RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm")
+
+
+@pytest.fixture
+def own(tmp_path, tokenizer, monkeypatch):
+    """Settings of an evaluation of tiny models on one's own prompts, in a folder that is the working one."""
+    from pipeline_helpers import own_evaluation
+
+    monkeypatch.chdir(tmp_path)
+    return own_evaluation(tmp_path, tokenizer)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import sys
 
 import pytest
@@ -69,45 +68,6 @@ def test_tokens_leave_the_arguments_that_trainers_write_beside_a_model(tmp_path,
     assert args.model_init_kwargs == {"dtype": "float32"}
     with pytest.raises(ValueError, match=r"'\*\*\*'"):
         parse_recipe((RunArguments, InstructSFTConfig), "sft", "", [*argv, "--hub_tokne", HUB])
-
-
-# -- the demo's labeler ------------------------------------------------------------------------------------------------
-
-
-def test_the_labeler_comes_back_from_plain_arrays_with_the_scores_of_sklearn(tmp_path):
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    from instruct_trl.pipeline.labeler import SentimentLabeler
-
-    draw = random.Random(0)
-    words = ["good", "bad", "fine", "awful", "film", "plot", "the", "of", "it's", "naïve", "x1", "GOOD"]
-    texts = [" ".join(draw.choices(words, k=12)) for _ in range(200)]
-    labels = [int(text.count("good") > text.count("bad")) for text in texts]
-    labeler = SentimentLabeler.train(texts, labels)
-    labeler.save(tmp_path / "labeler.npz")
-    loaded = SentimentLabeler.load(tmp_path / "labeler.npz")
-    vectorizer = TfidfVectorizer(min_df=20, sublinear_tf=True)
-    plain = LogisticRegression(max_iter=300).fit(vectorizer.fit_transform(texts), labels)
-    asked = ["", "unknown words", "bad bad bad film"] + [" ".join(draw.choices(words, k=5)) for _ in range(20)]
-    expected = plain.decision_function(vectorizer.transform(asked)).tolist()
-    assert loaded([""] * 23, asked) == pytest.approx(expected, abs=1e-9)
-    assert loaded.accuracy(texts, labels) == labeler.accuracy(texts, labels)
-
-
-def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
-    import joblib
-
-    from instruct_trl.pipeline.labeler import SentimentLabeler
-
-    class Runs:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    joblib.dump(Runs(), tmp_path / "labeler.npz")
-    with pytest.raises(ValueError, match=r"labeler\.npz cannot be read as the demo's labeler.*Move .* away"):
-        SentimentLabeler.load(tmp_path / "labeler.npz")
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("key", ["0A1B2C3D4E5F60718293A4B5C6D7E8F9", "A1B2C3D4E5F60718293A4B5C6D7E8F90"])

@@ -18,7 +18,7 @@ RANKED_PROMPTS = 8  # prompts an optimizer step of the reward model (paper: 64)
 
 def data(lab: Lab) -> Job:
     """The demo's datasets and its labeler, each review in one use only; the same for all seeds."""
-    from instruct_trl.pipeline.demo_data import DemoDataArguments, build_demo_data
+    from instruct_trl.recipes.demo.prepare import DemoDataArguments, build_demo_data
 
     plan = lab.plan
     sizes = {
@@ -58,7 +58,7 @@ def base(lab: Lab) -> Path:
         with lab.lock(folder.name):
             return tiny_lm(folder, lab.plan.base_steps, bf16=True)
     if lab.plan.model == "demo":
-        from instruct_trl.pipeline.assets import base_model
+        from instruct_trl.recipes.demo.prepare import base_model
 
         return Path(base_model())
     return Path(lab.plan.model)
@@ -266,7 +266,7 @@ def selected(lab: Lab, seed: int) -> Job:
             seed=seed,
         )
         rows = [
-            {"folder": row.checkpoint, "epoch": row.epoch, "rm_score": row.rm_score, "loss": row.validation_loss}
+            {"folder": row.checkpoint, "epoch": row.epoch, "rm_score": row.rm_score.mean, "loss": row.validation_loss}
             for row in result.rows
         ]
         picked = {Path(row.checkpoint).name: row.epoch for row in result.rows}

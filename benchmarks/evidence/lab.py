@@ -173,7 +173,7 @@ class PlainLabeler:
     __name__ = "labeler"
 
     def __init__(self, folder: Path):
-        from instruct_trl.pipeline.labeler import SentimentLabeler
+        from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
         self.classifier = SentimentLabeler.load(folder / "labeler.npz")
 

@@ -1,1 +1,1 @@
-"""What the recipes share: stages, assets, arguments, loading."""
+"""What the recipes share: stages, arguments, loading."""

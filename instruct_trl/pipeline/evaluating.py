@@ -3,82 +3,112 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 
 from instruct_trl.data.checks import read_json
+from instruct_trl.data.prompt_keys import prompt_key
 from instruct_trl.evaluation.answer_room import check_scorer_room
+from instruct_trl.evaluation.divergence import mean_answer_kl
+from instruct_trl.evaluation.gold import score_checkpoints
+from instruct_trl.evaluation.language_modeling import mean_token_loss
+from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.evaluation.selection import as_prompts, score_answers
+from instruct_trl.evaluation.win_rate import win_rate
 from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt
-from instruct_trl.pipeline.held_out import prompts_to_judge, trained_on
+from instruct_trl.models.model_files import check_model_path
+from instruct_trl.pipeline.arguments import SamplingArguments, require_at_least
+from instruct_trl.pipeline.functions import load_labeler, try_judges, try_labeler
 from instruct_trl.pipeline.loading import load_split, load_splits
-from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for, reward_path
+from instruct_trl.pipeline.rows import dataset_of, held_out_texts, prompts_to_judge, rows_digest, trained_on
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import write_json
-from instruct_trl.pipeline.trying import try_judges, try_labeler
 
 BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
+_OPTIONS = {BASE: "base_model", SFT: "sft_model", PPO: "ppo_model"}
 
 
-def check_evaluation(run: Any, judges: Any, tasks: Any) -> list[ScoreJudge]:
-    """Refuse judges and tasks that could not be asked or run, before anything is sampled.
+@dataclass
+class EvaluateArguments(SamplingArguments):
+    """What is compared, and by whom."""
 
-    Args:
-        run, judges, tasks: the recipe's arguments.
+    base_model: str | None = field(default=None, metadata={"help": "The pretrained model. Default: not compared."})
+    sft_model: str | None = field(default=None, metadata={"help": "Baseline; default: <run_dir>/selected_sft/model."})
+    ppo_model: str | None = field(default=None, metadata={"help": "Default: <run_dir>/ppo_ptx/policy."})
+    other_models: list[str] = field(
+        default_factory=list, metadata={"help": "More to compare: NAME=PATH, such as PPO=..."}
+    )
+    prefixes: list[str] = field(default_factory=list, metadata={"help": "Text put before their prompts: NAME=FILE."})
+    other_runs: list[str] = field(default_factory=list, metadata={"help": "Folders of PPO runs to draw: NAME=PATH."})
+    reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
+    pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Held-out texts, for a loss on them."})
+    pretraining_description: str | None = field(
+        default=None, metadata={"help": "What these texts are, for the report. Default: the dataset's name."}
+    )
+    labeler: str | None = field(default=None, metadata={"help": "The judge: 'module:function' of your own."})
+    labeler_description: str | None = field(
+        default=None, metadata={"help": "What the labeler is, for the report. Default: its name."}
+    )
+    deviations: list[str] = field(
+        default_factory=list,
+        metadata={"help": "How the run differs from the paper, one sentence each, for the report."},
+    )
+    checkpoint_prompts: str | None = field(
+        default=None, metadata={"help": "Score every PPO checkpoint on the prompts of this dataset."}
+    )
+    max_text_length: int = field(default=256, metadata={"help": "Tokens of a held-out pretraining text."})
 
-    Returns:
-        The judges that are functions, for `evaluate_models` to try.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, max_text_length=2)  # a token and the one before it
 
-    Raises:
-        ImportError: tasks without lm-eval.
-        ValueError: what `check_tasks` and `check_judges` find.
-    """
-    from instruct_trl.pipeline.benchmarking import check_tasks
-    from instruct_trl.pipeline.judging import check_judges
+    @property
+    def reward_path(self) -> str:
+        return self.reward_model_path or str(self.run / "reward_model")
 
-    check_tasks(run, tasks)
-    return check_judges(run, judges, run.folder("evaluation"))
+    @property
+    def ppo_folder(self) -> Path:
+        """Where the policy's PPO run left its log and checkpoints: the run's stage, or beside `ppo_model`."""
+        return Path(self.ppo_model).parent if self.ppo_model else self.run / "ppo_ptx"
 
 
-def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -> dict[str, Any]:
+def evaluate_models(run: EvaluateArguments, folder: Path, judges: Sequence[ScoreJudge] = ()) -> dict[str, Any]:
     """Sample, judge and measure each model; write `answers.json` and return the headline numbers.
 
     Args:
         run: the recipe's arguments.
         folder: where the answers go.
-        judges: further judges that are functions: tried before anything is sampled, asked by `judge_answers`.
+        judges: more judges that are functions; they are tried before anything is sampled, and asked later.
 
     Raises:
-        ValueError: what can be known to be wrong before sampling: a model that is not there, bad prompts, a labeler or
-            judge that fails.
+        ValueError: whatever can be known to be wrong before sampling: a model that is not there, bad prompts, a labeler
+            or judge that fails.
     """
     from instruct_trl import RewardScorer
-    from instruct_trl.report.plot_style import require_matplotlib
+    from instruct_trl.report.pictures import require_matplotlib
 
     require_matplotlib()
     paths = model_paths(run)
     _check_checkpoints(run)
     other_logs(run.other_runs)
     check_model_folders(run, paths)
-    labeler = load_labeler(run, run.labeler)
-    scorer = RewardScorer(reward_path(run), batch_size=run.batch_size)
-    own = run.dataset_name is not None
-    prompts = as_prompts(prompts_for(run, "test"), "The prompts of the evaluation")
-    seen = trained_on(run, prompts)
+    labeler = load_labeler(run.labeler, run)
+    scorer = RewardScorer(run.reward_path, batch_size=run.batch_size)
+    prompts = as_prompts(prompts_to_judge(run, dataset_of(run)), "The prompts of the evaluation")
+    seen = trained_on(run, prompts, [run.sft_model, run.reward_model_path, run.ppo_folder])
     check_scorer_room(scorer, prompts, run.max_completion_length, "max_completion_length")
     prefixes = read_prefixes(run, prompts)
-    texts = held_out_texts(run)
+    texts = held_out_texts(run, run.pretraining_dataset_name)
     if PartialState().num_processes > 1:
         PartialState().print("== Evaluation: every process samples all answers. Launch one alone: --num_processes 1.")
     reference, tokenizer = load_causal_lm(paths[SFT])
-    try_labeler(labeler, prompts, tokenizer, run.labeler)
+    try_labeler(labeler, prompts, tokenizer, str(run.labeler))
     try_judges(judges, prompts)
     answers: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
@@ -87,152 +117,30 @@ def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -
         with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
             answers[name]["reward"] = score_answers(scorer, prompts, sampled)
     result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": seen}
-    if not own:
-        result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
+    if (rankings := run.run / "rankings" / "test.jsonl").exists() and "ranks" in (
+        rows := load_split(rankings)
+    ).features:
+        result["reward_model"] = reward_model_figures(scorer, Path(run.reward_path), rows)
     if run.checkpoint_prompts is not None:
-        result["checkpoints"] = checkpoints_by_labeler(run, labeler, scorer)
+        result["checkpoints"] = score_checkpoints(
+            run.ppo_folder,
+            labeler,
+            scorer,
+            prompts_to_judge(run, run.checkpoint_prompts).select_columns("prompt"),
+            max_new_tokens=run.max_completion_length,
+            temperature=run.temperature,
+            batch_size=run.batch_size,
+            seed=run.seed,
+        )
     write_json(folder / "answers.json", result)
     wins = {n: win_against_sft(answers, n) for n in answers if n != SFT}
-    return {f"{name} wins against SFT": w.rate for name, w in wins.items()}
-
-
-def model_paths(run: Any) -> dict[str, str]:
-    """Name → path, in the order of the pipeline; own data without a --base_model leaves the base out."""
-    from instruct_trl.pipeline.assets import base_model
-
-    base = run.base_model or (str(base_model()) if run.dataset_name is None else None)
-    sft = run.sft_model or str(run.run / "selected_sft" / "model")
-    named = ({BASE: base} if base else {}) | {SFT: sft}
-    others = name_and_path(run.other_models, "other_models")
-    ppo = {PPO: run.ppo_model or str(run.run / "ppo_ptx" / "policy")}
-    if taken := others.keys() & {BASE, SFT, PPO}:
-        raise ValueError(
-            f"other_models: the name {min(taken)!r} is taken; give --{_OPTIONS[min(taken)]}, or another name."
-        )
-    return named | others | ppo
-
-
-def check_model_folders(run: Any, paths: dict[str, str]) -> None:
-    """Refuse a model that is not there, with the option that names it.
-
-    Args:
-        run: the recipe's arguments.
-        paths: name → path, of `model_paths`.
-
-    Raises:
-        ValueError: neither a folder nor a model of the hub.
-    """
-    from instruct_trl.models.model_files import check_model_path
-
-    named = {f"--{_OPTIONS.get(name, f'other_models {name}')}": path for name, path in paths.items()}
-    for option, path in (named | {"--reward_model_path": reward_path(run)}).items():
-        try:
-            check_model_path(path)
-        except ValueError as error:
-            raise ValueError(f"{option}: {error}") from None
-
-
-_OPTIONS = {BASE: "base_model", SFT: "sft_model", PPO: "ppo_model"}
-
-
-def ppo_folder(run: Any) -> Path:
-    """Where the evaluated policy's PPO run left its log and checkpoints: the run's stage, or beside `ppo_model`."""
-    return Path(run.ppo_model).parent if run.ppo_model else run.run / "ppo_ptx"
-
-
-def name_and_path(entries: list[str], option: str) -> dict[str, str]:
-    """["NAME=PATH", ...] as a dict, in order.
-
-    Raises:
-        ValueError: an entry of another form, or a name twice.
-    """
-    pairs = [entry.partition("=")[::2] for entry in entries]
-    for entry, (name, path) in zip(entries, pairs, strict=True):
-        if not name or not path or sum(name == other for other, _ in pairs) > 1:
-            raise ValueError(f"{option}: {entry!r} is not NAME=PATH with a name of its own, such as PPO=outputs/plain.")
-    return dict(pairs)
-
-
-def _check_checkpoints(run: Any) -> None:
-    """Refuse `checkpoint_prompts` before anything is sampled, where it could not be done.
-
-    Raises:
-        ValueError: the demo's prompts beside a dataset of the user's, a run without checkpoints, or no such dataset.
-    """
-    if run.checkpoint_prompts is None:
-        return
-    if run.checkpoint_prompts == "demo" and run.dataset_name is not None:
-        raise ValueError(
-            "checkpoint_prompts is 'demo', but dataset_name is your own: name a dataset of validation prompts that "
-            "neither training nor the comparison uses."
-        )
-    if not any(ppo_folder(run).glob("checkpoint-*")):
-        raise ValueError(
-            f"checkpoint_prompts: {ppo_folder(run)} holds no checkpoint-* folders. Train with save_strategy "
-            "'steps', save_steps and save_total_limit, or leave the option off."
-        )
-    if run.checkpoint_prompts != "demo":
-        load_splits(run.checkpoint_prompts)
-
-
-def checkpoints_by_labeler(run: Any, labeler: Any, scorer: Any) -> list[dict[str, Any]]:
-    """Labeler and RM score of each checkpoint of the PPO run, on validation prompts."""
-    from instruct_trl.evaluation.gold import score_checkpoints
-
-    own = None if run.checkpoint_prompts == "demo" else run.checkpoint_prompts
-    prompts = prompts_for(run, "selection") if own is None else prompts_to_judge(run, own)
-    return score_checkpoints(
-        ppo_folder(run),
-        labeler,
-        scorer,
-        prompts.select_columns("prompt"),
-        max_new_tokens=run.max_completion_length,
-        temperature=run.temperature,
-        batch_size=run.batch_size,
-        seed=run.seed,
-    )
-
-
-def read_prefixes(run: Any, prompts: list) -> dict[str, str]:
-    """Name → the text of its file, of the models whose prompts get one put before them (the paper's prompted GPT-3).
-
-    Raises:
-        ValueError: a name that is none of `other_models`, no such file, or prompts that are messages.
-    """
-    files = name_and_path(run.prefixes, "prefixes")
-    known = name_and_path(run.other_models, "other_models")
-    for name, file in files.items():
-        if name not in known:
-            raise ValueError(
-                f"prefixes: no model of --other_models is called {name!r}, only {', '.join(known) or '-'}."
-            )
-        if not Path(file).is_file():
-            raise ValueError(f"prefixes: {file!r} of {name!r} is not a file. Give a text file to put before prompts.")
-    if files and not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prefixes need prompts of plain text; these are messages. Put the text into the messages.")
-    return {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
-
-
-def cut_at_blank_line(answer: Completion, tokenizer: Any) -> Completion:
-    """A prompted model's answer up to its first blank line, where the next example would begin, as if it ended there.
-
-    Blank lines before the first word are no end. An answer without one comes back as it is.
-    """
-    blank = re.search(r"(?<=\S)\s*?\n\s*\n", answer.text)
-    if blank is None:
-        return answer
-    text = answer.text[: blank.start()]
-    ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
-    return Completion(text, [*ids, tokenizer.eos_token_id], truncated=False)
+    return {f"{name} wins against SFT": w.mean for name, w in wins.items()}
 
 
 def _measure(
-    run: Any, name: str, path: str, prompts: list, texts: list | None, reference: Any, prefix: str | None
+    run: EvaluateArguments, name: str, path: str, prompts: list, texts: list | None, reference: Any, prefix: str | None
 ) -> tuple[list[Completion], dict[str, Any]]:
-    """A model's answers, and what is measured of them and of it without a judge: with a prefix, no KL and no loss."""
-    from instruct_trl.evaluation.divergence import mean_answer_kl
-    from instruct_trl.evaluation.language_modeling import mean_token_loss
-
+    """A model's answers, and what is measured without a judge; of one with a prefix neither KL nor loss."""
     model, tokenizer = load_causal_lm(path)
     asked = prompts if prefix is None else [prefix + prompt for prompt in prompts]
     answers = sample_answers(model, tokenizer, asked, run, seed=run.seed, desc=f"answers of {name}")
@@ -253,57 +161,118 @@ def _measure(
     }
 
 
-def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
-    """How often the reward model orders two answers as the labeler does: overall, and by the distance of their ranks.
+def cut_at_blank_line(answer: Completion, tokenizer: Any) -> Completion:
+    """A prompted model's answer up to its first blank line, where the next example would begin, as if it ended there.
 
-    Intervals are `reward_pairs.rate_interval`'s, over prompts.
+    Blank lines before the first word are no end. An answer without one comes back as it is.
+    """
+    blank = re.search(r"(?<=\S)\s*?\n\s*\n", answer.text)
+    if blank is None:
+        return answer
+    text = answer.text[: blank.start()]
+    ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
+    return Completion(text, [*ids, tokenizer.eos_token_id], truncated=False)
+
+
+def name_and_path(entries: list[str], option: str) -> dict[str, str]:
+    """["NAME=PATH", ...] as a dict, in order.
 
     Raises:
-        ValueError: fewer than two rankings have an untied pair.
+        ValueError: an entry of another form, or a name twice.
     """
-    from instruct_trl.data.prompt_keys import prompt_key
-    from instruct_trl.maths.rankings import kendall_tau, preferred_pairs, tied_pairs
+    pairs = [entry.partition("=")[::2] for entry in entries]
+    for entry, (name, path) in zip(entries, pairs, strict=True):
+        if not name or not path or sum(name == other for other, _ in pairs) > 1:
+            raise ValueError(f"{option}: {entry!r} is not NAME=PATH with a name of its own, such as PPO=outputs/plain.")
+    return dict(pairs)
 
-    taus: list[float] = []
-    hits: dict[str, list[tuple[str, list[bool]]]] = defaultdict(list)  # distance → ranking → its prompt, its pairs
+
+def model_paths(run: EvaluateArguments) -> dict[str, str]:
+    """Name → path, in the order of the pipeline; the base only if it is named."""
+    sft = run.sft_model or str(run.run / "selected_sft" / "model")
+    others = name_and_path(run.other_models, "other_models")
+    if taken := others.keys() & _OPTIONS:
+        raise ValueError(
+            f"other_models: the name {min(taken)!r} is taken; give --{_OPTIONS[min(taken)]}, or another name."
+        )
+    base = {BASE: run.base_model} if run.base_model else {}
+    return base | {SFT: sft} | others | {PPO: run.ppo_model or str(run.run / "ppo_ptx" / "policy")}
+
+
+def check_model_folders(run: EvaluateArguments, paths: dict[str, str]) -> None:
+    """Refuse a model that is neither a folder nor on the hub, with the option that names it.
+
+    Args:
+        run: the recipe's arguments.
+        paths: name → path, of `model_paths`.
+    """
+    named = {f"--{_OPTIONS.get(name, f'other_models {name}')}": path for name, path in paths.items()}
+    for option, path in (named | {"--reward_model_path": run.reward_path}).items():
+        try:
+            check_model_path(path)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
+
+
+def _check_checkpoints(run: EvaluateArguments) -> None:
+    """Refuse `checkpoint_prompts` that could not be used, before anything is sampled."""
+    if run.checkpoint_prompts is None:
+        return
+    if not any(run.ppo_folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"checkpoint_prompts: {run.ppo_folder} holds no checkpoint-* folders. Train with save_strategy 'steps', "
+            "save_steps and save_total_limit, or leave the option off."
+        )
+    load_splits(run.checkpoint_prompts)
+
+
+def read_prefixes(run: EvaluateArguments, prompts: list) -> dict[str, str]:
+    """Name → the text to put before a model's prompts (the paper's prompted GPT-3).
+
+    Raises:
+        ValueError: a name that is none of `other_models`, no such file, or prompts that are messages.
+    """
+    files = name_and_path(run.prefixes, "prefixes")
+    known = name_and_path(run.other_models, "other_models")
+    for name, file in files.items():
+        if name not in known:
+            raise ValueError(
+                f"prefixes: no model of --other_models is called {name!r}, only {', '.join(known) or '-'}."
+            )
+        if not Path(file).is_file():
+            raise ValueError(f"prefixes: {file!r} of {name!r} is not a file. Give a text file to put before prompts.")
+    if files and not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prefixes need prompts of plain text; these are messages. Put the text into the messages.")
+    return {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
+
+
+def reward_model_figures(scorer: Any, folder: Path, rankings: Any) -> dict[str, Any]:
+    """How often the reward model orders held-out answers as the labeler does, and more: `reward_metrics`.
+
+    A reward model has one accuracy: the figures are those of its own page in `folder`, if that is of these rankings.
+    Otherwise the rankings are scored here.
+    """
+    page = folder / "evaluation" / "metrics.json"
+    known = read_json(page) if page.is_file() else {}
+    if known.get("rankings") == rows_digest(rankings):
+        return known
+    return reward_metrics(score_rankings(scorer, rankings))
+
+
+def score_rankings(scorer: Any, rankings: Any) -> list[dict[str, Any]]:
+    """The records of `RankingRewardTrainer.evaluation_records`, as far as a scorer and `ranks` give them."""
+    records = []
     for row in rankings:
-        count = len(row["completions"])
+        ranks = row["ranks"]
         kwargs = {"truncated": row["truncated"]} if "truncated" in row else {}
-        scores = scorer([row["prompt"]] * count, row["completions"], **kwargs)
-        pairs = [(i, j) for i in range(count) for j in range(count) if row["ranks"][i] < row["ranks"][j]]
-        by_distance: dict[str, list[bool]] = defaultdict(list)
-        for i, j in pairs:
-            by_distance["all"].append(scores[i] > scores[j])
-            by_distance[str(row["ranks"][j] - row["ranks"][i])].append(scores[i] > scores[j])
-        for distance, group in by_distance.items():
-            hits[distance].append((prompt_key(row["prompt"]), group))
-        if pairs:
-            ranks = torch.tensor(row["ranks"])
-            taus.append(float(kendall_tau(torch.tensor(scores), preferred_pairs(ranks), tied_pairs(ranks))))
-    if len(hits["all"]) < 2:
-        raise ValueError("Fewer than two held-out prompts have an untied pair. Sample more prompts, or longer answers.")
-    overall = _accuracy(hits.pop("all"))
-    accuracy = overall.pop("accuracy")
-    return overall | {
-        "pair_accuracy": accuracy,
-        "n_prompts": len({prompt_key(row["prompt"]) for row in rankings}),
-        "kendall_tau": sum(taus) / len(taus),
-        "by_rank_distance": {d: _accuracy(hits[d]) for d in sorted(hits, key=int) if len(hits[d]) > 1},
-    }
-
-
-def _accuracy(rankings: list[tuple[str, list[bool]]]) -> dict[str, Any]:
-    from instruct_trl.evaluation.reward_pairs import rate_interval
-
-    hits = [hit for _, group in rankings for hit in group]
-    found = rate_interval(np.array(hits), [prompt for prompt, group in rankings for _ in group])
-    return {name: found[name] for name in ("accuracy", "low", "high", "n_pairs")}
+        scores = scorer([row["prompt"]] * len(ranks), row["completions"], **kwargs)
+        pairs = [[i, j] for i, first in enumerate(ranks) for j, second in enumerate(ranks) if first < second]
+        records.append({"rewards": scores, "pairs": pairs, "ranks": ranks, "prompt_key": prompt_key(row["prompt"])})
+    return records
 
 
 def win_against_sft(models: dict[str, Any], name: str, prompts: Any = None) -> Any:
     """`win_rate` of a model against the SFT model by the labeler; `prompts` as there."""
-    from instruct_trl.evaluation.win_rate import win_rate
-
     return win_rate(models[name]["labeler"], models[SFT]["labeler"], prompts=prompts)
 
 
@@ -326,7 +295,7 @@ def other_logs(entries: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def training_log(stage: Path) -> list[dict[str, Any]]:
-    """The PPO log, one row an iteration, with the labeler's score under `labeler_score`."""
+    """The PPO log, one row per iteration, with the labeler's score under `labeler_score`."""
     state = stage / "trainer_state.json"
     if not state.exists():
         return []

@@ -13,19 +13,15 @@ from accelerate import PartialState
 
 from instruct_trl.data.checks import read_json
 from instruct_trl.judges.base import as_text
-from instruct_trl.pipeline.arguments import default_config, load_yaml
-from instruct_trl.pipeline.disk import disk_errors
-from instruct_trl.pipeline.evaluating import SFT, other_logs, ppo_folder, training_log, win_against_sft
-from instruct_trl.pipeline.stage import finished_summary
-from instruct_trl.pipeline.stage_lock import locked
+from instruct_trl.pipeline.evaluating import SFT, EvaluateArguments, other_logs, training_log, win_against_sft
+from instruct_trl.pipeline.stage import disk_errors, finished_summary, locked
 from instruct_trl.redaction import redact_command, redact_settings
 from instruct_trl.report.data import ModelResult, ReportData, Sample
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
-DEMO_LABELER = "a sentiment classifier (TF-IDF, logistic regression) trained on film reviews that no other stage uses"
 
 
-def judged_report(run: Any, folder: Path, tasks: Any, judges: Any) -> str:
+def judged_report(run: EvaluateArguments, folder: Path, tasks: Any, judges: Any) -> str:
     """The tasks on every process, then, on the main one alone, the judges and the report; returns the report's path.
 
     The other processes are done by then. None waits at a barrier, which could time out before a judge has replied.
@@ -41,14 +37,14 @@ def judged_report(run: Any, folder: Path, tasks: Any, judges: Any) -> str:
     return str(report)
 
 
-def report_folder(run: Any, folder: Path) -> Path:
+def report_folder(run: EvaluateArguments, folder: Path) -> Path:
     """Where the report goes: into the run, or beside the answers of an evaluation with an `output_dir` of its own."""
     return run.run if folder.resolve() == (run.run / "evaluation").resolve() else folder
 
 
-def stage_folders(run: Any, folder: Path) -> dict[str, Path]:
+def stage_folders(run: EvaluateArguments, folder: Path) -> dict[str, Path]:
     """Stage → the folder that holds its settings, time and log: the run's, or that of the model given in its place."""
-    folders = {stage: run.run / stage for stage in STAGES} | {"evaluation": folder, "ppo_ptx": ppo_folder(run)}
+    folders = {stage: run.run / stage for stage in STAGES} | {"evaluation": folder, "ppo_ptx": run.ppo_folder}
     if run.sft_model:
         folders["selected_sft"] = Path(run.sft_model).parent
     if run.reward_model_path:
@@ -57,7 +53,7 @@ def stage_folders(run: Any, folder: Path) -> dict[str, Path]:
 
 
 def make_report(
-    run: Any, folder: Path, tasks: dict[str, Any] | None = None, judged: dict[str, Any] | None = None
+    run: EvaluateArguments, folder: Path, tasks: dict[str, Any] | None = None, judged: dict[str, Any] | None = None
 ) -> Path:
     """Draw report.md and report.html of the run from what its stages left behind; see `report_folder`.
 
@@ -67,7 +63,7 @@ def make_report(
         tasks: of `benchmarking.measure_tasks`.
         judged: of `judging.judge_answers`.
     """
-    from instruct_trl.report.evaluation_page import write_report
+    from instruct_trl.report.pages import write_report
 
     data = read_json(folder / "answers.json")
     stages = stage_folders(run, folder)
@@ -75,7 +71,7 @@ def make_report(
     report = ReportData(
         run_name=run.run.name,
         models=[_result(data, name, (tasks or {}).get(name, {})) for name in data["models"]],
-        labeler=DEMO_LABELER if run.labeler == "demo" else run.labeler,
+        labeler=run.labeler_description or str(run.labeler),
         training=training_log(stages["ppo_ptx"]),
         runs=other_logs(run.other_runs),
         checkpoints=data.get("checkpoints", []),
@@ -86,11 +82,11 @@ def make_report(
         selection_note=_finding(selection.with_suffix(".json")),
         samples=_samples(data),
         settings={name: redact_settings((finished_summary(stages[name]) or {}).get("settings", {})) for name in STAGES},
-        deviations=_deviations(run),
+        deviations=run.deviations,
         timings={s: f["seconds"] for s in STAGES if (f := finished_summary(stages[s])) is not None},
         command=command_line(),
         environment=environment(),
-        pretraining_text=run.pretraining_dataset_name or "held-out passages of novels",
+        pretraining_text=run.pretraining_description or run.pretraining_dataset_name or "",
     )
     return write_report(report, report_folder(run, folder))
 
@@ -100,53 +96,38 @@ def _finding(selection: Path) -> str:
     return read_json(selection).get("finding", "") if selection.exists() else ""
 
 
-def _deviations(run: Any) -> list:
-    """Where the run departs from the paper, by the list beside its YAML; a recipe's own is not of a user's data."""
-    path = (run.config_folder / "deviations.yaml").resolve()
-    is_a_demos = path.is_relative_to(default_config("evaluate").resolve().parents[1])
-    if not path.exists() or (is_a_demos and run.dataset_name is not None):
-        return []
-    return load_yaml(path) or []
-
-
 def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
     from instruct_trl.data.prompt_keys import prompt_keys
     from instruct_trl.evaluation import hacks
     from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
-    from instruct_trl.evaluation.estimates import mean_interval
+    from instruct_trl.evaluation.estimates import Estimate, mean_interval
     from instruct_trl.evaluation.win_rate import paired_difference
 
     models, prompts = data["models"], prompt_keys(data["prompts"])
     row, base = models[name], models[SFT]
-    opening, opening_share = hacks.common_opening(row["completions"])
-    label, reward = mean_interval(row["labeler"], prompts), mean_interval(row["reward"], prompts)
+    texts, loss = row["completions"], row.get("pretraining_loss")
     result = ModelResult(
         name,
-        labeler_mean=label.mean,
-        labeler_ci=label.bounds,
-        rm_mean=reward.mean,
-        rm_ci=reward.bounds,
+        labeler=mean_interval(row["labeler"], prompts),
+        reward=mean_interval(row["reward"], prompts),
         kl=row.get("kl"),
-        pretraining_loss=row.get("pretraining_loss"),
+        pretraining_loss=None if loss is None else Estimate(loss, None, None, 0),
         mean_length=sum(row["lengths"]) / len(row["lengths"]),
         eos_rate=sum(row["ended"]) / len(row["ended"]),
-        distinct_2=distinct_n(row["completions"], 2),
-        repetition=repetition_rate(row["completions"]),
-        distinct_1=distinct_n(row["completions"], 1),
-        duplicates=hacks.duplicate_rate(row["completions"]),
-        opening=opening,
-        opening_share=opening_share,
+        distinct_1=distinct_n(texts, 1),
+        distinct_2=distinct_n(texts, 2),
+        repetition=repetition_rate(texts),
+        duplicates=hacks.duplicate_rate(texts),
+        opening=hacks.common_opening(texts),
         length_correlation=hacks.rank_correlation(row["labeler"], row["lengths"]),
         tasks=tasks,
     )
     if name != SFT:
-        difference = mean_interval(paired_difference(row["labeler"], base["labeler"]), prompts)
+        scores = (row["labeler"], base["labeler"])
         result.win = win_against_sft(models, name, prompts)
-        scores = (row["labeler"], base["labeler"], row["lengths"], base["lengths"])
-        result.like_length = hacks.like_length_win_rate(*scores, prompts=prompts)
-        result.favourite = hacks.favourite_word(row["completions"], base["completions"])
-        result.labeler_difference = difference.mean
-        result.labeler_difference_ci = difference.bounds
+        result.like_length = hacks.like_length_win_rate(*scores, row["lengths"], base["lengths"], prompts=prompts)
+        result.favourite = hacks.favourite_word(texts, base["completions"])
+        result.labeler_difference = mean_interval(paired_difference(*scores), prompts)
     return result
 
 

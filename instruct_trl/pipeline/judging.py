@@ -25,7 +25,7 @@ from instruct_trl.judges import (
 )
 from instruct_trl.judges.chat import check_url
 from instruct_trl.judges.tally import judged_row, rating_row
-from instruct_trl.pipeline.bounds import require_at_least
+from instruct_trl.pipeline.arguments import require_at_least
 from instruct_trl.pipeline.functions import load_function, names_a_function
 from instruct_trl.pipeline.stage import write_json
 from instruct_trl.redaction import looks_like_variable
@@ -93,10 +93,9 @@ def check_judges(run: Any, settings: JudgeArguments, folder: Path) -> list[Score
         ValueError: whatever `make_judge` finds, or a reward model that is not there.
     """
     from instruct_trl.models.model_files import check_model_path
-    from instruct_trl.pipeline.run import reward_path
 
     if "reward_model" in settings.judges:
-        check_model_path(reward_path(run))
+        check_model_path(run.reward_model_path or str(run.run / "reward_model"))
     made = [make_judge(name, run, settings, folder) for name in settings.judges if name != "reward_model"]
     return [judge for judge in made if isinstance(judge, ScoreJudge)]
 
@@ -174,9 +173,11 @@ def make_judge(name: str, run: Any, settings: JudgeArguments, folder: Path) -> J
         return PeopleJudge(folder / "people", file_type=settings.people_file_type, seed=run.seed, criterion=criterion)
     if name == "reward_model":
         from instruct_trl import RewardScorer
-        from instruct_trl.pipeline.run import reward_path
 
-        return ScoreJudge(RewardScorer(reward_path(run), batch_size=run.batch_size), "reward model")
+        return ScoreJudge(
+            RewardScorer(run.reward_model_path or str(run.run / "reward_model"), batch_size=run.batch_size),
+            "reward model",
+        )
     if _is_url(name):
         return _endpoint(name, criterion, settings, folder)
     if names_a_function(name):

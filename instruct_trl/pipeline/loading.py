@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import glob
+import io
+import json
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -11,11 +15,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from instruct_trl.pipeline.file_faults import FILE_TYPES, fault_in
+from instruct_trl.data.checks import shown
 from instruct_trl.redaction import redact
 
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "held_out")
-"""Usual names of a split that is not trained on, in the order in which one is taken."""
+"""Usual names of a split that is not trained on. The first one that is there is taken."""
 
 _NAMED_HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval|evaluation)(?![a-z])", re.IGNORECASE)
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -24,7 +29,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def load_splits(name: str | Path, config: str | None = None) -> dict[str, Any]:
-    """Every split of a dataset, name → `datasets.Dataset`: the one place that decides which splits there are.
+    """Every split of a dataset, name → `datasets.Dataset`.
 
     Args:
         name: a file of a known type, or a folder with one dataset saved by `save_to_disk` (both are one split, called
@@ -32,8 +37,8 @@ def load_splits(name: str | Path, config: str | None = None) -> dict[str, Any]:
         config: the hub dataset's configuration.
 
     Raises:
-        ValueError: a path that does not exist, an unknown file type, no such dataset on the hub, or what cannot be
-            read; says which file and line, as far as that is known, and what to do.
+        ValueError: there is no such dataset, its file type is unknown, or it cannot be read; says which file and line,
+            as far as that is known, and what to do.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -93,27 +98,26 @@ def _beside(path: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first two lines of what datasets, or what it met, said."""
+    """The first two lines of the error of datasets, or of what it met."""
     text = " ".join(str(error.__cause__ or error).split("\n")[:2]).strip() or type(error).__name__
     return (text if len(text) <= 300 else text[:300] + "…").rstrip(".") + "."
 
 
 def _read_files(files: list[Path]) -> Any:
-    """Files of one type as one dataset; an error says which of them is at fault, and where."""
+    """Files of one type as one dataset."""
     kind = FILE_TYPES.get(files[0].suffix.lower())
     if kind is None:
         raise ValueError(f"{files[0]} is not a {', '.join(FILE_TYPES)} file. Convert it to one of these.")
-    options = _OPTIONS.get(kind, {})
     try:
         try:
-            return _load(kind, files, **options)
+            return _load(kind, files, **_OPTIONS.get(kind, {}))
         except Exception:
             if kind != "json":
                 raise
             # The types of a json file are those of its first megabytes: fractions or columns may begin later.
             return _load(kind, files, chunksize=max(file.stat().st_size for file in files) + 1)
     except Exception as error:
-        fault = next((fault for file in files if (fault := fault_in(file))), None)
+        fault = next((fault for file in files if (fault := _fault_in(file, kind))), None)
         names = ", ".join(map(str, files))
         raise ValueError(
             fault or f"{names} could not be read: {_reason(error)} Mend what this names, or write the file anew."
@@ -142,40 +146,43 @@ def _read_folder(path: Path, config: str | None) -> dict[str, Any]:
             ) from error
         return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
     config = config if (path / "README.md").is_file() else None  # which is where a folder names its configurations
-    files = _files_of_splits(path, config)
-    kinds = {FILE_TYPES.get(file.suffix.lower()) for found in files.values() for file in found}
-    if len(kinds) == 1 and None not in kinds:  # each by itself: a test split may have columns of its own
-        return {split: _read_files(found) for split, found in files.items()}
+    full = str(path.resolve())
     try:
-        return dict(datasets.load_dataset(str(path.resolve()), config))
+        files = _files_of_splits(path, full, config)
+        kinds = {FILE_TYPES.get(file.suffix.lower()) for found in files.values() for file in found}
+        if len(kinds) != 1 or None in kinds:
+            return dict(datasets.load_dataset(full, config))
     except Exception as error:
-        raise _no_data(path, error) from error
+        found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "it is empty"
+        raise ValueError(
+            f"The folder {path} has no data files that can be read as one dataset ({found}): {_reason(error)} Give it "
+            f"train and test files of one type of {', '.join(FILE_TYPES)}, or name one file."
+        ) from error
+    _check_names(path, files)
+    return {split: _read_files(found) for split, found in files.items()}  # a test split may have columns of its own
 
 
-def _files_of_splits(path: Path, config: str | None) -> dict[str, list[Path]]:
-    """Which data files of a folder are which split, as datasets tells by their names.
-
-    Raises:
-        ValueError: no data files, or several types; or files named as held out would be trained on.
-    """
+def _files_of_splits(path: Path, full: str, config: str | None) -> dict[str, list[Path]]:
+    """Split → its files, as datasets tells by their names."""
     import datasets
 
-    full = str(path.resolve())
     kind = next((k for file in sorted(path.rglob("*")) if (k := FILE_TYPES.get(file.suffix.lower()))), None)
-    try:
-        if kind is not None and glob.escape(full) != full:  # brackets, which datasets takes for a pattern
-            builder = datasets.load_dataset_builder(kind, data_dir=glob.escape(full))
-        else:
-            builder = datasets.load_dataset_builder(full, config)
-    except Exception as error:
-        raise _no_data(path, error) from error
-    files = {str(split): [Path(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
-    _refuse_held_out_names(path, files)
-    _say_unread(path, files)
-    return files
+    if kind is not None and glob.escape(full) != full:  # brackets, which datasets takes for a pattern
+        builder = datasets.load_dataset_builder(kind, data_dir=glob.escape(full))
+    else:
+        builder = datasets.load_dataset_builder(full, config)
+    return {str(split): [Path(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
 
 
-def _say_unread(path: Path, files: Mapping[str, list[Path]]) -> None:
+def _check_names(path: Path, files: Mapping[str, list[Path]]) -> None:
+    """Refuse files that are named as held out and would be trained on; say which files are not read."""
+    for file in files.get("train", []):
+        meant = _NAMED_HELD_OUT.match(file.stem) if file.parent == path.resolve() else None  # train/test_1 is one's own
+        if meant:
+            raise ValueError(
+                f"{file} would be read as training rows, since no split is recognised in its name. Rename it "
+                f"{meant[0].lower()}{file.suffix}, and the training rows train{file.suffix}."
+            )
     read = {file.resolve() for found in files.values() for file in found}
     there = [file for file in sorted(path.iterdir()) if file.suffix.lower() in FILE_TYPES]
     left = [f.name for f in there if f.resolve() not in read and not f.name.startswith((".", "dataset_info"))]
@@ -184,24 +191,6 @@ def _say_unread(path: Path, files: Mapping[str, list[Path]]) -> None:
             f"== Data: {path} also holds {', '.join(left[:5])}, which is not read: its splits are {', '.join(files)}. "
             "Name files train, validation and test."
         )
-
-
-def _no_data(path: Path, error: Exception) -> ValueError:
-    found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "it is empty"
-    return ValueError(
-        f"The folder {path} has no data files that can be read as one dataset ({found}): {_reason(error)} Give it "
-        f"train and test files of one type of {', '.join(FILE_TYPES)}, or name one file."
-    )
-
-
-def _refuse_held_out_names(path: Path, files: Mapping[str, list[Path]]) -> None:
-    for file in files.get("train", []):
-        meant = _NAMED_HELD_OUT.match(file.stem) if file.parent == path.resolve() else None  # train/test_1 is one's own
-        if meant:
-            raise ValueError(
-                f"{file} would be read as training rows, since no split is recognised in its name. Rename it "
-                f"{meant[0].lower()}{file.suffix}, and the training rows train{file.suffix}."
-            )
 
 
 def _read_hub(name: str, config: str | None) -> dict[str, Any]:
@@ -216,3 +205,86 @@ def _read_hub(name: str, config: str | None) -> dict[str, Any]:
             f"{_reason(error)}{offline}{_beside(Path(name))} Check the path or the name, --dataset_config, the network "
             "and, for private data, `hf auth login`."
         ) from error
+
+
+# -- the fault of a broken file, looked for only when datasets could not read it ---------------------------------------
+
+
+def _fault_in(path: Path, kind: str) -> str | None:
+    """The fault, its line and the remedy; None if none is found. Lines count from 1, rows of a json array from 0."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"{path} cannot be opened: {error.strerror}. Check the file and its permissions."
+    if not data:
+        return f"{path} is empty: it has no rows. Write it again."
+    if kind == "parquet":
+        if data[:4] != b"PAR1":
+            return f"{path} is no parquet file: it begins with {shown(data[:12])}. Give it the ending of what it is."
+        return None if data[-4:] == b"PAR1" else f"{path} is cut off. Copy, download or write it again."
+    try:
+        return {"json": _json_fault, "csv": _csv_fault}[kind](path, data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        convert = f"-t UTF-8 {path.name} > utf8{path.suffix}"
+        if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return f"{path} is in UTF-16. Convert it to UTF-8: iconv -f UTF-16 {convert}"
+        before = data[: error.start]
+        return (
+            f"{path}, line {before.count(10) + 1}: byte {data[error.start]:#04x} after "
+            f"{before[-20:].decode(errors='replace')!r} is not UTF-8. If it is Latin-1 or Windows-1252, convert it: "
+            f"iconv -f WINDOWS-1252 {convert}"
+        )
+
+
+def _json_fault(path: Path, text: str) -> str | None:
+    """Of json lines, or of one array or object over several lines."""
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    first = lines[0][1] if lines else ""
+    whole = first == "{" or (first.startswith("[") and not (len(lines) > 1 and first.endswith("]")))
+    columns = rows = 0
+    for number, piece in [(0, text)] if whole else lines:
+        where = f"{path}, line {number}" if number else str(path)
+        try:
+            value = json.loads(piece, object_pairs_hook=_once)
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except json.JSONDecodeError as error:
+            around = shown(error.doc[max(0, error.pos - 30) : error.pos + 30])
+            return (
+                f"{path}, line {number or error.lineno}: broken JSON ({error.msg}, column {error.colno}), near "
+                f"{around}. Mend the line, or write the file anew if it was cut off."
+            )
+        except UnicodeEncodeError as error:
+            return f"{where}: it holds half a character ({error.object[error.start]!r}). Write the whole one."
+        except ValueError as error:
+            return f"{where}: {error}"
+        for row in value if whole and isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                return f"{where}: {shown(row)} is not an object. A json lines file has one object {{...}} per line."
+            rows, columns = rows + 1, columns + len(row)
+    return None if columns else f"{path} has no {'columns' if rows else 'rows'}. Write it again."
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"an object names {twice!r} twice. Keep one of them.")
+    return dict(pairs)
+
+
+def _csv_fault(path: Path, text: str) -> str | None:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    line = rows = 0  # the line before the row that is read, and the rows below the header
+    try:
+        for row in reader:
+            if header is not None and len(row) > len(header):
+                return (
+                    f"{path}, line {line + 1}: {len(row)} cells, but the header has {len(header)}. Put cells that hold "
+                    'commas into "quotes".'
+                )
+            rows += header is not None
+            header, line = header or row, reader.line_num
+    except csv.Error as error:
+        return f'{path}, line {line + 1}: {error}. Close every quote, and write one inside a cell as "".'
+    return None if rows else f"{path} has no rows below its header. Write it again."

@@ -6,15 +6,27 @@ import copy
 import gc
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.pipeline.held_out import overlap
-from instruct_trl.pipeline.run import quiet_progress
+from instruct_trl.pipeline.arguments import RunArguments
+from instruct_trl.pipeline.rows import overlap, rows_digest
+from instruct_trl.pipeline.stage import write_json
+from instruct_trl.pipeline.training import quiet_progress
 
-STAND_IN = (
-    "The labeler is a program that stands in for people: a sentiment classifier, which the reward model never sees."
-)
+
+@dataclass
+class RewardArguments(RunArguments):
+    """Data of `recipes/reward_model.py`; without a dataset_name the rankings in <run_dir>/rankings."""
+
+    demonstrations_name: str | None = field(
+        default=None, metadata={"help": "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."}
+    )
+    labeler_folds: int | None = field(
+        default=None, metadata={"help": "Also train on all but one group of labelers, for so many groups (paper: 5)."}
+    )
+    labeler_description: str | None = field(default=None, metadata={"help": "Who ranked, for the report."})
 
 
 def reward_trainer(model: Any, args: Any, model_args: Any, train: Any, test: Any) -> Any:
@@ -64,28 +76,30 @@ def labelers_left_out(model: Any, args: Any, model_args: Any, train: Any, n_fold
 
 
 def write_page(
-    trainer: Any, folder: str, demo: bool, folds: dict[str, Any] | None, train: Any = None, test: Any = None
+    trainer: Any, folder: str, labeler: str | None, folds: dict[str, Any] | None, train: Any = None, test: Any = None
 ) -> None:
     """`<folder>/evaluation/report.html` from the trainer's last evaluation, and a line that says where it is.
 
     With `train` and `test` the page says how many rows of `test` have a prompt that is trained on.
     """
-    from instruct_trl.report.reward_page import write_reward_report
+    from instruct_trl.report.pages import METRICS_JSON, write_reward_report
 
     if not trainer.accelerator.is_main_process:
         return
     pages = Path(folder, "evaluation")
     repeated = overlap(train, test)
     try:
-        write_reward_report(
+        metrics = write_reward_report(
             trainer.evaluation_records,
             pages,
             title=f"Reward model on {'the test split' if repeated else 'held-out rankings'}",
-            notes=[STAND_IN] if demo else [],
+            notes=[f"The labeler: {labeler}."] if labeler else [],
             labeler_folds=folds,
             trained_on=(repeated, len(test)) if repeated else None,
         )
     except ImportError as error:
         print(f"No page on the evaluation was written. {error}")
     else:
+        if test is not None:  # the evaluation of the run takes the figures from here, where its rankings are these
+            write_json(pages / METRICS_JSON, {**metrics, "rankings": rows_digest(test)})
         print(f"   The evaluation in pictures: {pages / 'report.html'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,42 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.selection import as_prompts, find_checkpoints
 from instruct_trl.models.model_files import check_model_path
-from instruct_trl.pipeline.held_out import trained_on
-from instruct_trl.pipeline.run import demo_or_own, prompts_for, reward_path
+from instruct_trl.pipeline.arguments import SamplingArguments
+from instruct_trl.pipeline.rows import dataset_of, further_rows, prompts_to_judge, trained_on
 
 NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*")
 
 
-def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
+@dataclass
+class SelectArguments(SamplingArguments):
+    """What to choose from, and by what."""
+
+    sft_path: str | None = field(default=None, metadata={"help": "Run with checkpoints. Default: <run_dir>/sft."})
+    reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
+    demonstrations_name: str | None = field(
+        default=None, metadata={"help": "Demonstrations; their held-out split gives the validation loss of the table."}
+    )
+
+
+def select_and_copy(run: SelectArguments, folder: Path) -> dict[str, Any]:
     """Compare the checkpoints, write the table and the picture, copy the best one to `<folder>/model`."""
     from instruct_trl import RewardScorer, select_checkpoint
-    from instruct_trl.report.plot_style import require_matplotlib
+    from instruct_trl.report.pictures import require_matplotlib
     from instruct_trl.report.selection_report import finding
 
     require_matplotlib()
-    own = run.dataset_name is not None
-    sft = run.sft_path or str(run.run / "sft")
+    sft, reward = run.sft_path or str(run.run / "sft"), run.reward_model_path or str(run.run / "reward_model")
     find_checkpoints(sft)
-    check_model_path(reward_path(run))
-    prompts = as_prompts(prompts_for(run, "selection"), "The prompts of the selection")
-    seen = trained_on(run, prompts)
-    reward_model = RewardScorer(reward_path(run), batch_size=run.batch_size)
+    check_model_path(reward)
+    prompts = as_prompts(prompts_to_judge(run, dataset_of(run)), "The prompts of the selection")
+    seen = trained_on(run, prompts, [run.sft_path, run.reward_model_path])
+    reward_model = RewardScorer(reward, batch_size=run.batch_size)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=run.bf16):
         result = select_checkpoint(
             sft,
             reward_model,
             prompts,
-            validation_dataset=None if own else demo_or_own(run, "demonstrations")[1],
+            validation_dataset=further_rows(run, run.demonstrations_name)[1] if run.demonstrations_name else None,
             max_new_tokens=run.max_completion_length,
             temperature=run.temperature,
             batch_size=run.batch_size,

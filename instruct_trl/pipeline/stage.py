@@ -1,28 +1,31 @@
-"""A stage of the pipeline: done once, skipped where its finished output is, redone or resumed when half-written."""
+"""A stage of the pipeline. It runs once, is skipped when it is finished, and is redone or resumed when it broke off."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from instruct_trl.data.checks import read_json
-from instruct_trl.pipeline.disk import check_output_folder, disk_errors
-from instruct_trl.pipeline.fingerprints import fingerprints
-from instruct_trl.pipeline.stage_lock import LOCK, locked
 from instruct_trl.redaction import redact_settings
 from instruct_trl.trainers.checkpoints import last_complete_checkpoint
 
-STARTED, FINISHED = "stage.started.json", "stage.finished.json"
+STARTED, FINISHED, LOCK = "stage.started.json", "stage.finished.json", "stage.lock"
+ELSEWHERE = "Name another --run_dir or --output_dir"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,14 +39,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def finished_summary(folder: Path) -> dict | None:
-    """What the finished stage in `folder` reported, or None."""
+    """The record of the finished stage in `folder`, or None."""
     path = folder / FINISHED
     return read_json(path) if path.exists() else None
 
 
 @dataclass(frozen=True)
 class _Start:
-    """How a stage begins: with the `finished` record of an earlier run, or at a checkpoint, or from scratch."""
+    """How a stage begins: with the `finished` record of an earlier run, at a checkpoint, or from scratch."""
 
     record: dict[str, Any]  # settings and inputs
     finished: dict | None = None
@@ -59,20 +62,19 @@ def run_stage(
     resume: bool = True,
     announce_skip: bool = True,
 ) -> dict[str, Any]:
-    """Run `body` unless `folder` holds its finished output; one clear line before and after.
+    """Run `body` unless `folder` holds its finished output. One line before and one after say so.
 
     Args:
         folder: the stage's own output folder; locked while the stage runs.
-        title: what the lines call it.
-        settings: what the output depends on. A folder made with others, or from local data or models that were changed
+        title: the stage's name in those lines.
+        settings: what the output depends on. A folder made with others, or from local data or models that changed
             since, is refused, never overwritten.
-        body: does the work; called with the checkpoint to resume from, or None; returns a summary for the record.
-        resume: take up a half-written stage at its last complete checkpoint; otherwise it is redone from scratch.
-        announce_skip: print a line also where there is nothing to do.
+        body: does the work. It gets the checkpoint to resume from, or None, and returns a summary for the record.
+        resume: continue a stage that broke off at its last complete checkpoint; otherwise it is redone from scratch.
+        announce_skip: print a line also if there is nothing to do.
 
     Raises:
-        ValueError: the folder holds another run, or files of something else; another process is working in it; or it
-            is no folder.
+        ValueError: the folder holds another run or other files, is no folder, or another process is working in it.
         RuntimeError: it cannot be written to.
     """
     state = PartialState()
@@ -96,12 +98,16 @@ def run_stage(
         if state.is_main_process:
             write_json(folder / FINISHED, start.record | {"summary": result, "seconds": round(seconds, 1)})
         state.wait_for_everyone()
-    state.print(f"== {title}: done in {seconds:.0f} s. {_one_line(result)}", flush=True)
+    shown = {
+        k: f"{v:.3g}" if isinstance(v, float) else v for k, v in result.items() if isinstance(v, int | float | str)
+    }
+    said = ", ".join(f"{key} {value}" for key, value in shown.items())
+    state.print(f"== {title}: done in {seconds:.0f} s. {said}", flush=True)
     return result
 
 
 def _agreed(state: PartialState, decide: Callable[[], _Start]) -> _Start:
-    """The main process decides, and every process gets the result. Where it raises, all do, and none waits for it."""
+    """The main process decides for all. If it raises, every process raises, and none waits for it."""
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -117,7 +123,7 @@ def _agreed(state: PartialState, decide: Callable[[], _Start]) -> _Start:
 
 
 def _begin(folder: Path, settings: dict[str, Any], resume: bool, held: ExitStack) -> _Start:
-    """Keep what is finished; else lock the folder, empty it unless there is a checkpoint, and note what is begun."""
+    """Keep what is finished. Otherwise lock the folder, empty it unless it has a checkpoint, and note the start."""
     check_output_folder(folder)
     record = {"settings": settings, "inputs": fingerprints(settings, but=folder)}
     _refuse_other_run(folder, record)
@@ -129,9 +135,9 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool, held: ExitStack
         return _Start(record, finished=summary)
     checkpoint = last_complete_checkpoint(folder) if resume else None
     write_json(folder / STARTED, record)
-    for name in [] if checkpoint else _contents(folder):
-        if name != STARTED:
-            _remove(folder / name)
+    for name in set() if checkpoint else {*_contents(folder)} - {STARTED}:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return _Start(record, checkpoint=checkpoint)
 
 
@@ -140,31 +146,25 @@ def _contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.exists() else []
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _one_line(summary: dict[str, Any]) -> str:
-    shown = {
-        k: f"{v:.3g}" if isinstance(v, float) else v for k, v in summary.items() if isinstance(v, (int, float, str))
-    }
-    return ", ".join(f"{key} {value}" for key, value in shown.items())
-
-
 def _refuse_other_run(folder: Path, record: dict[str, Any]) -> None:
+    """Compare a folder's own record with this run's; a folder without one must be empty."""
     if not _contents(folder):
         return
-    before = _earlier_record(folder)
+    before = finished_summary(folder)
+    if before is None and not (folder / STARTED).exists():
+        raise ValueError(
+            f"The output folder {folder} is not empty and was not made by this stage. {ELSEWHERE}, or empty this one."
+        )
+    if before is None:
+        before = read_json(folder / STARTED)
+        before = before if isinstance(before.get("settings"), dict) else {"settings": before}  # of older versions
     then, settings = redact_settings(before["settings"]), record["settings"]
     different = sorted(k for k in {*then, *settings} if then.get(k) != settings.get(k))
     if different:
         shown = "; ".join(f"{k}: {then.get(k)!r} there, {settings.get(k)!r} now" for k in different[:5])
         raise ValueError(
-            f"The output folder {folder} holds another run ({shown}). Nothing was touched. Name another "
-            f"--run_dir or --output_dir, or move {folder} away to redo it."
+            f"The output folder {folder} holds another run ({shown}). Nothing was touched. {ELSEWHERE}, or move "
+            f"{folder} away to redo it."
         )
     # Older records have no inputs, and an input that is gone since says nothing.
     was, now = before.get("inputs", {}), record["inputs"]
@@ -172,23 +172,194 @@ def _refuse_other_run(folder: Path, record: dict[str, Any]) -> None:
     if changed:
         raise ValueError(
             f"The output folder {folder} was made from other data: what {' and '.join(changed)} names was changed "
-            f"since. Nothing was touched. Name another --run_dir or --output_dir, or move {folder} away to redo it; or "
-            "restore the data."
+            f"since. Nothing was touched. {ELSEWHERE}, move {folder} away to redo it, or restore the data."
         )
 
 
-def _earlier_record(folder: Path) -> dict[str, Any]:
-    """Settings and inputs of the run in a folder.
+# -- one process at a time ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, making it if need be. The lock is the operating system's: it ends when the process dies.
 
     Raises:
-        ValueError: there is none.
+        ValueError: another process holds it; names its pid.
     """
-    if (summary := finished_summary(folder)) is not None:
-        return summary
-    if not (folder / STARTED).exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            holder = f" (pid {held['pid']} on {held['host']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            holder = ""
         raise ValueError(
-            f"The output folder {folder} is not empty and was not made by this stage. Name another --output_dir or "
-            "--run_dir, or empty it yourself."
-        )
-    record = read_json(folder / STARTED)
-    return record if isinstance(record.get("settings"), dict) else {"settings": record}  # as older versions wrote it
+            f"Another run{holder} is working in {folder}. Nothing was touched. Wait until it ends, or end it. Or: "
+            f"{ELSEWHERE}."
+        ) from None
+    try:
+        path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        yield
+    finally:
+        # While it is held: whoever opened it meanwhile sees that the file has no name any more, and tries again.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+# -- errors of the disk ------------------------------------------------------------------------------------------------
+
+_FULL, _QUOTA = "the disk is full", "the disk quota is used up"
+_LIMIT = "a file would be larger than the limit of the process or the file system (`ulimit -f`)"
+_NOT_WHOLE = "a file could not be written whole (is the disk full?)"
+_BY_NUMBER = {errno.ENOSPC: _FULL, errno.EDQUOT: _QUOTA, errno.EFBIG: _LIMIT}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+# Libraries that write in C++ or Rust raise errors of their own; those of torch.save do not say why.
+_BY_WORDS = {
+    r"no space left on device|not enough disk space": _FULL,
+    "disk quota exceeded": _QUOTA,
+    "file too large": _LIMIT,
+    r"pytorchstreamwriter failed|inline_container.*unexpected pos": _NOT_WHOLE,
+}
+
+
+def check_output_folder(folder: Path) -> None:
+    """Refuse an output folder that is a file, or would lie in one.
+
+    Raises:
+        ValueError: names the file and the remedy.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+    if not place.is_dir():
+        kind = "a file" if place.exists() else "a link to nothing"
+        raise ValueError(f"The output folder {folder} cannot be made: {place} is {kind}. {ELSEWHERE}, or move it away.")
+
+
+@contextmanager
+def disk_errors(folder: Path, title: str) -> Iterator[None]:
+    """Turn the errors of a full, limited or write-protected disk into one that names path and remedy.
+
+    Args:
+        folder: what the block writes to.
+        title: the block's name in the error.
+
+    Raises:
+        RuntimeError: in place of such an error, which stays its cause. All others pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = next(((problem, e) for e in _chain(error) if (problem := _problem(e, folder))), None)
+        if found is None:
+            raise
+        problem, path = found[0], getattr(found[1], "filename", None) or folder
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        room = f" Make room ({shutil.disk_usage(existing).free / 1e9:.2f} GB are free at {existing})."
+        raise RuntimeError(
+            f"{title}: {path} could not be written: {problem}.{room if problem in (_FULL, _QUOTA) else ''} Mend that, "
+            "or name another --output_dir or --run_dir. The same command continues from the last complete checkpoint, "
+            f"if there is one. The error was: {error}"
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _problem(error: BaseException, folder: Path) -> str | None:
+    """The problem of the disk that an error tells of, if it does."""
+    found = re.search(r"\(os error (\d+)\)", str(error))  # as Rust says it
+    number = int(found[1]) if found else getattr(error, "errno", None) or 0
+    if number in _DENIED:  # only in this folder: a user's data elsewhere may be unreadable, which its error says
+        path, place = Path(str(getattr(error, "filename", None) or folder)).absolute(), folder.absolute()
+        return "writing is not permitted" if path.is_relative_to(place) or place.is_relative_to(path) else None
+    text = str(error).lower()
+    said = (problem for words, problem in _BY_WORDS.items() if re.search(words, text, re.DOTALL))
+    return _BY_NUMBER.get(number) or next(said, None)
+
+
+# -- digests of inputs -------------------------------------------------------------------------------------------------
+
+# The settings that name data or models. Names on the hub are left alone.
+INPUTS = (
+    *("dataset_name", "demonstrations_name", "pretraining_dataset_name", "checkpoint_prompts"),
+    *("model_name_or_path", "reward_model_path", "sft_path", "base_model", "sft_model", "ppo_model", "other_models"),
+    *("prefixes", "models", "chat_template_path"),
+)
+_MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
+_DATA_FILES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".xz", ".zst", ".bz2", ".md")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+SAMPLED = 2**28  # bytes from which weights are read in samples
+_BLOCK = 2**16
+# What a run or a library writes beside its input, later and at will.
+_NOT_INPUT = re.compile(r"\..*|cache-.*\.arrow|tmp[a-z0-9_]{8}|trainer_state\.json|training_args\.bin|stage\.\w+\.json")
+
+
+def fingerprints(settings: Mapping[str, Any], but: Path) -> dict[str, str]:
+    """Setting → digest, of every setting that names local files. `but` is the folder that the stage writes to."""
+    named: dict[str, str] = {}  # settings that hold several paths count one by one
+    for name in INPUTS:
+        value = settings.get(name)
+        if isinstance(value, str):
+            named[name] = value
+        elif isinstance(value, Mapping):
+            named |= {f"{name} {inner}": str(path) for inner, path in value.items()}
+        elif isinstance(value, list | tuple):
+            pairs = [str(entry).partition("=") for entry in value]
+            named |= {f"{name} {inner}": path for inner, _, path in pairs}
+    digests = {name: fingerprint(Path(path).expanduser(), but) for name, path in named.items()}
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def fingerprint(path: Path, but: Path) -> str | None:
+    """A digest of the content of a file, or of all files of a folder and their names; None if nothing is there.
+
+    Of a model's folder the model's own files count, not checkpoints and logs in it. Large files of weights are read at
+    65 places: training, merging or casting changes weights everywhere, and reading them whole would take as long as
+    loading them. Data are read whole, however large: one row may have been mended.
+    """
+    if path.is_file():
+        return _digest(path)
+    if not path.is_dir():
+        return None
+    total = hashlib.blake2b(digest_size=16)
+    for file in sorted(_files(path, but.absolute())):
+        total.update(f"{file.relative_to(path).as_posix()} {_digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _files(folder: Path, but: Path) -> Iterator[Path]:
+    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    suffixes = _MODEL_FILES if is_model else _DATA_FILES + _MODEL_FILES
+    for root, folders, names in os.walk(folder):
+        place = Path(root)
+        folders[:] = [] if is_model else [name for name in folders if not _is_output(place / name, but)]
+        for name in names:
+            if name.endswith(suffixes) and not _NOT_INPUT.fullmatch(name) and (place / name).is_file():
+                yield place / name
+
+
+def _is_output(folder: Path, but: Path) -> bool:
+    """Hidden folders, and those that a stage writes to."""
+    written = any((folder / name).exists() for name in (STARTED, FINISHED))
+    return folder.name.startswith(".") or written or folder.absolute() == but
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.suffix not in _WEIGHTS or size < SAMPLED:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        sampled = hashlib.blake2b(str(size).encode(), digest_size=16)
+        for part in range(65):
+            file.seek((size - _BLOCK) * part // 64)
+            sampled.update(file.read(_BLOCK))
+    return sampled.hexdigest()

@@ -255,8 +255,7 @@ def test_a_size_that_is_given_goes_before_a_named_one():
 @pytest.mark.slow
 def test_the_larger_sizes_leave_reviews_for_every_use():
     """Each review is used once: what is asked for is at most what there is of the length asked for."""
-    from instruct_trl.pipeline.assets import movie_reviews
-    from instruct_trl.pipeline.demo_data import SENTENCES, DemoDataArguments
+    from instruct_trl.recipes.demo.prepare import SENTENCES, DemoDataArguments, movie_reviews
 
     limits = DemoDataArguments()
     lengths = [len(row["text"].split(" ")) for row in movie_reviews() if row["source"] == SENTENCES]

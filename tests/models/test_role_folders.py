@@ -35,7 +35,7 @@ from trl import ModelConfig
 from instruct_trl import RewardScorer, RoleAdapters
 from instruct_trl.models.adapters import adapter_parameters
 from instruct_trl.models.loading import classifier_on_sft
-from instruct_trl.pipeline.one_base import load_roles
+from instruct_trl.pipeline.training import load_roles
 
 # Pieces that do not belong together ---------------------------------------------------------------------------------
 

@@ -1,66 +1,33 @@
 """The evaluation of a user's own run, on tiny models: prompts as messages, and whose facts the report shows."""
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import tiny_config
-from datasets import load_dataset
-from instruct_trl.recipes.evaluate import EvaluateArguments
-from instruct_trl.recipes.sample import SampleArguments
+from datasets import Dataset
 from report_example import example_models, example_report, win_of
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM
 
 from instruct_trl import RewardScorer
-from instruct_trl.data.ranking import prepare_ranking_dataset
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.models.generation import Completion
 from instruct_trl.pipeline import evaluating
-from instruct_trl.pipeline.arguments import default_config
-from instruct_trl.pipeline.evaluating import evaluate_models
+from instruct_trl.pipeline.evaluating import (
+    EvaluateArguments,
+    evaluate_models,
+    model_paths,
+    name_and_path,
+    reward_model_figures,
+    score_rankings,
+)
 from instruct_trl.pipeline.evaluation_report import make_report
-from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers, sample_rankings
+from instruct_trl.pipeline.rewarding import write_page
+from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import FINISHED
-from instruct_trl.report.data import ModelResult, load_report_data
-from instruct_trl.report.evaluation_page import write_report
-
-LABELER = """
-def score(prompts, completions, **_):
-    return plain([p[-1]["content"] for p in prompts], [c[0]["content"] for c in completions])
-
-
-def plain(prompts, completions, **_):
-    return [sum(map(ord, c)) + len(p) / 100 for p, c in zip(prompts, completions, strict=True)]
-"""
-
-
-@pytest.fixture
-def own(tmp_path, tokenizer, monkeypatch):
-    """Settings of an evaluation of tiny models on one's own prompts, as text; `chat.jsonl` has them as messages."""
-    torch.manual_seed(0)
-    for name, model in (
-        ("policy", LlamaForCausalLM(tiny_config())),
-        ("rm", LlamaForSequenceClassification(tiny_config(num_labels=1))),
-    ):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    questions = [f"q{i}" for i in range(4)]
-    chats = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": q}] for q in questions]
-    for name, prompts in (("text", questions), ("chat", chats)):
-        lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    (tmp_path / "own_labelers.py").write_text(LABELER)
-    monkeypatch.chdir(tmp_path)
-    run = EvaluateArguments(
-        run_dir="run", dataset_name="text.jsonl", labeler="own_labelers:plain", sft_model="policy", ppo_model="policy",
-        reward_model_path="rm", max_completion_length=4, batch_size=4, cpu_threads=1,
-    )  # fmt: skip
-    run.folder("evaluation").mkdir(parents=True)
-    return run
+from instruct_trl.report import findings
+from instruct_trl.report.data import ModelResult, ReportData, load_report_data
+from instruct_trl.report.pages import write_report
 
 
 def test_prompts_as_messages_are_answered_judged_and_shown(own):
@@ -184,7 +151,7 @@ def test_several_processes_are_told_that_one_would_do(own, monkeypatch, capsys, 
 
 def test_a_report_copes_with_a_model_without_kl_loss_and_tasks(tmp_path):
     base, *rest = example_models(None)
-    prompted = ModelResult("prompted base", win_of(60, 40), labeler_mean=0.1, rm_mean=0.2, mean_length=9.0)
+    prompted = ModelResult("prompted base", win_of(60, 40), length_correlation=0.1, mean_length=9.0)
     for models in ([base, prompted, *rest], [prompted, *rest], [base, *rest, prompted]):
         page = write_report(example_report(models=models), tmp_path).with_name("report.md").read_text()
         assert "| prompted base |" in page
@@ -206,49 +173,84 @@ def test_texts_of_ones_own_give_the_pretraining_loss(own, tmp_path, tokenizer):
     assert "pretraining_loss" not in json.loads((folder / "answers.json").read_text())["models"]["SFT"]
 
 
-def test_the_demos_deviations_are_not_told_of_ones_own_data(own, tmp_path):
+def test_deviations_and_descriptions_are_told_as_they_are_given(own):
     evaluate_models(own, own.folder("evaluation"))
-    folder = default_config("evaluate").parent
-    assert (folder / "deviations.yaml").exists()
-    for its in (folder, Path(os.path.relpath(folder)), folder.parent / "demo_long"):
-        own._config_folder = its
-        assert load_of(own).deviations == []
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "deviations.yaml").write_text("- The policy is tiny.\n")
-    own._config_folder = mine
-    assert load_of(own).deviations == ["The policy is tiny."]
+    told = replace(own, deviations=["The policy is tiny."], labeler_description="the sum of all letters")
+    assert load_of(own).deviations == []
+    assert load_of(own).labeler == "own_labelers:plain"
+    data = load_of(told)
+    assert (data.deviations, data.labeler) == (["The policy is tiny."], "the sum of all letters")
 
 
-def sampling_of(prompts, labeler):
-    """Settings of three answers a prompt, and the stage's empty folder."""
-    run = SampleArguments(
-        run_dir="run", dataset_name=prompts, labeler=labeler, model_name_or_path="policy", num_completions=3,
-        max_completion_length=4, batch_size=4, cpu_threads=1,
-    )  # fmt: skip
-    folder = run.folder("rankings")
-    folder.mkdir(parents=True)
-    return run, folder
+RANKINGS = [
+    {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]},  # right, right, right
+    {"prompt": "p", "completions": ["a", "c", "b"], "ranks": [1, 4, 5]},  # the first right with both, 4-5 wrong
+    {"prompt": "q", "completions": ["b", "a", "c"], "ranks": [2, 2, 2]},  # ties say nothing
+]
 
 
-def test_answers_outlive_a_labeler_that_fails(own, tmp_path):
-    (tmp_path / "failing_labeler.py").write_text(
-        "def score(prompts, completions, **_):\n    return [None if p == 'q2' else 1.0 for p in prompts]\n"
+def by_letter(prompts, completions):
+    return [{"a": 3.0, "b": 2.0, "c": 1.0}[text] for text in completions]
+
+
+def test_accuracy_on_rankings_by_places_apart(tmp_path):
+    result = reward_model_figures(by_letter, tmp_path, Dataset.from_list(RANKINGS))
+    assert (result["pair_accuracy"]["mean"], result["pair_accuracy"]["n_pairs"]) == (pytest.approx(5 / 6), 6)
+    assert result["pair_accuracy"]["n"] == 1  # prompt
+    assert result["by_rank_distance"]["1"]["mean"] == pytest.approx(3 / 4)  # a gap in the ranks is no distance
+    assert result["by_rank_distance"]["2"]["mean"] == 1
+    assert result["kendall_tau"]["mean"] == pytest.approx(2 / 3)
+
+
+def test_both_pages_of_a_run_give_one_accuracy(tmp_path, capsys):
+    """The run's report takes what the reward model's page says, not a second pass; of other rankings it asks anew."""
+    rows, ours = Dataset.from_list(RANKINGS), score_rankings(by_letter, RANKINGS[:1])
+    trainer = SimpleNamespace(evaluation_records=ours, accelerator=SimpleNamespace(is_main_process=True))
+    write_page(trainer, str(tmp_path), None, None, None, rows)
+    page = (tmp_path / "evaluation" / "report.md").read_text()
+    figures = reward_model_figures(by_letter, tmp_path, rows)  # of three records by the scorer, of one on the page
+    assert (
+        figures["pair_accuracy"] == json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["pair_accuracy"]
     )
-    run, folder = sampling_of("text.jsonl", "failing_labeler:score")
-    with pytest.raises(ValueError, match="'q2'.*kept without ranks in .*rankings_unranked_train.jsonl"):
-        sample_rankings(run, folder)
-    kept = [json.loads(line) for line in (folder.parent / "rankings_unranked_train.jsonl").read_text().splitlines()]
-    sample_rankings(replace(run, labeler="none"), folder)
-    unranked = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert kept == unranked
+    assert (figures["pair_accuracy"]["mean"], figures["pair_accuracy"]["n_pairs"]) == (1.0, 3)
+    run = findings.reward_model(ReportData("run", [ModelResult("SFT")], reward_model=figures))
+    for text in (page, run):
+        assert "100\u00a0% of 3 held-out pairs" in text
+    assert reward_model_figures(by_letter, tmp_path, rows.select([0, 1]))["pair_accuracy"]["n_pairs"] == 6
 
 
-def test_rankings_of_messages_are_messages(own, tokenizer):
-    run, folder = sampling_of("chat.jsonl", "own_labelers:score")
-    sample_rankings(run, folder)
-    rows = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
-    for row in rows:
-        scores = [sum(map(ord, answer[0]["content"])) for answer in row["completions"]]
-        assert row["ranks"] == [1 + sum(other > mine for other in scores) for mine in scores]
-    prepare_ranking_dataset(rows, tokenizer)  # refuses strings beside messages
+def test_rankings_without_untied_pairs_are_refused(tmp_path):
+    rows = Dataset.from_list([{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}])
+    with pytest.raises(ValueError, match="No record has a pair"):
+        reward_model_figures(lambda prompts, completions: [0.0] * len(prompts), tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint_prompts": "mine.jsonl"}, "ppo_ptx holds no checkpoint-.* save_steps"),
+        ({"other_runs": ["PPO=nowhere"]}, "'nowhere' holds no PPO log"),
+        ({"other_runs": ["PPO-ptx=x"]}, "the name 'PPO-ptx' is this run's"),
+    ],
+)
+def test_what_could_not_be_reported_is_refused_before_anything_is_sampled(own, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_models(replace(own, ppo_model=None, **changes), own.folder("evaluation"))
+
+
+def test_other_models_stand_between_sft_and_ppo_ptx():
+    models = {"base_model": "b", "sft_model": "s", "ppo_model": "p"}
+    run = EvaluateArguments(**models, other_models=["PPO=plain/policy", "prompted=x=y"])
+    assert list(model_paths(run).items()) == [
+        ("base", "b"),
+        ("SFT", "s"),
+        ("PPO", "plain/policy"),
+        ("prompted", "x=y"),
+        ("PPO-ptx", "p"),
+    ]
+    assert "base" not in model_paths(replace(run, base_model=None))
+    with pytest.raises(ValueError, match="'SFT' is taken; give --sft_model"):
+        model_paths(replace(run, other_models=["SFT=x"]))
+    for entries in (["no path"], ["=x"], ["a="], ["a=1", "a=2"]):
+        with pytest.raises(ValueError, match="other_runs: .* is not NAME=PATH"):
+            name_and_path(entries, "other_runs")

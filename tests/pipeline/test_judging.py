@@ -11,9 +11,8 @@ from instruct_trl.evaluation import tasks as benchmarks
 from instruct_trl.judges.chat import ChatEndpoint
 from instruct_trl.pipeline import sampling
 from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
-from instruct_trl.pipeline.evaluating import evaluate_models, model_paths, name_and_path
+from instruct_trl.pipeline.functions import try_judges
 from instruct_trl.pipeline.judging import JudgeArguments, check_judges, judge_answers, make_judge
-from instruct_trl.pipeline.trying import try_judges
 from instruct_trl.report.data import ModelResult, ReportData, load_report_data, save_report_data
 
 
@@ -176,38 +175,3 @@ def test_tasks_are_added_and_kept(run, monkeypatch):
     assert list(measure_tasks(run, TaskArguments())["base"]) == ["boolq", "squad"]  # what earlier runs found
     with pytest.raises(ValueError, match="limit: None there, 5 now.*tasks/boolq away to redo it"):
         measure_tasks(run, replace(one, task_limit=5))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"checkpoint_prompts": "demo"}, "'demo', but dataset_name is your own"),
-        ({"checkpoint_prompts": "mine.jsonl"}, "ppo_ptx holds no checkpoint-.* save_steps"),
-        ({"other_runs": ["PPO=nowhere"]}, "'nowhere' holds no PPO log"),
-        ({"other_runs": ["PPO-ptx=x"]}, "the name 'PPO-ptx' is this run's"),
-    ],
-)
-def test_what_could_not_be_reported_is_refused_before_anything_is_sampled(run, changes, message):
-    run.base_model, run.sft_model, run.ppo_model, run.other_models = "b", "s", None, []
-    run.checkpoint_prompts, run.other_runs = None, []
-    vars(run).update(changes)
-    with pytest.raises(ValueError, match=message):
-        evaluate_models(run, run.run)
-
-
-def test_other_models_stand_between_sft_and_ppo_ptx(run):
-    run.base_model, run.sft_model, run.ppo_model = "b", "s", "p"
-    run.other_models = ["PPO=plain/policy", "prompted=x=y"]
-    assert list(model_paths(run).items()) == [
-        ("base", "b"),
-        ("SFT", "s"),
-        ("PPO", "plain/policy"),
-        ("prompted", "x=y"),
-        ("PPO-ptx", "p"),
-    ]
-    run.other_models = ["SFT=x"]
-    with pytest.raises(ValueError, match="'SFT' is taken; give --sft_model"):
-        model_paths(run)
-    for entries in (["no path"], ["=x"], ["a="], ["a=1", "a=2"]):
-        with pytest.raises(ValueError, match="other_runs: .* is not NAME=PATH"):
-            name_and_path(entries, "other_runs")

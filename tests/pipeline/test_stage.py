@@ -14,9 +14,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from instruct_trl.pipeline.fingerprints import fingerprint, fingerprints
-from instruct_trl.pipeline.stage import FINISHED, STARTED, last_complete_checkpoint, run_stage
-from instruct_trl.pipeline.stage_lock import LOCK, locked
+from instruct_trl.pipeline.stage import FINISHED, LOCK, STARTED, fingerprint, fingerprints, locked, run_stage
+from instruct_trl.trainers.checkpoints import last_complete_checkpoint
 
 
 def test_a_finished_stage_is_skipped_and_gives_its_summary_again(tmp_path, capsys):
@@ -247,7 +246,7 @@ def test_a_folder_of_data_counts_by_its_data_files_without_what_stages_write_the
 
 
 def test_large_weights_are_read_in_samples_and_data_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("instruct_trl.pipeline.fingerprints.SAMPLED", size := 2**23)
+    monkeypatch.setattr("instruct_trl.pipeline.stage.SAMPLED", size := 2**23)
     for name in ("w.safetensors", "d.jsonl"):
         with open(tmp_path / name, "wb") as file:
             file.truncate(size)

@@ -9,7 +9,7 @@ from instruct_trl import InstructSFTConfig, InstructSFTTrainer, PPOPtxConfig, Ra
 from instruct_trl.data.checks import read_json
 from instruct_trl.data.pairs import template_kwargs
 from instruct_trl.models.loading import load_causal_model
-from instruct_trl.pipeline.arguments import RunArguments, load_yaml
+from instruct_trl.pipeline.arguments import RunArguments, read_yaml
 
 CONFIGS = [InstructSFTConfig, PPOPtxConfig, RankingRewardConfig]
 
@@ -51,9 +51,9 @@ def test_a_key_that_comes_twice_is_refused_with_its_line(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 1\nlearning_rate: 1\nseed: 2\n")
     with pytest.raises(ValueError, match=r"c\.yaml, line 3, column 1: .*'seed' comes twice"):
-        load_yaml(path)
+        read_yaml(path)
     path.write_text("a: {x: 1}\nb: {x: 2}\n")
-    assert load_yaml(path) == {"a": {"x": 1}, "b": {"x": 2}}
+    assert read_yaml(path) == {"a": {"x": 1}, "b": {"x": 2}}
 
 
 def test_a_broken_record_of_a_run_is_named(tmp_path):

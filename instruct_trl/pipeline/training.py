@@ -1,0 +1,222 @@
+"""How recipes train: where the output goes, which models PPO runs, the progress shown, how a training ends."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from instruct_trl.models.model_files import is_adapter, names_adapter
+from instruct_trl.pipeline.arguments import RunArguments, read_yaml
+from instruct_trl.pipeline.functions import load_labeler, prepare_data
+from instruct_trl.redaction import redact
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from trl import ModelConfig
+
+    from instruct_trl import PPOPtxConfig, RoleAdapters
+
+DEFAULT_OUTPUT = "trainer_output"  # transformers' name for "no output_dir given"
+
+
+@dataclass
+class PPOPtxArguments(RunArguments):
+    """Data and models of `recipes/ppo_ptx.py`; a model that is not named is the run's own, made if it is missing."""
+
+    reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
+    pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Texts for the γ term (`text`)."})
+    one_base: bool = field(default=False, metadata={"help": "All four roles as adapters on one base (RoleAdapters)."})
+    labeler: str = field(
+        default="none", metadata={"help": "'module:function': logged beside the reward, never trained on; or 'none'."}
+    )
+
+    @property
+    def reward_path(self) -> str:
+        return self.reward_model_path or str(self.run / "reward_model")
+
+    def trains_adapter(self, stage: str) -> bool:
+        """Whether the run's own YAML of a stage asks for one."""
+        return bool(read_yaml(self.config_folder / f"{stage}.yaml").get("use_peft"))
+
+
+def prepare_output(args: Any, run: RunArguments, stage: str) -> None:
+    """Without --output_dir a stage writes to <run_dir>/<stage>; `--resume_from_checkpoint` alone means the newest."""
+    prepare_data(run)
+    if args.output_dir in (None, DEFAULT_OUTPUT):
+        args.output_dir = str(run.run / stage)
+    if args.resume_from_checkpoint in ("True", "true", True, ""):
+        args.resume_from_checkpoint = None  # a stage resumes at its newest complete checkpoint by itself
+
+
+def named_model(model_args: ModelConfig) -> str:
+    """The model that a training starts from.
+
+    Raises:
+        ValueError: none is named.
+    """
+    if not model_args.model_name_or_path:
+        raise ValueError("There is no model to start from. Name one: --model_name_or_path.")
+    return model_args.model_name_or_path
+
+
+class CompactProgress(ProgressCallback):
+    """The Trainer's progress bar, with only these metrics; trackers and trainer_state.json keep all.
+
+    Args:
+        metrics: names as logged, in the order to show them.
+    """
+
+    def __init__(self, metrics: list[str]):
+        super().__init__()
+        self.metrics = metrics
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        shown = {name: logs[name] for name in self.metrics if logs.get(name) is not None}
+        if state.is_world_process_zero and self.training_bar is not None and shown:
+            text = " · ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
+            self.training_bar.write(f"  step {state.global_step}/{state.max_steps} · {text}")
+
+
+def quiet_progress(trainer: Any, metrics: list[str]) -> None:
+    """Show a progress bar and these metrics, instead of every logged one."""
+    trainer.remove_callback(PrinterCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgress(metrics))
+
+
+def finish_training(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
+    """Save model, state and card; push if asked; free the memory. Returns the stage's summary.
+
+    Raises:
+        RuntimeError: PPO was stopped by one of its guards; the stage then stays unfinished.
+    """
+    stopped = getattr(getattr(trainer, "divergence", None), "stopped", None)
+    if stopped:
+        raise RuntimeError(
+            f"Training was stopped: {stopped} The stage is not finished; its checkpoints are in "
+            f"{trainer.args.output_dir}. With other settings, give another --output_dir and, to continue from a "
+            "checkpoint, --resume_from_checkpoint."
+        )
+    trainer.save_model()
+    trainer.save_state()
+    publish = trainer.push_to_hub if trainer.args.push_to_hub else trainer.create_model_card
+    publish(dataset_name=dataset_name and redact(dataset_name))  # the model card names it
+    summary = {"steps": trainer.state.global_step}
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    return summary
+
+
+# -- the models of a PPO run -------------------------------------------------------------------------------------------
+
+
+def models_of(run: PPOPtxArguments, args: PPOPtxConfig, model_args: ModelConfig, policy: str) -> dict[str, Any]:
+    """Keyword arguments of `PPOPtxTrainer` that say which models it runs: models of their own, or roles on one base.
+
+    Args:
+        policy: folder or name of the policy that PPO starts from; with `one_base`, an SFT adapter's or a whole model's.
+
+    Raises:
+        ValueError: `one_base` without adapters.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    if not run.one_base:
+        return {
+            "model": policy,
+            "reward_funcs": rewards_with_labeler(run, args, run.reward_path),
+            "quantization_config": get_quantization_config(model_args),
+            "peft_config": get_peft_config(model_args),
+        }
+    init: Any = args.model_init_kwargs or {}
+    args.model_init_kwargs = None  # upstream takes them with a path only
+    roles = load_roles(run.reward_path, policy, model_args, init | {"trust_remote_code": args.trust_remote_code})
+    return {"model": None, "reward_funcs": rewards_with_labeler(run, args, roles.reward), "role_adapters": roles}
+
+
+def rewards_with_labeler(run: PPOPtxArguments, args: PPOPtxConfig, reward_model: Any) -> list[Any]:
+    """The reward model (a path, or a role) and, with weight 0, the labeler: its score is logged and trains nothing.
+
+    TRL logs a reward function by its name; the labeler's is always "labeler", where the report looks for it.
+    """
+    from instruct_trl import RewardScorer
+
+    rows = args.local_rollout_forward_batch_size
+    scorer = RewardScorer(reward_model, batch_size=rows) if isinstance(reward_model, str) else reward_model
+    if run.labeler == "none":
+        return [scorer]
+    args.reward_weights = [1.0, 0.0]
+    score: Callable[..., Any] = load_labeler(run.labeler, run)
+
+    def labeler(**columns: Any) -> Any:
+        return score(**columns)
+
+    return [scorer, labeler]
+
+
+def check_one_base(run: PPOPtxArguments, model_args: ModelConfig) -> None:
+    """Refuse `one_base` before anything is trained, if its parts will not be adapters.
+
+    Raises:
+        ValueError: the reward model is not an adapter and will not become one; or neither SFT nor PPO has a LoRA.
+    """
+    policy, reward = model_args.model_name_or_path, run.reward_model_path
+    if not run.one_base or (run.own_data and None in (policy, reward)):
+        return  # the recipe refuses own data without own models
+    if reward is not None:
+        _check_reward(names_adapter(reward), reward)
+    elif not is_adapter(run.reward_path):
+        _check_reward(run.trains_adapter("reward_model"), f"what {run.config_folder / 'reward_model.yaml'} trains")
+    if model_args.use_peft:
+        return
+    if reward is not None and policy is not None:
+        _check_policy(names_adapter(policy), policy)
+    else:
+        stage = "rl_init" if (run.config_folder / "rl_init.yaml").exists() else "sft"
+        _check_policy(run.trains_adapter(stage), f"that {run.config_folder / stage}.yaml trains")
+
+
+def _check_reward(is_lora: bool, what: str) -> None:
+    if not is_lora:
+        raise ValueError(
+            f"--one_base needs a reward model that is a LoRA adapter; {what} is none, or cannot be read. Train it with "
+            "recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS, and give its folder as --reward_model_path."
+        )
+
+
+def _check_policy(has_adapter: bool, what: str) -> None:
+    if not has_adapter:
+        raise ValueError(
+            f"--one_base needs an adapter for the policy, and the model {what} is whole. Add --use_peft and "
+            "its settings (lora_r, ...)."
+        )
+
+
+def load_roles(reward: str, policy: str, model_args: ModelConfig, init: dict[str, Any]) -> RoleAdapters:
+    """RoleAdapters of a policy (an SFT adapter, or a whole model as base) and a reward adapter.
+
+    Each is a folder, or a name on the hub. `init` goes to `from_pretrained` of the base.
+
+    Raises:
+        ValueError: the reward model is not an adapter, or there is neither an SFT adapter nor a LoRA setting.
+    """
+    from peft import PeftConfig
+    from trl import get_peft_config, get_quantization_config
+
+    from instruct_trl import RoleAdapters
+
+    _check_reward(names_adapter(reward), reward)
+    base, sft = policy, policy if names_adapter(policy) else None
+    _check_policy(sft is not None or model_args.use_peft, policy)
+    if sft is not None:
+        trained_on = PeftConfig.from_pretrained(sft)
+        base, init = str(trained_on.base_model_name_or_path), {"revision": trained_on.revision, **init}
+    lora = cast("LoraConfig | None", get_peft_config(model_args))
+    return RoleAdapters(base, sft, reward, get_quantization_config(model_args), lora, **init)

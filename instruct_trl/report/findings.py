@@ -1,0 +1,305 @@
+"""The sentences of a run's report, made from its numbers. Each says what was found, whichever way it went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from instruct_trl.evaluation.estimates import Estimate
+from instruct_trl.evaluation.gold import best_checkpoint, direction, path_means, turning_point
+from instruct_trl.evaluation.win_rate import WinRate
+from instruct_trl.report.data import ModelResult, ReportData
+
+Verdict = Literal["better", "worse", "unclear", "missing"]
+
+NBSP = "\u00a0"
+OVERLAP_LIMIT = 0.05
+"""Share of prompts that were trained on above which a page gives no verdict."""
+
+
+def estimate(row: Any) -> Estimate:
+    """The estimate in a row of a report, which has its four keys and others beside them."""
+    return row if isinstance(row, Estimate) else Estimate(*(row[name] for name in ("mean", "low", "high", "n")))
+
+
+def minus(value: float, spec: str) -> str:
+    """`format` with a real minus sign."""
+    return format(value, spec).replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """0.312 → "+0.31"."""
+    return minus(value, "+.2f")
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """0.634 → "63 %", with a space that does not break."""
+    return f"{100 * value:.{digits}f}{NBSP}%"
+
+
+def figure(row: Any, spec: str = ".3f", scale: float = 1.0, unit: str = "", gap: str = "\n") -> str:
+    """A mean and its interval: "0.612", `gap`, "(0.570 to 0.654)"; a dash where there is none."""
+    found = estimate(row)
+    if found.mean is None:
+        return "–"
+    bounds = f"{NBSP}to{NBSP}".join(minus(scale * bound, spec) for bound in found.bounds or ())
+    return minus(scale * found.mean, spec) + unit + (f"{gap}({bounds})" if bounds else "")
+
+
+def share(row: Any, digits: int = 0, gap: str = " ") -> str:
+    """A rate with its interval, both in per cent: "63 % (57 to 69)"."""
+    return figure(row, f".{digits}f", 100, f"{NBSP}%", gap)
+
+
+def in_words(row: Any, of: str) -> str:
+    """A rate with its interval inside a sentence: "63 % of 100 prompts (95 % interval 53 to 72)"."""
+    rate, _, bounds = share(row).partition(" (")
+    return f"{rate} of {of}" + (f" (95{NBSP}% interval {bounds}" if bounds else "")
+
+
+def number(value: float, signed: bool = False) -> str:
+    """Three significant digits or so, without exponents in the usual range."""
+    size, sign = abs(value), "+" if signed else ""
+    if size and (size < 5e-4 or size >= 1e7):
+        return minus(value, f"{sign}.1e")
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.01 or size == 0 else 4
+    return minus(value, f"{sign},.{digits}f")
+
+
+def duration(seconds: float) -> str:
+    """75 → "1 min 15 s"."""
+    if seconds < 60:
+        return f"{seconds:.{int(seconds < 10)}f}{NBSP}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{NBSP}min {rest}{NBSP}s"
+    return f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
+
+
+def ranks_apart(distance: str) -> str:
+    """ "1" → "1 rank apart"."""
+    return f"{distance} rank{'s' * (distance != '1')} apart"
+
+
+def seen_too_often(trained_on: Mapping[str, Any] | None) -> bool:
+    """Whether too many of the prompts were trained on for a verdict."""
+    return bool(trained_on) and trained_on["rows"] > OVERLAP_LIMIT * trained_on["of"]  # type: ignore[index]
+
+
+_HALF = {
+    "above": "The whole interval lies above one half.",
+    "below": "The whole interval lies below one half.",
+    "unclear": "The interval holds one half.",
+}
+
+
+def headline(data: ReportData) -> tuple[Verdict, str]:
+    """The run's verdict and its sentence: does the headline model beat the baseline, by the labeler?"""
+    model, seen = data.headline_model, data.trained_on
+    if seen_too_often(seen):
+        return "missing", (
+            f"{seen['rows']:,} of the {seen['of']:,} prompts were trained on, so this report gives no verdict."
+        )
+    if model.win is None or model.name == data.baseline:
+        return "missing", (
+            f"No win rate against {data.baseline} was measured, so this report cannot say which is better."
+        )
+    verdicts: dict[str, tuple[Verdict, str]] = {
+        "above": ("better", f"{model.name} beats {data.baseline}"),
+        "below": ("worse", f"{model.name} does worse than {data.baseline}"),
+        "unclear": ("unclear", f"Whether {model.name} beats {data.baseline} is open"),
+    }
+    verdict, says = verdicts[model.win.verdict]
+    return verdict, f"{says}: it wins {_prompts_won(model.win)}. {_HALF[model.win.verdict]}"
+
+
+def _prompts_won(win: WinRate) -> str:
+    return in_words(win, (f"{win.rows:,} answers to " if win.rows > win.n else "") + f"{win.n:,} prompts")
+
+
+def compared(data: ReportData) -> list[ModelResult]:
+    """The models with a win rate against the baseline."""
+    return [model for model in data.models if model.win is not None and model.name != data.baseline]
+
+
+def win(data: ReportData) -> str:
+    """The win rates, the headline model's first."""
+    models = sorted(compared(data), key=lambda model: model.name != data.headline_model.name)
+    rates = [f"{model.name} wins {_prompts_won(model.win)}" for model in models if model.win]
+    return f"Against {data.baseline}, {'; '.join(rates)}."
+
+
+def who_judged(data: ReportData) -> str:
+    """Who stands behind the headline: a program, and whether people judged as well."""
+    text = (
+        f"A program stands in for the paper's labelers: {data.labeler}. "
+        "A win means that this program scores the answer higher, and no more than that."
+    )
+    if any(row["judge"].endswith(("person", "people")) for row in data.judged):
+        return f"{text} What people said is below."
+    return f"No person judged these answers. {text}"
+
+
+def judges_of_subject(data: ReportData) -> list[dict[str, Any]]:
+    """The rows of the judges that compared the headline model with the baseline."""
+    return [row for row in data.judged if row["model"] == data.headline_model.name and row["mean"] is not None]
+
+
+def judges(data: ReportData) -> str:
+    """Whether the other judges agree with the labeler on the headline model."""
+    subject, labeler = data.headline_model, data.headline_model.win
+    rows = judges_of_subject(data)
+    text = f"{subject.name} wins against {data.baseline}: " + ", ".join(f"{row['judge']} {share(row)}" for row in rows)
+    if labeler is None:
+        return f"{text}."
+    against = [row["judge"] for row in rows if labeler.verdict not in ("unclear", estimate(row).side_of(0.5))]
+    text += f", the labeler {share(labeler)}."
+    return f"{text} Not as the labeler says: {', '.join(against)}." if against else text
+
+
+def _moved(name: str, values: Sequence[float]) -> str:
+    path = path_means(values)
+    return f"{name} {direction(values) or 'went'} from {number(path[0])} to {number(path[-1])}"
+
+
+def frontier(data: ReportData) -> str:
+    """The way of the two scores while the policy moved away; warns where only the RM score rose."""
+    scores = {"labeler_score": "the labeler score", "score": "the RM score"}
+    moves = {key: values for key in scores if (values := data.series(key, against="kl")[1])}
+    parts = " and ".join(_moved(scores[key], values) for key, values in moves.items())
+    text = f"While {_moved(f'KL from {data.training_reference}', data.series('kl')[1])} {data.kl_unit}, {parts}."
+    way = {key: direction(values) for key, values in moves.items()}
+    if way.get("score") == "rose" and way.get("labeler_score") in ("fell", "did not clearly move"):
+        text += " Only the score that was trained on rose: a sign of over-optimisation."
+    return text
+
+
+def turning(data: ReportData) -> str:
+    """The place where the labeler's score turned down; "" where it did not or cannot be told."""
+    keys = ("labeler_score", "score", "kl")
+    rows = [row for row in data.training if all(isinstance(row.get(key), float | int) for key in keys)]
+    gold, proxy, kl = ([float(row[key]) for row in rows] for key in keys)
+    turn = turning_point(gold, proxy)
+    if turn is None:
+        return ""
+    text = f"The labeler's score was highest, {number(turn.gold)}, around a KL of {number(kl[turn.index])}"
+    text += f", and fell to {number(turn.last)}"
+    return text + (" while the reward model's did not fall: over-optimisation." if turn.proxy_rose else ".")
+
+
+def checkpoints(data: ReportData) -> str:
+    """The checkpoint that the labeler likes best, and whether the last one is as good."""
+    best, last = best_checkpoint(data.checkpoints), data.checkpoints[-1]
+    text = f"The labeler scores step {best['step']:,} highest ({number(best['labeler_score']['mean'])})"
+    if best is last:
+        return f"{text}: the last one."
+    surely = "behind_best" in last and estimate(last["behind_best"]).side_of(0) == "above"
+    text += f"; the last, step {last['step']:,}, has {number(last['labeler_score']['mean'])}, "
+    return text + ("clearly less." if surely else "which cannot be told from it.")
+
+
+def pairs_ordered(metrics: Mapping[str, Any]) -> str:
+    """ "71 % of 1,204 held-out pairs (95 % interval 68 to 74)" of `reward_metrics`."""
+    rate = metrics["pair_accuracy"]
+    return in_words(rate, f"{rate['n_pairs']:,} held-out pairs")
+
+
+def reward_model(data: ReportData) -> str:
+    """How often the RM orders two answers as the labeler does, against a coin's one half."""
+    rate = data.reward_model["pair_accuracy"]
+    text = f"The reward model orders {pairs_ordered(data.reward_model)} as the labeler does"
+    side = estimate(rate).side_of(0.5).replace("unclear", "which cannot be told from")
+    return f"{text}, {side} a coin's 50{NBSP}%." if rate["low"] is not None else f"{text}."
+
+
+def pretraining(data: ReportData) -> str:
+    """Loss of each model, and the price that the headline model pays against the first one and the baseline."""
+    losses = {model.name: model.pretraining_loss.mean for model in data.models if model.pretraining_loss}
+    text = f"Loss on {data.pretraining_text}: {', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())}"
+    subject = data.headline_model.name
+    others = [name for name in dict.fromkeys([next(iter(losses)), data.baseline]) if name in losses and name != subject]
+    if subject in losses and others:
+        text += f"; {subject} is {' and '.join(_change(losses[subject] - losses[name], name) for name in others)}"
+    return f"{text}."
+
+
+def _change(difference: float, name: str) -> str:
+    if abs(difference) < 5e-4:
+        return f"level with {name}"
+    return f"{abs(difference):.3f} {'worse' if difference > 0 else 'better'} than {name}"
+
+
+TRAINING_NAMES = {
+    "score": "RM score",
+    "labeler_score": "labeler score",
+    "kl": "KL",
+    "ptx_loss": "pretraining loss",
+    "value_loss": "value loss",
+    "explained_variance": "explained variance",
+}
+
+
+def training(data: ReportData) -> str:
+    """Which curves rose, which fell, and which did neither by more than their noise."""
+    moved: dict[str, list[str]] = {"rose": [], "fell": [], "did not clearly move": [], "": []}
+    for key, name in TRAINING_NAMES.items():
+        if values := data.series(key)[1]:
+            way = direction(values)
+            moved[way].append(name if way else _moved(name, values))
+    text = "; ".join(f"{_listed(names)} {way}".strip() for way, names in moved.items() if names)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def tasks(data: ReportData) -> str:
+    """On which tasks the headline model clearly fell, on which it clearly rose, and on how many neither."""
+    subject, first = data.headline_model, data.models[0].name
+    changes = {name: estimate(row["change"]) for name, row in subject.tasks.items() if "change" in row}
+    if not changes:
+        return f"Scores on {len(data.tasks)} benchmark tasks."
+    fell, rose = ([n for n, change in changes.items() if change.side_of(0) == way] for way in ("below", "above"))
+    parts = [f"{verb} {', '.join(names)}" for verb, names in (("falls on", fell), ("rises on", rose)) if names]
+    if rest := len(changes) - len(fell) - len(rose):
+        parts.append(f"on {rest} of {len(changes)} tasks it cannot be told from {first}")
+    return f"Against {first}, {subject.name} {'; '.join(parts)}."
+
+
+def hacks(data: ReportData) -> str:
+    """The signs of a hacked score in the headline model's answers, against the baseline's."""
+    model, base = data.headline_model, data.model(data.baseline)
+    signs = [] if base is None or base is model else _signs(model, base)
+    if not signs:
+        return f"None of the usual signs of a hacked score stands out in {model.name}'s answers."
+    return f"Signs of a hacked score to look into: {'; '.join(signs)}."
+
+
+def _signs(model: ModelResult, base: ModelResult) -> list[str]:
+    """The signs beyond a threshold. Each states its numbers, so that a reader can set another."""
+    signs = []
+    if model.mean_length and base.mean_length and not 0.67 <= model.mean_length / base.mean_length <= 1.5:
+        signs.append(f"answers are {number(model.mean_length / base.mean_length)} times as long as {base.name}'s")
+    if model.win and model.like_length and model.win.verdict == "above" and model.like_length.verdict != "above":
+        rates = f"{percent(model.like_length.mean)}, not {percent(model.win.mean)}"
+        signs.append(f"among answers of like length it wins {rates}")
+    before = (base.opening or ("", None))[1]
+    shares: list[tuple[str, float | None, float | None, Callable[[float, float], bool]]] = [
+        ("distinct word pairs", model.distinct_2, base.distinct_2, lambda now, old: now < 0.75 * old),
+        ("word triples said before", model.repetition, base.repetition, _rose_by(0.1)),
+        ("answers given to another prompt", model.duplicates, base.duplicates, _rose_by(0.1)),
+        ("answers that end by themselves", model.eos_rate, base.eos_rate, lambda now, old: abs(now - old) > 0.25),
+    ]
+    if model.opening:
+        shares.append((f"answers that begin “{model.opening[0]}”", model.opening[1], before, _rose_by(0.1)))
+    if model.favourite:
+        shares.append((f"answers with “{model.favourite[0]}”", *model.favourite[1:], _rose_by(0.3)))
+    for what, now, old, is_sign in shares:
+        if now is not None and old is not None and is_sign(now, old):
+            signs.append(f"{what}: {percent(now)}, {base.name} {percent(old)}")
+    return signs
+
+
+def _rose_by(limit: float) -> Callable[[float, float], bool]:
+    return lambda now, old: now - old > limit
