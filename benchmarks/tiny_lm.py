@@ -117,7 +117,7 @@ def _train(tokenizer: Any, texts: list[str], folder: Path, steps: int, bf16: boo
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    held_out = min(100, len(texts) // 10)
+    held_out = min(100, len(texts) // 10, max(10, steps))  # few for few steps: bf16 is slow on some CPUs
     # Tokenising all 33 million characters would take longer than the texts that `steps` reads.
     read = texts[: len(texts) - held_out][: steps * ROWS]
     trainer = Trainer(

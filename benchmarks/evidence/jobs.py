@@ -1,4 +1,4 @@
-"""The jobs of `evidence.py` up to PPO's start: data, base, pretraining texts, SFT, rankings, reward model, selection.
+"""The jobs of the claims up to PPO's start: each runs a recipe with the YAML beside this file.
 
 The order is the paper's: base → RL initialisation (SFT of 2 epochs with 10 % pretraining text) → rankings of its
 answers → reward model → SFT of 16 epochs, the epoch chosen by the reward model. PPO starts from the RL initialisation.
@@ -6,14 +6,25 @@ answers → reward model → SFT of 16 epochs, the epoch chosen by the reward mo
 
 from __future__ import annotations
 
+import importlib
 import random
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.lab import Job, Lab, PlainLabeler, rows_of, write_rows
+from benchmarks.evidence.lab import Job, Lab, instruct, read_rows, write_rows
 
-ROWS = 32  # demonstrations an optimizer step (paper: 32)
-RANKED_PROMPTS = 8  # prompts an optimizer step of the reward model (paper: 64)
+RANKED_PROMPTS = 8  # prompts per optimizer step of the reward model (paper: 64), as in reward_model.yaml
+
+
+def recipe(lab: Lab, name: str, output: Path, seed: int, **settings: Any) -> dict[str, Any]:
+    """Run a recipe on the data of all jobs; returns the summary of its stage."""
+    from instruct_trl.pipeline.stage import finished_summary
+
+    given = {"run_dir": data(lab).folder, "output_dir": output, "seed": seed, "bf16": lab.plan.bf16, **settings}
+    options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
+    main = importlib.import_module(f"instruct_trl.recipes.{name}").main
+    main(["--config", str(Path(__file__).with_name(f"{name}.yaml")), *options])
+    return (finished_summary(output) or {}).get("summary", {})
 
 
 def data(lab: Lab) -> Job:
@@ -30,23 +41,26 @@ def data(lab: Lab) -> Job:
         "n_test_prompts": plan.test_prompts,
         "n_selection_prompts": plan.selection_prompts,
     }
-    return lab.job("data", sizes, lambda folder: build_demo_data(folder, DemoDataArguments(**sizes)))
+
+    def body(folder: Path) -> dict[str, Any]:
+        made = build_demo_data(folder / "data", DemoDataArguments(**sizes))
+        for path in (folder / "data").glob("*/*.jsonl"):
+            rows = read_rows(path)
+            # The instruction tells the task from plain reviews, which are the base's text.
+            write_rows(path, [{**r, "prompt": instruct(r["prompt"])} if "prompt" in r else r for r in rows])
+        return made
+
+    return lab.job("data", sizes, body)
 
 
-def labeler(lab: Lab) -> PlainLabeler:
-    return PlainLabeler(data(lab).folder)
+def dataset(lab: Lab, name: str) -> Path:
+    """A dataset of the run: a folder with its splits, or a file."""
+    return data(lab).folder / "data" / name
 
 
 def prompts(lab: Lab, use: str) -> list[str]:
-    """The prompts of a use: 'test', 'selection', 'rl', 'reward_train' or 'reward_test'."""
-    name = f"reward_prompts_{use[7:]}" if use.startswith("reward_") else f"{use}_prompts"
-    return [row["prompt"] for row in rows_of(data(lab).folder / f"{name}.jsonl")]
-
-
-def demonstrations(lab: Lab, part: str) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(rows_of(data(lab).folder / f"demonstrations_{part}.jsonl"))
+    """The prompts of a use: 'test' or 'selection'."""
+    return [row["prompt"] for row in read_rows(dataset(lab, f"{use}_prompts/test.jsonl"))]
 
 
 def base(lab: Lab) -> Path:
@@ -100,73 +114,22 @@ def real_reviews(count: int = 100) -> list[str]:
     return texts[-count:]
 
 
-def pretraining_dataset(lab: Lab) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(pretraining(lab).read("train.jsonl"))
-
-
-def quiet_settings(lab: Lab, seed: int) -> dict[str, Any]:
-    """Trainer arguments that all stages share."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "bf16": lab.plan.bf16,
-        "use_cpu": not cuda,
-        "dataloader_pin_memory": cuda,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": seed,
-    }
-
-
-def without_prints(trainer: Any) -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _sft(lab: Lab, folder: Path, seed: int, epochs: int, fraction: float, keep_epochs: bool) -> Any:
-    from instruct_trl import InstructSFTConfig, InstructSFTTrainer
-
-    args = InstructSFTConfig(
-        str(folder),
-        num_train_epochs=epochs,
-        learning_rate=lab.plan.sft_learning_rate,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=1,
-        residual_dropout=0.0,
-        pretraining_fraction=fraction,
-        max_length=max(64, lab.plan.ptx_tokens) if fraction else 64,
-        train_sampling_strategy="group_by_length",
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="epoch" if keep_epochs else "no",
-        save_only_model=True,
-        **quiet_settings(lab, seed),
+def _sft(lab: Lab, output: Path, seed: int, **settings: Any) -> dict[str, Any]:
+    model, texts = str(base(lab)), dataset(lab, "demonstrations")
+    rate = lab.plan.sft_learning_rate
+    return recipe(
+        lab, "sft", output, seed, model_name_or_path=model, dataset_name=texts, learning_rate=rate, **settings
     )
-    trainer = without_prints(
-        InstructSFTTrainer(
-            str(base(lab)),
-            args,
-            train_dataset=demonstrations(lab, "train"),
-            pretraining_dataset=pretraining_dataset(lab) if fraction else None,
-        )
-    )
-    trainer.train()
-    return trainer
 
 
 def rl_init(lab: Lab, seed: int) -> Job:
     """Where PPO starts: the base after 2 epochs of demonstrations with 10 % pretraining text (paper, appendix C.3)."""
+    length = max(64, lab.plan.ptx_tokens)
+    mix = {"pretraining_dataset_name": pretraining(lab).folder / "train.jsonl", "pretraining_fraction": 0.1}
 
     def body(folder: Path) -> dict[str, Any]:
-        trainer = _sft(lab, folder, seed, 2, 0.1, keep_epochs=False)
-        trainer.save_model(str(folder / "model"))
-        return {"steps": trainer.state.global_step}
+        how = {"num_train_epochs": 2, "max_length": length, "save_strategy": "no"}
+        return _sft(lab, folder / "model", seed, **how, **mix)
 
     settings = {**base_settings(lab), **lab.shared("sft_learning_rate", "bf16")}
     return lab.job("rl_init", settings, body, after=[data(lab), pretraining(lab)], seed=seed)
@@ -176,7 +139,8 @@ def sft(lab: Lab, seed: int) -> Job:
     """SFT for 16 epochs; every epoch is kept for the selection."""
 
     def body(folder: Path) -> dict[str, Any]:
-        return {"steps": _sft(lab, folder, seed, lab.plan.sft_epochs, 0.0, keep_epochs=True).state.global_step}
+        how = {"num_train_epochs": lab.plan.sft_epochs, "max_length": 64, "save_strategy": "epoch"}
+        return _sft(lab, folder / "model", seed, **how)
 
     settings = {**base_settings(lab), **lab.shared("sft_epochs", "sft_learning_rate", "bf16")}
     return lab.job("sft", settings, body, after=[data(lab)], seed=seed)
@@ -184,102 +148,58 @@ def sft(lab: Lab, seed: int) -> Job:
 
 def rankings(lab: Lab, seed: int) -> Job:
     """Answers of the RL initialisation, ranked by the labeler."""
-    from instruct_trl.models.generation import generate_completions
-    from instruct_trl.pipeline.sampling import load_causal_lm, ranks_of
-
-    plan, start, judge = lab.plan, rl_init(lab, seed), labeler(lab)
+    plan, start = lab.plan, rl_init(lab, seed)
 
     def body(folder: Path) -> dict[str, Any]:
-        model, tokenizer = load_causal_lm(str(start.folder / "model"))
-        counts = {}
-        for offset, part in enumerate(("train", "test")):
-            questions = prompts(lab, f"reward_{part}")
-            answers = generate_completions(
-                model, tokenizer, questions, max_new_tokens=plan.answer_tokens, batch_size=plan.batch,
-                seed=1000 * seed + 500 * offset, num_return_sequences=plan.completions,
-            )  # fmt: skip
-            rows = []
-            for i, prompt in enumerate(questions):
-                group = [a for a in answers[i * plan.completions : (i + 1) * plan.completions] if a.text.strip()]
-                if len(group) > 1:
-                    texts = [answer.text for answer in group]
-                    ranks = ranks_of(judge([prompt] * len(texts), texts))
-                    cut = [answer.truncated for answer in group]
-                    rows.append({"prompt": prompt, "completions": texts, "truncated": cut, "ranks": ranks})
-            write_rows(folder / f"{part}.jsonl", rows)
-            counts[f"{part} prompts"] = len(rows)
-        return counts
+        return recipe(
+            lab, "sample", folder / "rows", 1000 * seed, model_name_or_path=start.folder / "model",
+            dataset_name=dataset(lab, "reward_prompts"), num_completions=plan.completions,
+            max_completion_length=plan.answer_tokens, batch_size=plan.batch,
+        )  # fmt: skip
 
     return lab.job("rankings", lab.shared("completions", "answer_tokens"), body, after=[start], seed=seed)
 
 
 def reward(lab: Lab, seed: int) -> Job:
     """The reward model: one epoch of whole groups from the RL initialisation; demonstrations average 0."""
-    from datasets import Dataset
-
-    from instruct_trl import RankingRewardConfig, RankingRewardTrainer
-
     start, ranked = rl_init(lab, seed), rankings(lab, seed)
 
     def body(folder: Path) -> dict[str, Any]:
-        args = RankingRewardConfig(
-            str(folder),
+        return recipe(
+            lab, "reward_model", folder / "model", seed, model_name_or_path=start.folder / "model",
+            dataset_name=ranked.folder / "rows", demonstrations_name=dataset(lab, "demonstrations/test.jsonl"),
             learning_rate=lab.plan.reward_learning_rate,
-            per_device_train_batch_size=RANKED_PROMPTS,
-            gradient_accumulation_steps=1,
-            max_length=256,
-            logging_strategy="no",
-            eval_strategy="no",
-            save_strategy="no",
-            **quiet_settings(lab, seed),
-        )
-        trainer: Any = without_prints(
-            RankingRewardTrainer(
-                str(start.folder / "model"),
-                args,
-                train_dataset=Dataset.from_list(ranked.read("train.jsonl")),
-                eval_dataset=Dataset.from_list(ranked.read("test.jsonl")),
-            )
-        )
-        trainer.train()
-        trainer.normalize(demonstrations(lab, "test"))
-        trainer.save_model(str(folder / "model"))
-        return {"pair accuracy": trainer.evaluate()["eval_pair_accuracy"]}
+        )  # fmt: skip
 
     return lab.job("reward", lab.shared("reward_learning_rate", "bf16"), body, after=[start, ranked], seed=seed)
 
 
 def selected(lab: Lab, seed: int) -> Job:
     """SFT's epochs with their RM score and validation loss, on validation prompts."""
-    from instruct_trl import RewardScorer, select_checkpoint
-
-    epochs, judge = sft(lab, seed), reward(lab, seed)
+    plan, epochs, judge = lab.plan, sft(lab, seed), reward(lab, seed)
 
     def body(folder: Path) -> dict[str, Any]:
-        result = select_checkpoint(
-            str(epochs.folder),
-            RewardScorer(str(judge.folder / "model"), batch_size=lab.plan.batch),
-            prompts(lab, "selection"),
-            validation_dataset=demonstrations(lab, "test"),
-            max_new_tokens=lab.plan.answer_tokens,
-            batch_size=lab.plan.batch,
-            seed=seed,
-        )
+        recipe(
+            lab, "select_sft", folder / "selected", seed, sft_path=epochs.folder / "model",
+            reward_model_path=judge.folder / "model", dataset_name=dataset(lab, "selection_prompts"),
+            demonstrations_name=dataset(lab, "demonstrations"), max_completion_length=plan.answer_tokens,
+            batch_size=plan.batch,
+        )  # fmt: skip
+        table = Job("", folder, {}).read("selected/selection.json")
         rows = [
-            {"folder": row.checkpoint, "epoch": row.epoch, "rm_score": row.rm_score.mean, "loss": row.validation_loss}
-            for row in result.rows
+            {"folder": r["checkpoint"], "epoch": r["epoch"], "rm_score": r["rm_score"], "loss": r["validation_loss"]}
+            for r in table["rows"]
         ]
-        picked = {Path(row.checkpoint).name: row.epoch for row in result.rows}
-        best, by_loss = Path(result.best).name, Path(str(result.best_by_loss)).name
+        picked = {Path(row["folder"]).name: row["epoch"] for row in rows}
+        best, by_loss = Path(table["best"]).name, Path(table["best_by_loss"]).name
         return {"epochs": rows, "by_rm": picked[best], "by_loss": picked[by_loss], "rm": best, "loss": by_loss}
 
-    return lab.job(
-        "selection", lab.shared("answer_tokens", "selection_prompts"), body, after=[epochs, judge], seed=seed
-    )
+    settings = lab.shared("answer_tokens", "selection_prompts")
+    return lab.job("selection", settings, body, after=[epochs, judge], seed=seed)
 
 
 def selected_folder(lab: Lab, seed: int, by: str = "rm") -> Path:
     """The checkpoint that the reward model ('rm') or the validation loss ('loss') keeps, or the 'last'."""
     choice = selected(lab, seed).summary
     last = Path(max(choice["epochs"], key=lambda row: row["epoch"])["folder"]).name
-    return sft(lab, seed).folder / {**choice, "last": last}[by]
+    return sft(lab, seed).folder / "model" / {**choice, "last": last}[by]
