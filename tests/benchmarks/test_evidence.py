@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_config
 from launch_helpers import run_program
 from scipy import stats
+from transformers import LlamaForCausalLM
 
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import claims, report, sweeps, verdicts
@@ -265,12 +267,14 @@ def test_every_claims_rule_is_said():
 
 
 @pytest.mark.slow
-def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path, monkeypatch):
+def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path, monkeypatch, tokenizer):
     """One seed at tiny sizes; a second call finds its jobs done and does another seed's in processes side by side."""
     for name, fewer in {"GAMMAS": (0.3,), "BETAS": (0.1,), "RATIOS": (1,), "RATES": (5e-4,)}.items():
         monkeypatch.setattr(sweeps, name, fewer)
     monkeypatch.chdir(ROOT)  # the labeler is a function of benchmarks
-    quick = ["--quick", "--folder", str(tmp_path)]
+    LlamaForCausalLM(tiny_config(max_position_embeddings=1024)).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    quick = ["--quick", "--folder", str(tmp_path), "--model", str(tmp_path / "lm")]
     evidence.main([*quick, "--all", "--seeds", "1"])
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert sorted(map(int, results)) == list(CLAIM_TEXTS)
