@@ -185,7 +185,7 @@ def _check_names(path: Path, files: Mapping[str, list[Path]]) -> None:
             )
     read = {file.resolve() for found in files.values() for file in found}
     there = [file for file in sorted(path.iterdir()) if file.suffix.lower() in FILE_TYPES]
-    left = [f.name for f in there if f.resolve() not in read and not f.name.startswith((".", "dataset_info"))]
+    left = [f.name for f in there if f.resolve() not in read and not f.name.startswith((".", "dataset_info", "stage."))]
     if left:
         PartialState().print(
             f"== Data: {path} also holds {', '.join(left[:5])}, which is not read: its splits are {', '.join(files)}. "

@@ -117,6 +117,25 @@ def test_a_home_is_the_home_wherever_a_path_is_named(tmp_path, monkeypatch):
     assert run.other_models == [f"A={home}/a", "B=b~/c"]
 
 
+def test_other_data_than_the_yamls_leave_its_models_labeler_and_folder_out(tmp_path):
+    """A YAML with a preparing step is one example: its labeler must not judge other data."""
+    from instruct_trl.pipeline.evaluating import EvaluateArguments
+
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "prepare: a:b\nrun_dir: example\ndataset_name: '{run_dir}/data/p'\nlabeler: a:score\nbase_model: m\nseed: 3\n"
+        "deviations: [so and so]\n"
+    )
+    parse = lambda *argv: parse_recipe((EvaluateArguments,), "evaluate", "", ["--config", str(config), *argv])[0]  # noqa: E731
+    its = parse("--run_dir", "elsewhere")
+    assert (its.dataset_name, its.labeler, its.base_model, its.own_data) == ("elsewhere/data/p", "a:score", "m", False)
+    own = parse("--dataset_name", "mine.jsonl")
+    assert (own.run_dir, own.labeler, own.base_model, own.prepare) == ("outputs/run", None, None, None)
+    assert (own.dataset_name, own.deviations, own.seed, own.own_data) == ("mine.jsonl", [], 3, True)
+    config.write_text(config.read_text().removeprefix("prepare: a:b\n"))
+    assert parse("--dataset_name", "mine.jsonl").labeler == "a:score"
+
+
 def test_own_prompts_need_own_models(tmp_path):
     from instruct_trl.recipes.ppo_ptx import main
 

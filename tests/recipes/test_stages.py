@@ -1,7 +1,7 @@
 """A PPO run first does the stages that are missing, and ends with the evaluation that its YAMLs describe."""
 
 import pytest
-from instruct_trl.recipes import stages
+from instruct_trl.recipes import ppo_ptx, stages
 
 from instruct_trl.pipeline.training import PPOPtxArguments
 
@@ -50,3 +50,61 @@ def test_a_run_is_evaluated_where_its_yamls_describe_that(tmp_path, monkeypatch,
         (tmp_path / "evaluate.yaml").write_text(text)
     stages.evaluate_if_described(run)
     assert called == calls
+
+
+PREPARE = """
+import json, shutil
+
+def score(prompts, completions, **_):
+    return [float(sum(map(ord, c))) for c in completions]
+
+def write(folder, rows=4):
+    shutil.copytree("tiny", folder / "model")
+    data = {
+        "demonstrations": lambda i: {"prompt": f"q{i}", "completion": f" answer {i}"},
+        "prompts": lambda i: {"prompt": f"q{i}"},
+        "texts": lambda i: {"text": f"plain text number {i}"},
+    }
+    for name, row in data.items():
+        (folder / name).mkdir()
+        for split, start in (("train", 0), ("test", rows)):
+            lines = (json.dumps(row(i)) + "\\n" for i in range(start, start + rows))
+            (folder / name / f"{split}.jsonl").write_text("".join(lines))
+"""
+SHARED = "run_dir: out\nprepare: preparing:write\ncpu_threads: 1\nbf16: false\n"
+TRAIN = "per_device_train_batch_size: 2\nmax_steps: 1\nreport_to: none\ngradient_checkpointing: false\n"
+SAMPLE = "max_completion_length: 3\n"
+WHOLE_RUN = {
+    "sft": f"{TRAIN}model_name_or_path: '{{run_dir}}/data/model'\ndataset_name: '{{run_dir}}/data/demonstrations'\n"
+    "pretraining_dataset_name: '{run_dir}/data/texts'\npretraining_fraction: 0.25\n",
+    "sample": f"{SAMPLE}dataset_name: '{{run_dir}}/data/prompts'\nlabeler: preparing:score\nnum_completions: 3\n",
+    "reward_model": f"{TRAIN}dataset_name: '{{run_dir}}/rankings'\nlabeler_description: the sum of letters\n"
+    "demonstrations_name: '{run_dir}/data/demonstrations'\n",
+    "select_sft": f"{SAMPLE}dataset_name: '{{run_dir}}/data/prompts'\n"
+    "demonstrations_name: '{run_dir}/data/demonstrations'\n",
+    "ppo_ptx": f"{TRAIN}{SAMPLE}dataset_name: '{{run_dir}}/data/prompts'\ngeneration_batch_size: 2\n"
+    "pretraining_dataset_name: '{run_dir}/data/texts'\nlabeler: preparing:score\ngradient_accumulation_steps: 1\n",
+    "evaluate": f"{SAMPLE}base_model: '{{run_dir}}/data/model'\ndataset_name: '{{run_dir}}/data/prompts'\n"
+    "pretraining_dataset_name: '{run_dir}/data/texts'\nlabeler: preparing:score\n"
+    "labeler_description: the sum of letters\n",
+}
+
+
+def test_a_users_own_folder_of_yamls_runs_every_stage_as_the_demos_does(tmp_path, policy, tokenizer, monkeypatch):
+    """Prepared data, SFT, rankings, reward model, selection, PPO-ptx and the report; a second call finds them done."""
+    monkeypatch.chdir(tmp_path)
+    policy.save_pretrained("tiny")
+    tokenizer.save_pretrained("tiny")
+    (tmp_path / "preparing.py").write_text(PREPARE)
+    (tmp_path / "mine").mkdir()
+    for name, text in WHOLE_RUN.items():
+        (tmp_path / "mine" / f"{name}.yaml").write_text(SHARED + text)
+    for _ in range(2):
+        ppo_ptx.main(["--config", "mine/ppo_ptx.yaml"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "the sum of letters" in report
+    assert "| base |" in report
+    assert "the sum of letters" in (tmp_path / "out" / "reward_model" / "evaluation" / "report.md").read_text()
+    assert (tmp_path / "out" / "rankings" / "test.jsonl").exists()
+    with pytest.raises(ValueError, match="give --model_name_or_path and --reward_model_path"):
+        ppo_ptx.main(["--config", "mine/ppo_ptx.yaml", "--dataset_name", "other.jsonl", "--output_dir", "o"])
