@@ -234,7 +234,7 @@ def judge(model: Any, tokenizer: Any, rows: list[dict]) -> tuple[float, float]:
         total += len(gaps)
         if gaps:
             losses.append(sum(_softplus(-gap) for gap in gaps) / len(gaps))
-    return right / total, sum(losses) / len(losses)
+    return right / max(total, 1), sum(losses) / max(len(losses), 1)
 
 
 def _softplus(x: float) -> float:
