@@ -13,7 +13,7 @@ Details = dict[str, Any]
 
 def draw_all(details: dict[int, Details], folder: Path) -> list[Path]:
     """Draw what there are results for, as `folder/evidence_<name>.png`; returns the paths."""
-    from instruct_trl.report.plot_style import LIGHT, save_picture
+    from instruct_trl.report.pictures import LIGHT, save_picture
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -26,7 +26,7 @@ def draw_all(details: dict[int, Details], folder: Path) -> list[Path]:
 
 def win_rates(details: Details, theme: Any) -> Any:
     """Claim 1: won against SFT, of each policy."""
-    from instruct_trl.report.plot_style import Dot, draw_dots, new_figure, reference_line
+    from instruct_trl.report.pictures import Dot, draw_dots, new_figure, reference_line
 
     colors = {"PPO-ptx": theme.subject, "SFT": theme.baseline}
     rows = []
@@ -47,7 +47,7 @@ def win_rates(details: Details, theme: Any) -> Any:
 
 def selection(details: Details, theme: Any) -> Any:
     """Claim 2: validation loss and RM score by epoch, a line a seed, and what each would keep."""
-    from instruct_trl.report.plot_style import new_figure
+    from instruct_trl.report.pictures import new_figure
 
     figure = new_figure(4.6, "Which SFT epoch is kept, by loss and by reward?")
     for axes, key, best, label, color in zip(
@@ -66,7 +66,7 @@ def selection(details: Details, theme: Any) -> Any:
 
 def tax(details: Details, theme: Any) -> Any:
     """Claim 3: gain of the labeler's score against the rise of the pretraining loss, a point a seed."""
-    from instruct_trl.report.plot_style import new_figure
+    from instruct_trl.report.pictures import new_figure
 
     figure = new_figure(3.8, "What does the labeler gain, and what does it cost?")
     axes = figure.subplots()
@@ -89,7 +89,7 @@ def tax(details: Details, theme: Any) -> Any:
 
 def sweeps(details: Details, theme: Any) -> Any:
     """Claim 4: the same, means over seeds, along γ and along β; points that lie together share a name."""
-    from instruct_trl.report.plot_style import halo, new_figure
+    from instruct_trl.report.pictures import halo, new_figure
 
     figure = new_figure(4.6, "γ and β: gain against cost")
     axes = figure.subplots()
@@ -139,7 +139,7 @@ def _together(points: dict[str, tuple[float, ...]], apart: tuple[float, float]) 
 
 def groups(details: Details, theme: Any) -> Any:
     """Claim 5: held-out accuracy and loss by epoch, thin lines are seeds."""
-    from instruct_trl.report.plot_style import new_figure
+    from instruct_trl.report.pictures import new_figure
 
     figure = new_figure(4.6, "Whole groups against the same pairs, shuffled")
     for axes, key in zip(figure.subplots(2, 1, sharex=True), ("accuracy", "loss"), strict=True):
@@ -163,7 +163,7 @@ def groups(details: Details, theme: Any) -> Any:
 
 def over_optimisation(details: Details, theme: Any) -> Any:
     """Claim 7: the labeler's and the reward model's score over the run, for β = 0 and 0.02; thin lines are seeds."""
-    from instruct_trl.report.plot_style import new_figure
+    from instruct_trl.report.pictures import new_figure
 
     figure = new_figure(4.6, "Does the labeler's score turn down?")
     for axes, beta in zip(figure.subplots(2, 1, sharex=True), details["histories"][0], strict=True):

@@ -164,7 +164,7 @@ def draw(curves: dict[str, list[Curve]], epoch_steps: int, path: Path) -> None:
     """Held-out accuracy and loss by epoch: thin lines are seeds, thick ones their mean."""
     from matplotlib.figure import Figure
 
-    from instruct_trl.report.plot_style import LIGHT
+    from instruct_trl.report.pictures import LIGHT
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     colors = {"groups": LIGHT.subject, "pile": LIGHT.baseline}

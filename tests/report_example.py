@@ -1,7 +1,7 @@
 """A made-up finished run for the tests of the report."""
 
 from instruct_trl.evaluation.win_rate import win_rate
-from instruct_trl.report.evaluation_page import ModelResult, ReportData, Sample
+from instruct_trl.report.pages import ModelResult, ReportData, Sample
 
 NASTY = 'a <script>alert("1")</script> | b `c` *d* _e_ [f](http://x.y) &amp; <br> # g $h$ ~~i~~ \\| 1. j'
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from instruct_trl.report.captions import direction, path_means
+from instruct_trl.report.findings import direction, path_means
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -
             judge that fails.
     """
     from instruct_trl import RewardScorer
-    from instruct_trl.report.plot_style import require_matplotlib
+    from instruct_trl.report.pictures import require_matplotlib
 
     require_matplotlib()
     paths = model_paths(run)

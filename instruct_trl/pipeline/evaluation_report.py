@@ -67,7 +67,7 @@ def make_report(
         tasks: of `benchmarking.measure_tasks`.
         judged: of `judging.judge_answers`.
     """
-    from instruct_trl.report.evaluation_page import write_report
+    from instruct_trl.report.pages import write_report
 
     data = read_json(folder / "answers.json")
     stages = stage_folders(run, folder)

@@ -20,7 +20,7 @@ NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state
 def select_and_copy(run: Any, folder: Path) -> dict[str, Any]:
     """Compare the checkpoints, write the table and the picture, copy the best one to `<folder>/model`."""
     from instruct_trl import RewardScorer, select_checkpoint
-    from instruct_trl.report.plot_style import require_matplotlib
+    from instruct_trl.report.pictures import require_matplotlib
     from instruct_trl.report.selection_report import finding
 
     require_matplotlib()

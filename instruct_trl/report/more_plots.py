@@ -6,10 +6,10 @@ from typing import Any
 
 from instruct_trl.evaluation.estimates import student_t
 from instruct_trl.evaluation.gold import best_checkpoint
-from instruct_trl.report.captions import number, path_means, percent, percent_range
 from instruct_trl.report.data import ReportData
+from instruct_trl.report.findings import number, path_means, percent, percent_range
 from instruct_trl.report.parts import tasks_of
-from instruct_trl.report.plot_style import Dot, Theme, draw_dots, halo, new_figure, reference_line
+from instruct_trl.report.pictures import Dot, Theme, draw_dots, halo, new_figure, reference_line
 
 
 def has_judges(data: ReportData) -> bool:

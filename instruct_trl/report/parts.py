@@ -7,8 +7,8 @@ from typing import Any
 
 from instruct_trl.evaluation.gold import best_checkpoint, turning_point
 from instruct_trl.judges.base import QUESTIONS
-from instruct_trl.report.captions import NBSP, number, percent, percent_range
 from instruct_trl.report.data import ModelResult, ReportData
+from instruct_trl.report.findings import NBSP, number, percent, percent_range
 from instruct_trl.report.render import Block, Table, Text
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from instruct_trl.report.captions import Verdict
 from instruct_trl.report.data import Sample
+from instruct_trl.report.findings import Verdict
 
 
 @dataclass

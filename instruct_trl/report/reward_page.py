@@ -9,9 +9,11 @@ from typing import Any
 
 from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.evaluation.reward_pairs import Record
-from instruct_trl.report import reward_captions as captions
-from instruct_trl.report.captions import number, percent
-from instruct_trl.report.plot_style import require_matplotlib
+from instruct_trl.report import findings_reward as captions
+from instruct_trl.report.findings import number, percent
+from instruct_trl.report.findings_reward import Metrics
+from instruct_trl.report.pictures import require_matplotlib
+from instruct_trl.report.pictures_reward import GROUPS, MOST_ROWS, draw_reward_pictures, fold_rows
 from instruct_trl.report.render import (
     Block,
     Document,
@@ -24,8 +26,6 @@ from instruct_trl.report.render import (
     to_html,
     to_markdown,
 )
-from instruct_trl.report.reward_captions import Metrics
-from instruct_trl.report.reward_plots import GROUPS, MOST_ROWS, draw_reward_pictures, fold_rows
 
 METRICS_JSON = "metrics.json"
 

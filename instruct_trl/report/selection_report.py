@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from instruct_trl.evaluation.selection import CheckpointRow, Difference, SelectionResult, selection_table
+from instruct_trl.report.pictures import LIGHT, Theme, new_figure, save_picture
 from instruct_trl.report.plot_names import short
-from instruct_trl.report.plot_style import LIGHT, Theme, new_figure, save_picture
 from instruct_trl.report.render import escape_markdown
 
 

@@ -13,7 +13,7 @@ from instruct_trl.evaluation.win_rate import win_rate
 from instruct_trl.judges import find_questions
 from instruct_trl.judges.base import Reply
 from instruct_trl.judges.tally import tally_pairs, tally_question, win_rate_difference
-from instruct_trl.report import reward_captions
+from instruct_trl.report import findings_reward as reward_captions
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 9, 29, 30, 100, 101, 500])

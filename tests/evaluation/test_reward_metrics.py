@@ -18,7 +18,7 @@ from instruct_trl.evaluation.reward_metrics import (
 )
 from instruct_trl.evaluation.reward_pairs import PairTable, length_quartiles, pair_table, rate_interval
 from instruct_trl.report.data import ModelResult, ReportData
-from instruct_trl.report.reward_captions import differs
+from instruct_trl.report.findings_reward import differs
 
 
 def record(rewards, ranks=None, lengths=None, pairs=None, prompt_length=10, labeler=None):
@@ -247,7 +247,7 @@ def test_differs_at_five_per_cent():
 
 def test_metrics_fit_the_runs_report():
     data = ReportData("run", [ModelResult("SFT")], reward_model=reward_metrics(random_records(), n_boot=50))
-    from instruct_trl.report.captions import reward_model_caption
+    from instruct_trl.report.findings import reward_model_caption
 
     assert "held-out pairs as the labeler does" in reward_model_caption(data)
 

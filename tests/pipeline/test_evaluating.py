@@ -26,7 +26,7 @@ from instruct_trl.pipeline.evaluation_report import make_report
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers, sample_rankings
 from instruct_trl.pipeline.stage import FINISHED
 from instruct_trl.report.data import ModelResult, load_report_data
-from instruct_trl.report.evaluation_page import write_report
+from instruct_trl.report.pages import write_report
 
 LABELER = """
 def score(prompts, completions, **_):

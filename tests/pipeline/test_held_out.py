@@ -15,7 +15,8 @@ from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.held_out import overlap, prompts_to_judge, trained_on
 from instruct_trl.pipeline.stage import FINISHED
-from instruct_trl.report import captions, reward_captions
+from instruct_trl.report import findings as captions
+from instruct_trl.report import findings_reward as reward_captions
 from instruct_trl.report.data import ModelResult, ReportData
 
 

@@ -11,8 +11,8 @@ import pytest
 from launch_helpers import run_program
 from report_example import NASTY, example_report
 
-from instruct_trl.report import plots
-from instruct_trl.report.evaluation_page import (
+from instruct_trl.report import pictures_run as plots
+from instruct_trl.report.pages import (
     ModelResult,
     ReportData,
     load_report_data,
@@ -20,7 +20,7 @@ from instruct_trl.report.evaluation_page import (
     save_report_data,
     write_report,
 )
-from instruct_trl.report.plot_style import require_matplotlib
+from instruct_trl.report.pictures import require_matplotlib
 from instruct_trl.report.render import Document, Items, Section, Table, Text, to_markdown
 
 
@@ -190,7 +190,7 @@ def test_matplotlib_missing_names_the_extra(tmp_path, monkeypatch):
 
 def test_import_is_light_and_drawing_leaves_no_global_state():
     code = (
-        "import sys; import instruct_trl.report.evaluation_page as r; "
+        "import sys; import instruct_trl.report.pages as r; "
         "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules; "
         "import tempfile; r.write_report(r.ReportData('x', [r.ModelResult('SFT', pretraining_loss=3.0)]), "
         "tempfile.mkdtemp()); assert 'matplotlib.pyplot' not in sys.modules"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from report_example import example_report, win_of
 
-from instruct_trl.report import captions
-from instruct_trl.report.evaluation_page import ModelResult, ReportData
+from instruct_trl.report import findings as captions
+from instruct_trl.report.pages import ModelResult, ReportData
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from instruct_trl.evaluation.hacks import (
 )
 from instruct_trl.judges.base import Reply
 from instruct_trl.judges.tally import judged_row, tally_pairs
-from instruct_trl.report import more_plots, plots
+from instruct_trl.report import more_plots
 from instruct_trl.report import parts as report_parts
-from instruct_trl.report.evaluation_page import ModelResult, write_report
-from instruct_trl.report.plot_style import LIGHT
+from instruct_trl.report import pictures_run as plots
+from instruct_trl.report.pages import ModelResult, write_report
+from instruct_trl.report.pictures import LIGHT
 
 
 def plain(text):

@@ -6,10 +6,11 @@ import pytest
 from report_example import example_report, win_of
 
 from instruct_trl.evaluation.win_rate import WinRate
-from instruct_trl.report import more_plots, plots
-from instruct_trl.report.evaluation_page import ModelResult
+from instruct_trl.report import more_plots
+from instruct_trl.report import pictures_run as plots
+from instruct_trl.report.pages import ModelResult
+from instruct_trl.report.pictures import DARK, LIGHT, save_picture
 from instruct_trl.report.plot_names import for_pictures, short_names
-from instruct_trl.report.plot_style import DARK, LIGHT, save_picture
 
 
 def _dots(axes):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from instruct_trl.evaluation.reward_metrics import reward_metrics
-from instruct_trl.report import reward_captions as captions
-from instruct_trl.report import reward_plots as plots
-from instruct_trl.report.plot_style import LIGHT
+from instruct_trl.report import findings_reward as captions
+from instruct_trl.report import pictures_reward as plots
+from instruct_trl.report.pictures import LIGHT
 from instruct_trl.report.reward_page import write_reward_report
 
 NASTY = '<script>alert("1")</script> | `b` & *c*'

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from instruct_trl.report import more_plots
-from instruct_trl.report.captions import NBSP, compared, number, path_means, percent, percent_range, rank_distances
 from instruct_trl.report.data import ReportData
-from instruct_trl.report.plot_names import for_pictures
-from instruct_trl.report.plot_style import (
+from instruct_trl.report.findings import NBSP, compared, number, path_means, percent, percent_range, rank_distances
+from instruct_trl.report.pictures import (
     DARK,
     LIGHT,
     Dot,
@@ -25,6 +24,7 @@ from instruct_trl.report.plot_style import (
     require_matplotlib,
     save_picture,
 )
+from instruct_trl.report.plot_names import for_pictures
 
 
 def draw_pictures(data: ReportData, folder: str | Path) -> dict[str, tuple[Path, Path]]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from instruct_trl.evaluation.estimates import student_t
-from instruct_trl.report.captions import NBSP, OVERLAP_LIMIT, Verdict, number, percent, percent_range
+from instruct_trl.report.findings import NBSP, OVERLAP_LIMIT, Verdict, number, percent, percent_range
 
 Metrics = dict[str, Any]
 Rows = dict[str, dict[str, Any]]

@@ -12,10 +12,10 @@ import numpy as np
 
 from instruct_trl.evaluation.reward_metrics import centred, score_groups
 from instruct_trl.evaluation.reward_pairs import Record
-from instruct_trl.report import reward_captions as captions
-from instruct_trl.report.captions import number, percent
-from instruct_trl.report.plot_names import short
-from instruct_trl.report.plot_style import (
+from instruct_trl.report import findings_reward as captions
+from instruct_trl.report.findings import number, percent
+from instruct_trl.report.findings_reward import Metrics, Rows, rate_text
+from instruct_trl.report.pictures import (
     DARK,
     LIGHT,
     Dot,
@@ -27,7 +27,7 @@ from instruct_trl.report.plot_style import (
     require_matplotlib,
     save_picture,
 )
-from instruct_trl.report.reward_captions import Metrics, Rows, rate_text
+from instruct_trl.report.plot_names import short
 
 MOST_ROWS = 12
 """Rows of a dot plot, so that it fits a phone's screen."""

@@ -1,6 +1,6 @@
 """The run's report: pictures, one Markdown file, one self-contained HTML page, and the numbers to redraw them.
 
-`python -m instruct_trl.report.evaluation_page outputs/<run>` draws a report again from its report.json.
+`python -m instruct_trl.report.pages outputs/<run>` draws a report again from its report.json.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.report import captions
+from instruct_trl.report import findings as captions
 from instruct_trl.report import parts as report_parts
-from instruct_trl.report.captions import duration, number, percent
 from instruct_trl.report.data import (
     REPORT_JSON,
     ModelResult,
@@ -22,8 +21,9 @@ from instruct_trl.report.data import (
     load_report_data,
     save_report_data,
 )
-from instruct_trl.report.plot_style import require_matplotlib
-from instruct_trl.report.plots import draw_pictures
+from instruct_trl.report.findings import duration, number, percent
+from instruct_trl.report.pictures import require_matplotlib
+from instruct_trl.report.pictures_run import draw_pictures
 from instruct_trl.report.render import (
     Block,
     Code,
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Draw the report of a run folder (or of a report.json) again."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise SystemExit("usage: python -m instruct_trl.report.evaluation_page outputs/<run>")
+        raise SystemExit("usage: python -m instruct_trl.report.pages outputs/<run>")
     path = Path(arguments[0])
     print(write_report(load_report_data(path), path if path.is_dir() else path.parent))
 
