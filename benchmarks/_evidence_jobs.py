@@ -266,7 +266,7 @@ def selected(lab: Lab, seed: int) -> Job:
             seed=seed,
         )
         rows = [
-            {"folder": row.checkpoint, "epoch": row.epoch, "rm_score": row.rm_score, "loss": row.validation_loss}
+            {"folder": row.checkpoint, "epoch": row.epoch, "rm_score": row.rm_score.mean, "loss": row.validation_loss}
             for row in result.rows
         ]
         picked = {Path(row.checkpoint).name: row.epoch for row in result.rows}

@@ -96,9 +96,9 @@ def excess_gain(
 
 def over_prompts(values: Sequence[float]) -> Interval:
     """Mean of N values, one a prompt, with the bootstrap's interval."""
-    from instruct_trl.evaluation.win_rate import bootstrap_mean_ci
+    from instruct_trl.evaluation.estimates import bootstrap_interval
 
-    ci = bootstrap_mean_ci(values)
+    ci = bootstrap_interval(values)
     return Interval(ci.mean, ci.low, ci.high)
 
 

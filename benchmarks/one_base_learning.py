@@ -121,7 +121,7 @@ def report(
     pairs: list[tuple[dict[str, Any], dict[str, Any]]],
 ) -> None:
     """The table of the seeds done so far, and whether nine tenths of the gain are reached."""
-    from instruct_trl.evaluation.win_rate import bootstrap_mean_ci
+    from instruct_trl.evaluation.estimates import bootstrap_interval
 
     print("\n" + machine(args.threads))
     print(
@@ -154,7 +154,7 @@ def report(
         [statistics.mean(run["scores"][i] for run in group) - base for i, base in enumerate(sft["scores"])]
         for group in zip(*pairs, strict=True)
     ]
-    excess = bootstrap_mean_ci([ours - 0.9 * full for full, ours in zip(*total, strict=True)])
+    excess = bootstrap_interval([ours - 0.9 * full for full, ours in zip(*total, strict=True)])
     full_gains, our_gains = ([pair[i] for pair in gains] for i in (0, 1))
     share = statistics.mean(our_gains) / statistics.mean(full_gains)
     print(f"\nGain: full {mean_sd(full_gains)}, one base {mean_sd(our_gains)} (mean ± sd of {len(gains)} seeds).")

@@ -27,7 +27,7 @@ def main(model: str, reward_model: str, demonstrations: str, output: str = "sft"
     trainer.train()
     trainer.save_model()  # the best checkpoint by RM score, loaded at the end
 
-    # The same over a finished run, whoever trained it; writes selection.md, selection.png and selection.json.
+    # The same over a finished run, whoever trained it; writes selection.json.
     result = select_checkpoint(
         output,
         reward_model,

@@ -95,5 +95,5 @@ def test_sft_selection(saved, tmp_path):
         selection_max_new_tokens=8,
     )  # fmt: skip
     table = json.loads((tmp_path / "out" / "selection" / "selection.json").read_text())
-    assert best == max(table["rows"], key=lambda row: row["rm_score"])["checkpoint"]
+    assert best == max(table["rows"], key=lambda row: row["rm_score"]["mean"])["checkpoint"]
     assert len(table["rows"]) == 2

@@ -1,10 +1,9 @@
 """95 % intervals of means and rates. They are over prompts, never over rows.
 
 Rows of one prompt go together: the pairs of its answers, the verdicts of several labelers, its repetitions in a test
-set, several answers to it. An interval that counts them as independent is too narrow: with 36 pairs of a prompt it can
-be a third of its true width. So each function here takes the `prompts` that the rows belong to (such as
-`data.prompt_keys` gives), sums up the rows of a prompt, and asks how another draw of prompts would come out. Without
-`prompts` each row is a prompt of its own.
+set. An interval that counts them as independent is too narrow: with 36 pairs per prompt it can be a third of its true
+width. So each function here takes the `prompts` that the rows belong to (such as `data.prompt_keys` gives), sums up
+the rows of a prompt, and asks how another draw of prompts would come out. Without `prompts` each row has its own.
 
 Legend: P rows, G different prompts.
 """
@@ -12,26 +11,45 @@ Legend: P rows, G different prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 # With fewer prompts, resampling them says little about how another draw of prompts would come out.
 MIN_PROMPTS = 10
 # Two prompts show one difference; an interval of a mean from it would say next to nothing.
 MIN_PROMPTS_OF_T = 3
 
-# Bounds the memory of one block of bootstrap draws: 8 bytes each, so 8 MB.
-_DRAWS_PER_BLOCK = 1_000_000
+# Bounds the memory of one batch of bootstrap draws: 8 bytes each, so 8 MB.
+_DRAWS_PER_BATCH = 1_000_000
 
 Prompts = Sequence[Hashable] | np.ndarray | None
+Side = Literal["above", "below", "unclear"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n prompts, in the unit of the values; `low` and `high` are None where n is too small for them."""
+    """A mean, a rate or a correlation with its 95 % interval. This is the one shape of such a number, in every file.
+
+    `dataclasses.asdict` gives the JSON: {"mean": 0.61, "low": 0.55, "high": 0.67, "n": 96}. `n` counts different
+    prompts (items of a task, folds of a cross validation); `low` and `high` are null where n is too small for them.
+    Numbers that know more have these four keys and others beside them:
+
+    - win rate (`WinRate`): "wins", "ties", "losses", which count rows; a judge's row has "judge", "model", "baseline",
+      "invalid", "flipped" too, and null in all numbers where it has no valid pair;
+    - pair accuracy (`PairAccuracy`): "n_pairs". metrics.json of a reward model, and "reward_model" of answers.json and
+      report.json, have it as "pair_accuracy", as each group of "by_k", "by_rank_distance", "by_prompt_length",
+      "by_labeler", as "accuracy" of a calibration bin, and in "length"; "kendall_tau", "length.within_prompt.pearson"
+      and "length.gain_over_rule" are plain estimates;
+    - labeler folds: "held_in" and "held_out" of a fold are pair accuracies, "held_in", "held_out" and "difference"
+      over folds plain estimates, whose `n` is the number of folds;
+    - a task's row: "metric", and "change", the plain estimate against the first model (absent in its own rows);
+    - selection.json: "rm_score" of a row is plain; "runner_up" and "last" have "checkpoint" beside the lead;
+    - checkpoints by labeler (`gold.score_checkpoints`): "labeler_score" and the last row's "behind_best" are plain.
+    """
 
     mean: float
     low: float | None
@@ -42,6 +60,12 @@ class Estimate:
     def bounds(self) -> tuple[float, float] | None:
         """(low, high), or None."""
         return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def side_of(self, value: float) -> Side:
+        """Whether the whole interval lies above `value`, or below it; "unclear" on both sides, or without one."""
+        if self.low is not None and self.low > value:
+            return "above"
+        return "below" if self.high is not None and self.high < value else "unclear"
 
 
 def sums_by_prompt(values: Sequence[float] | np.ndarray, prompts: Prompts = None) -> tuple[np.ndarray, np.ndarray]:
@@ -77,33 +101,10 @@ def finite(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def student_t(freedom: int, confidence: float = 0.95) -> float:
-    """How many standard errors to each side Student's t with `freedom` ≥ 1 degrees covers with this probability."""
-    if freedom > 100:  # Abramowitz and Stegun 26.7.5; the rest is below 1e-5
-        z = NormalDist().inv_cdf(0.5 + confidence / 2)
-        return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _covered(middle, freedom) < confidence else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _covered(angle: float, freedom: int) -> float:
-    """P(|t| < √freedom · tan(angle)): the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0 if freedom == 1 else term
-    for step in range(2 + odd, freedom - 1, 2):
-        term *= math.cos(angle) ** 2 * (step - 1) / step
-        total += term
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-
 def standard_error(values: Sequence[float] | np.ndarray, prompts: Prompts = None) -> float | None:
-    """Of the mean of `values` (P,) over all rows, G prompts drawn anew; s/√P where each row has its own prompt.
+    """Standard error of the mean of `values` (P,) over all rows, G prompts drawn anew; None for a single prompt.
 
-    It is that of a ratio of two sums over prompts (Cochran 1977, section 6.4). None for a single prompt.
+    It is that of a ratio of two sums over prompts (Cochran 1977, section 6.4), and s/√P where each row has its own.
     """
     return _ratio_error(*sums_by_prompt(values, prompts))
 
@@ -134,10 +135,10 @@ def mean_interval(
     n, mean = len(top), float(top.sum() / bottom.sum())
     error = _ratio_error(top, bottom)
     if n >= MIN_PROMPTS:
-        return bootstrap_ratio_ci(top, bottom, seed=seed, confidence=widened(n))
+        return bootstrap_interval(top, bottom, seed=seed, confidence=widened(n))
     if n < MIN_PROMPTS_OF_T or not error or error < 1e-12 * abs(mean):
         return Estimate(mean, None, None, n)
-    half = student_t(n - 1) * error
+    half = float(stats.t.ppf(0.975, n - 1)) * error
     return Estimate(mean, max(scale[0], mean - half), min(scale[1], mean + half), n)
 
 
@@ -172,14 +173,14 @@ def resampled_rate(
     n, rate = len(top), min(1.0, float(top.sum() / bottom.sum()))
     if (_ratio_error(top, bottom) or 0.0) < 1e-12:
         return Estimate(rate, *wilson_interval(rate * n, n, confidence), n)
-    return bootstrap_ratio_ci(top, bottom, seed=seed, n_boot=n_boot, confidence=widened(n, confidence))
+    return bootstrap_interval(top, bottom, seed=seed, n_boot=n_boot, confidence=widened(n, confidence))
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a proportion (Wilson 1927); stays inside 0 to 1 and works at 0 and at n successes.
 
     Args:
-        successes: between 0 and n; may be fractional when ties count half.
+        successes: between 0 and n; may be fractional when ties count half, which SciPy's `binomtest` refuses.
         n: number of independent trials.
         confidence: probability that the interval covers the true proportion.
 
@@ -190,7 +191,7 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
         raise ValueError(f"successes must lie between 0 and n with n ≥ 1, got {successes} of {n}.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}; for 95 % give 0.95.")
-    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    z2 = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2
     rate = successes / n
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n**2))) / (1 + z2 / n)
@@ -200,53 +201,50 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     return low, high
 
 
-def bootstrap_mean_ci(
-    values: Sequence[float], seed: int = 0, n_boot: int = 10_000, confidence: float = 0.95
-) -> Estimate:
-    """Mean of `values` (N,) with the percentile bootstrap interval (Efron 1979), resampling the N prompts.
-
-    Args:
-        values: one number per prompt. Where a prompt gives several, `mean_interval` takes them together.
-        seed: of the resampling; the same seed gives the same interval.
-        n_boot: number of resamples; 10,000 settles the bounds to about 1 % of the interval's width.
-        confidence: of the interval.
-
-    Raises:
-        ValueError: fewer than two values (one value shows no spread), a value that is not finite, n_boot < 1.
-    """
-    return bootstrap_ratio_ci(values, [1.0] * len(values), seed=seed, n_boot=n_boot, confidence=confidence)
-
-
-def bootstrap_ratio_ci(
+def bootstrap_interval(
     numerators: Sequence[float] | np.ndarray,
-    denominators: Sequence[float] | np.ndarray,
+    denominators: Sequence[float] | np.ndarray | None = None,
     seed: int = 0,
     n_boot: int = 10_000,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Σ numerators / Σ denominators, both (N,), with the percentile bootstrap interval, resampling the N prompts.
+    """Σ numerators / Σ denominators, both (G,), with the percentile bootstrap interval (Efron 1979) over G prompts.
 
     For a rate over things that come in bundles, as the K(K−1)/2 pairs of a ranking do: give the pairs ordered right
-    and the pairs of each prompt. Pairs of one prompt are not independent, so an interval over pairs is too narrow.
+    and the pairs of each prompt. Without denominators it is the mean. The same seed gives the same interval.
 
     Raises:
         ValueError: unequal lengths, fewer than two prompts, a number that is not finite, a denominator that is not
             positive (leave such prompts out), n_boot < 1.
     """
-    top, bottom = finite(numerators, "values"), finite(denominators, "denominators")
+    top = finite(numerators, "values")
     n = len(top)
+    bottom = np.ones(n) if denominators is None else finite(denominators, "denominators")
     if n != len(bottom) or bool((bottom <= 0).any()):
         raise ValueError(f"Give each of the {n} prompts one denominator above 0; leave out prompts that have none.")
     if n < 2:
         raise ValueError(f"An interval needs at least 2 values, got {n}; evaluate on more prompts.")
     if n_boot < 1 or not 0 < confidence < 1:
         raise ValueError(f"n_boot must be ≥ 1 and confidence between 0 and 1, got {n_boot} and {confidence}.")
-    rng = np.random.default_rng(seed)
-    block = max(1, _DRAWS_PER_BLOCK // n)
-    draws = (rng.integers(0, n, size=(min(block, n_boot - start), n)) for start in range(0, n_boot, block))
-    ratios = np.concatenate([top[draw].sum(axis=1) / bottom[draw].sum(axis=1) for draw in draws])
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(mean=float(top.sum() / bottom.sum()), low=float(low), high=float(high), n=n)
+    low, high = resample((top, bottom), lambda a, b: a / b, seed, n_boot, confidence)
+    return Estimate(float(top.sum() / bottom.sum()), low, high, n)
+
+
+def resample(
+    columns: Sequence[np.ndarray], of_sums: Callable[..., np.ndarray], seed: int, n_boot: int, confidence: float
+) -> tuple[float, float]:
+    """Percentile bootstrap of a function of sums over prompts: `of_sums(Σ column, ...)` of `columns`, each (G,)."""
+    found = stats.bootstrap(
+        columns,
+        lambda *drawn, axis: of_sums(*(column.sum(axis=axis) for column in drawn)),
+        paired=True,
+        n_resamples=n_boot,
+        batch=max(1, _DRAWS_PER_BATCH // len(columns[0])),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def widened(n: int, confidence: float = 0.95) -> float:
@@ -255,4 +253,5 @@ def widened(n: int, confidence: float = 0.95) -> float:
     Resampled means spread by √((n−1)/n) too little, and normally where Student's t is needed; percentiles further out
     make up for both (Hesterberg 2015, section 3.3). At 40 prompts it is 0.9595, at 500 0.9508.
     """
-    return 1 - 2 * NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_t(n - 1, confidence))
+    t = stats.t.ppf(0.5 + confidence / 2, n - 1)
+    return float(1 - 2 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * t))

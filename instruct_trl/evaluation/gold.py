@@ -5,9 +5,8 @@ The labeler's score is called gold: it is what was wanted; the reward model's is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,12 @@ def best_checkpoint(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The row with the highest `labeler_score`, the earlier of two equals.
 
     Raises:
-        ValueError: no row with a finite score.
+        ValueError: no row with a score.
     """
-    scored = [row for row in rows if row.get("labeler_score") is not None and math.isfinite(row["labeler_score"])]
+    scored = [row for row in rows if row.get("labeler_score") is not None]
     if not scored:
         raise ValueError("No checkpoint has a labeler's score; evaluate them on validation prompts first.")
-    return max(scored, key=lambda row: row["labeler_score"])
+    return max(scored, key=lambda row: row["labeler_score"]["mean"])
 
 
 def score_checkpoints(
@@ -81,12 +80,10 @@ def score_checkpoints(
         kwargs: of `select_checkpoint` (`max_new_tokens`, `temperature`, `batch_size`, `seed`, ...).
 
     Returns:
-        One row a checkpoint, by step: `step`, `checkpoint`, `labeler_score`, `labeler_se` (its standard error over
-        `n_prompts` different prompts) and `score`; the last also `behind_best`, the best labeler score less its own as
-        `mean`, `low` and `high`, paired over prompts, where another is best.
+        One row per checkpoint, by step: `step`, `checkpoint`, `labeler_score` (an `Estimate` as a dict) and `score`;
+        the last also `behind_best`, the best labeler score less its own, paired over prompts, where another is best.
     """
-    from instruct_trl.data.prompt_keys import prompt_keys
-    from instruct_trl.evaluation.selection import as_prompts, select_checkpoint
+    from instruct_trl.evaluation.selection import select_checkpoint
     from instruct_trl.models.reward_functions import one_number_each
 
     proxies: list[float] = []
@@ -97,18 +94,15 @@ def score_checkpoints(
         return labeler(**columns)
 
     result = select_checkpoint(folder, both, prompts, **kwargs)
-    n_prompts = len(set(prompt_keys(as_prompts(prompts))))
     rows: list[dict[str, Any]] = [
         {
             "step": row.step,
             "checkpoint": Path(row.checkpoint).name,
-            "labeler_score": row.rm_score,
-            "labeler_se": row.rm_score_se,
-            "n_prompts": n_prompts,
+            "labeler_score": asdict(row.rm_score),
             "score": proxy,
         }
         for row, proxy in zip(result.rows, proxies, strict=True)
     ]
     if result.last is not None:
-        rows[-1]["behind_best"] = {name: getattr(result.last, name) for name in ("mean", "low", "high")}
+        rows[-1]["behind_best"] = {name: getattr(result.last, name) for name in ("mean", "low", "high", "n")}
     return rows

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from instruct_trl.evaluation.estimates import Prompts
 from instruct_trl.evaluation.win_rate import WinRate, win_rate
@@ -24,16 +25,9 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     """
     if len(first) != len(second):
         raise ValueError(f"Both lists need one number an answer, got {len(first)} and {len(second)}.")
-    ranks = [_mean_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second)]
-    if len(first) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
+    return float(stats.spearmanr(first, second).statistic)
 
 
 def like_length_win_rate(

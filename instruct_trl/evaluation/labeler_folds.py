@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import mean
+from dataclasses import asdict
 from typing import Any
 
 from instruct_trl.data.prompt_keys import prompt_keys
-from instruct_trl.evaluation.estimates import standard_error
-from instruct_trl.evaluation.reward_pairs import Record, pair_accuracy
+from instruct_trl.evaluation.estimates import mean_interval
+from instruct_trl.evaluation.reward_metrics import Record, pair_accuracy
 
 EVALUATION_SETS = ("held_in", "held_out")
 
@@ -61,8 +61,8 @@ def cross_validate_labelers(
 
     No prompt of an evaluation set is in the fold's training set, whoever labeled it: a part `held_in` of the training
     labelers' prompts is held in for evaluation, and of the held-out labelers' rows those count whose prompt was not
-    trained on. The folds share training data, so the standard errors are a little too small (Bengio and Grandvalet
-    2004); the paper's are of this kind too.
+    trained on. The folds share training data, so the intervals are a little too narrow (Bengio and Grandvalet 2004);
+    the paper's errors are of this kind too.
 
     ```python
     def train_and_evaluate(train_dataset, evaluation_sets):
@@ -85,7 +85,8 @@ def cross_validate_labelers(
     Returns:
         `folds`, a list with `held_out_labelers`, `n_train`, `n_overlap` (rows of held-out labelers left out since
         their prompt was trained on), `held_in` and `held_out` (as `pair_accuracy`); `held_in`, `held_out` and
-        `difference` (held out minus held in, of the same fold), each with `mean` and `standard_error` over folds.
+        `difference` (held out minus held in, of the same fold), each an estimate over folds. All in the JSON shape
+        of `Estimate`.
 
     Raises:
         ValueError: no labeler column; what `labeler_folds` raises; `held_in` outside 0 to 1; a fold with an empty
@@ -104,9 +105,9 @@ def cross_validate_labelers(
                 "another held_in, or more prompts."
             )
         folds.append({"held_out_labelers": sorted(out), **_run_fold(dataset, parts, train_and_evaluate)})
-    rates = {name: [fold[name]["accuracy"] for fold in folds] for name in EVALUATION_SETS}
+    rates = {name: [fold[name]["mean"] for fold in folds] for name in EVALUATION_SETS}
     rates["difference"] = [new - seen for seen, new in zip(rates["held_in"], rates["held_out"], strict=True)]
-    return {"folds": folds, **{name: _mean_and_error(values) for name, values in rates.items()}}
+    return {"folds": folds, **{name: asdict(mean_interval(values)) for name, values in rates.items()}}
 
 
 def _check(dataset: Any, held_in: float) -> None:
@@ -127,12 +128,8 @@ def _run_fold(
     missing = [name for name in EVALUATION_SETS if name not in records]
     if missing:
         raise ValueError(f"train_and_evaluate gave no records for {missing[0]!r}; return both sets' records by name.")
-    accuracies = {name: pair_accuracy(records[name]) for name in EVALUATION_SETS}
+    accuracies = {name: asdict(pair_accuracy(records[name])) for name in EVALUATION_SETS}
     return {"n_train": len(parts["train"]), "n_overlap": len(parts["overlap"]), **accuracies}
-
-
-def _mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": mean(values), "standard_error": standard_error(values) or 0.0}  # there are two folds or more
 
 
 def _prompt_keys(dataset: Any) -> list[str]:

@@ -6,6 +6,7 @@ the RM score on the validation prompts.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,9 +22,8 @@ from instruct_trl.data.chat import as_written
 from instruct_trl.data.checks import check_demonstration, check_rows, check_text, read_json, require_columns
 from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.evaluation.answer_room import check_scorer_room
-from instruct_trl.evaluation.estimates import Prompts, mean_interval, standard_error
+from instruct_trl.evaluation.estimates import Estimate, mean_interval
 from instruct_trl.evaluation.language_modeling import mean_token_loss
-from instruct_trl.judges.base import Answer, as_completion
 from instruct_trl.models.generation import Completion, generate_completions
 from instruct_trl.models.loading import load_policy_and_tokenizer
 from instruct_trl.models.reward_functions import one_number_each
@@ -39,7 +39,7 @@ class CheckpointRow:
     Attributes:
         checkpoint: its folder.
         step, epoch: from its trainer_state.json; without one, the step is that of the folder's name.
-        rm_score, rm_score_se: mean RM score of one answer per prompt, and its standard error over prompts.
+        rm_score: mean RM score of one answer per prompt.
         validation_loss: mean −log p of a demonstration's token, in nats; None without validation data.
         truncated: share of the answers cut at the length limit.
         scores: RM score of each answer, in the order of the prompts.
@@ -48,33 +48,26 @@ class CheckpointRow:
     checkpoint: str
     step: int | None
     epoch: float | None
-    rm_score: float
-    rm_score_se: float
+    rm_score: Estimate
     validation_loss: float | None
     truncated: float
     scores: list[float] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Estimate):
     """RM score of the chosen checkpoint less that of another, on the same prompts under the same noise.
 
     Attributes:
         checkpoint: the other one's folder.
-        mean, low, high: with the 95 % interval over prompts, paired; None where the prompts are too few for it.
-        n_prompts: different prompts that it is over.
     """
 
     checkpoint: str
-    mean: float
-    low: float | None
-    high: float | None
-    n_prompts: int
 
     @property
     def is_clear(self) -> bool | None:
         """Whether the interval leaves out 0: the two can be told apart. None without an interval."""
-        return None if self.low is None or self.high is None else not self.low <= 0 <= self.high
+        return None if self.low is None else self.side_of(0.0) != "unclear"
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,10 @@ def score_answers(
         ValueError: not one finite number for each answer.
     """
     name = name or f"The reward function {get_callable_name(scorer)!r}"
-    completions = [as_completion(Answer(prompt, answer.text)) for prompt, answer in zip(prompts, answers, strict=True)]
+    completions = [
+        answer.text if isinstance(prompt, str) else [{"role": "assistant", "content": answer.text}]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     scores = scorer(
         prompts=list(prompts),
         completions=completions,
@@ -161,21 +157,6 @@ def score_answers(
             )
         finite.append(score)
     return finite
-
-
-def mean_and_standard_error(scores: Sequence[float], prompts: Prompts = None) -> tuple[float, float]:
-    """Mean of N ≥ 2 scores and its standard error over prompts: s/√N where each has its own, else `standard_error`.
-
-    Args:
-        prompts: (N,) keys of the prompts (`prompt_keys`).
-
-    Raises:
-        ValueError: one prompt only.
-    """
-    error = standard_error(scores, prompts)
-    if error is None:
-        raise ValueError("All scores are of one prompt; a standard error needs at least 2 different ones.")
-    return statistics.fmean(scores), error
 
 
 def find_checkpoints(checkpoints: Any) -> list[Path]:
@@ -259,7 +240,8 @@ def select_checkpoint(
             memory brings its own.
         max_new_tokens, temperature, batch_size, seed: as in `generate_completions`.
         max_length: tokens that a validation row keeps.
-        output_dir: where selection.json, selection.md and selection.png go; None writes nothing.
+        output_dir: where selection.json goes; None writes nothing. `report.selection_report` draws a page from the
+            result.
 
     Raises:
         ValueError: no checkpoints (says where it looked), missing columns, empty prompts, a tokenizer without EOS, or
@@ -279,23 +261,20 @@ def select_checkpoint(
             seed=seed, desc=f"{path.name} ({number}/{len(paths)})",
         )  # fmt: skip
         scores = score_answers(scorer, questions, answers)
-        mean, error = mean_and_standard_error(scores, keys)
         loss = None
         if pairs:
             loss, _ = mean_token_loss(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length)
         cut = statistics.fmean(answer.truncated for answer in answers)
-        rows.append(CheckpointRow(str(path), *_step_and_epoch(path), mean, error, loss, cut, scores))
+        rows.append(CheckpointRow(str(path), *_step_and_epoch(path), mean_interval(scores, keys), loss, cut, scores))
     result = _choose(rows, keys)
     if output_dir is not None:
-        from instruct_trl.report.selection_report import write_selection
-
-        write_selection(result, Path(output_dir))
+        save_selection(result, Path(output_dir))
     return result
 
 
 def _choose(rows: list[CheckpointRow], prompts: Sequence[str]) -> SelectionResult:
-    best = max(rows, key=lambda row: row.rm_score)
-    others = sorted((row for row in rows if row is not best), key=lambda row: -row.rm_score)
+    best = max(rows, key=lambda row: row.rm_score.mean)
+    others = sorted((row for row in rows if row is not best), key=lambda row: -row.rm_score.mean)
     with_loss = [row for row in rows if row.validation_loss is not None]
     by_loss = min(with_loss, key=lambda row: row.validation_loss or 0.0).checkpoint if with_loss else None
     return SelectionResult(
@@ -309,9 +288,14 @@ def _choose(rows: list[CheckpointRow], prompts: Sequence[str]) -> SelectionResul
 
 def _difference(best: CheckpointRow, other: CheckpointRow, prompts: Sequence[str]) -> Difference:
     found = mean_interval([a - b for a, b in zip(best.scores, other.scores, strict=True)], prompts)
-    return Difference(other.checkpoint, found.mean, found.low, found.high, found.n)
+    return Difference(**asdict(found), checkpoint=other.checkpoint)
 
 
-def selection_table(result: SelectionResult) -> dict[str, Any]:
-    """The result as plain data, for selection.json."""
-    return asdict(result)
+def save_selection(result: SelectionResult, folder: Path, **more: Any) -> None:
+    """Write `more` and the result as <folder>/selection.json, with one line per checkpoint."""
+    table = {**more, **asdict(result)}
+    # Indented throughout, the scores would take thousands of lines.
+    rows = ",\n    ".join(json.dumps(row) for row in table.pop("rows"))
+    text = json.dumps(table, indent=2).removesuffix("\n}") + f',\n  "rows": [\n    {rows}\n  ]\n}}\n'
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "selection.json").write_text(text, encoding="utf-8")

@@ -14,31 +14,27 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
-from instruct_trl.evaluation.estimates import mean_interval
+from instruct_trl.evaluation.estimates import Estimate, mean_interval
 from instruct_trl.evaluation.win_rate import paired_difference
 
 METRICS = ("acc_norm", "f1", "acc", "exact_match", "em")  # the first of these that a task has a number of, by item
 
 
 @dataclass(frozen=True)
-class TaskScore:
-    """One model on one task.
+class TaskScore(Estimate):
+    """One model on one task: the mean over its items, which count as independent.
 
     Attributes:
         task, metric: lm-eval's names.
         values: (D,) the metric of each item, in lm-eval's order of items.
-        mean, low, high: their mean with its 95 % interval over items, which count as independent; None for too few.
     """
 
     task: str
     metric: str
-    mean: float
-    low: float | None
-    high: float | None
     values: list[float] = field(repr=False)
 
 
@@ -142,15 +138,13 @@ def _score(task: str, rows: Sequence[Mapping[str, Any]]) -> TaskScore:
     if metric is None:  # lm-eval's corpus metrics keep pairs of prediction and reference instead
         raise ValueError(f"The task {task!r} has none of {', '.join(METRICS)} for each item; choose another task.")
     values = [float(items[key][metric]) for key in sorted(items)]
-    interval = mean_interval(values)
-    return TaskScore(task, metric, interval.mean, interval.low, interval.high, values)
+    return TaskScore(**asdict(mean_interval(values)), task=task, metric=metric, values=values)
 
 
 def task_table(scores: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Model → task → what a report shows: `metric`, `mean`, `low`, `high`, `n`, and the change from the first model.
+    """Model → task → a report's row: `metric`, the estimate's keys, and `change` from the first model.
 
-    `change`, `change_low` and `change_high` are the mean difference on the same items and its paired
-    interval (None for too few), for every model but the first.
+    `change` is the estimate of the mean difference on the same items, paired, for every model but the first.
 
     Raises:
         ValueError: a task whose items differ in number between models.
@@ -160,11 +154,10 @@ def task_table(scores: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, dict[
     for model, tasks in scores.items():
         table[model] = {}
         for name, score in tasks.items():
-            row = {"metric": score.metric, "mean": score.mean, "low": score.low, "high": score.high}
-            row["n"] = len(score.values)
+            row = asdict(score)
+            del row["values"], row["task"]
             if tasks is not first and name in first:
-                change = mean_interval(paired_difference(score.values, first[name].values))
-                row |= {"change": change.mean, "change_low": change.low, "change_high": change.high}
+                row["change"] = asdict(mean_interval(paired_difference(score.values, first[name].values)))
             table[model][name] = row
     return table
 

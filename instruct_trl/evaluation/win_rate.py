@@ -9,55 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from instruct_trl.evaluation.estimates import (
-    Estimate,
-    Prompts,
-    bootstrap_mean_ci,
-    bootstrap_ratio_ci,
-    finite,
-    rate_interval,
-    wilson_interval,
-)
-
-__all__ = [
-    "Estimate",
-    "WinRate",
-    "bootstrap_mean_ci",
-    "bootstrap_mean_difference",
-    "bootstrap_ratio_ci",
-    "paired_difference",
-    "wilson_interval",
-    "win_rate",
-]
+from instruct_trl.evaluation.estimates import Estimate, Prompts, Side, finite, rate_interval
 
 
 @dataclass(frozen=True)
-class WinRate:
+class WinRate(Estimate):
     """How often a model's answer scores higher than the baseline's to the same prompt (the paper's Fig. 1).
 
-    `rate` = (wins + ties/2) / n, between 0 and 1; `low` and `high` bound it (95 % unless asked otherwise). `n_prompts`
-    is how many different prompts the n rows are of; None where they were not given.
+    `mean` = (wins + ties/2) / rows, between 0 and 1; `low` and `high` bound it (95 % unless asked otherwise). `n` is
+    how many different prompts the rows are of.
     """
 
     wins: int
     ties: int
     losses: int
-    n: int
-    rate: float
-    low: float
-    high: float
-    n_prompts: int | None = None
 
     @property
-    def verdict(self) -> Literal["above", "below", "unclear"]:
+    def rows(self) -> int:
+        """The answers that were compared; more than `n` where a prompt has several."""
+        return self.wins + self.ties + self.losses
+
+    @property
+    def verdict(self) -> Side:
         """Where the interval lies relative to one half: above it, below it, or on both sides."""
-        if self.low > 0.5:
-            return "above"
-        return "below" if self.high < 0.5 else "unclear"
+        return self.side_of(0.5)
 
 
 def win_rate(
@@ -86,37 +64,10 @@ def win_rate(
     difference = paired_difference(scores, baseline_scores)
     if not tie_margin >= 0:
         raise ValueError(f"tie_margin must be 0 or more, got {tie_margin}.")
-    n = len(difference)
     won, lost = difference > tie_margin, difference < -tie_margin
     wins, losses = int(won.sum()), int(lost.sum())
     found = rate_interval((1 + won - lost.astype(float)) / 2, prompts, confidence)
-    low, high = found.bounds or (0.0, 1.0)
-    return WinRate(
-        wins=wins,
-        ties=n - wins - losses,
-        losses=losses,
-        n=n,
-        rate=found.mean,
-        low=low,
-        high=high,
-        n_prompts=None if prompts is None else found.n,
-    )
-
-
-def bootstrap_mean_difference(
-    scores: Sequence[float],
-    baseline_scores: Sequence[float],
-    seed: int = 0,
-    n_boot: int = 10_000,
-    confidence: float = 0.95,
-) -> Estimate:
-    """Mean of scores − baseline_scores, both (N,), with the interval of the paired bootstrap over prompts.
-
-    Raises:
-        ValueError: as `win_rate` and `bootstrap_mean_ci`.
-    """
-    difference = paired_difference(scores, baseline_scores)
-    return bootstrap_mean_ci(difference.tolist(), seed=seed, n_boot=n_boot, confidence=confidence)
+    return WinRate(found.mean, found.low, found.high, found.n, wins, len(difference) - wins - losses, losses)
 
 
 def paired_difference(scores: Sequence[float], baseline_scores: Sequence[float]) -> np.ndarray:

@@ -224,7 +224,7 @@ def judged_row(result: JudgedWinRate) -> dict[str, Any]:
     """What a report keeps of a win rate: judge, model, rate and interval (None without a valid pair), counts."""
     win = result.win
     counts = {"invalid": result.invalid, "flipped": result.flipped}
-    names = ("rate", "low", "high", "wins", "ties", "losses", "n")
+    names = ("mean", "low", "high", "wins", "ties", "losses", "n")
     kept: dict[str, Any] = {name: getattr(win, name, None) for name in names}
     return {"judge": result.judge, "model": result.model, "baseline": result.baseline, **kept, **counts}
 

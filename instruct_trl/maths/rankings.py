@@ -190,6 +190,15 @@ def dense_ranks(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     return ((worse & ~repeated.unsqueeze(-2)).sum(-1) + 1) * real
 
 
+def ranks_apart(ranks: torch.Tensor) -> torch.Tensor:
+    """(..., K, K) long: [i, j] is how many places j stands below i in the `dense_ranks` of (..., K) ranks.
+
+    This is the one definition of a distance in rank: gaps in the numbers and sizes of ties do not count.
+    """
+    dense = dense_ranks(ranks)
+    return dense.unsqueeze(-2) - dense.unsqueeze(-1)
+
+
 def ranking_metrics(
     rewards: torch.Tensor,
     pairs: torch.Tensor,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 
 from instruct_trl.data.checks import read_json
+from instruct_trl.data.prompt_keys import prompt_key
 from instruct_trl.evaluation.answer_room import check_scorer_room
+from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.evaluation.selection import as_prompts, score_answers
 from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt
-from instruct_trl.pipeline.held_out import prompts_to_judge, trained_on
+from instruct_trl.pipeline.held_out import prompts_to_judge, rows_digest, trained_on
 from instruct_trl.pipeline.loading import load_split, load_splits
 from instruct_trl.pipeline.run import held_out_texts, load_labeler, prompts_for, reward_path
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
@@ -88,12 +88,13 @@ def evaluate_models(run: Any, folder: Path, judges: Sequence[ScoreJudge] = ()) -
             answers[name]["reward"] = score_answers(scorer, prompts, sampled)
     result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": seen}
     if not own:
-        result["reward_model"] = ranking_accuracy(scorer, load_split(run.run / "rankings" / "test.jsonl"))
+        rankings = load_split(run.run / "rankings" / "test.jsonl")
+        result["reward_model"] = reward_model_figures(scorer, Path(reward_path(run)), rankings)
     if run.checkpoint_prompts is not None:
         result["checkpoints"] = checkpoints_by_labeler(run, labeler, scorer)
     write_json(folder / "answers.json", result)
     wins = {n: win_against_sft(answers, n) for n in answers if n != SFT}
-    return {f"{name} wins against SFT": w.rate for name, w in wins.items()}
+    return {f"{name} wins against SFT": w.mean for name, w in wins.items()}
 
 
 def model_paths(run: Any) -> dict[str, str]:
@@ -253,51 +254,29 @@ def _measure(
     }
 
 
-def ranking_accuracy(scorer: Any, rankings: Any) -> dict[str, Any]:
-    """How often the reward model orders two answers as the labeler does: overall, and by the distance of their ranks.
+def reward_model_figures(scorer: Any, folder: Path, rankings: Any) -> dict[str, Any]:
+    """How often the reward model orders held-out answers as the labeler does, and more: `reward_metrics`.
 
-    Intervals are `reward_pairs.rate_interval`'s, over prompts.
-
-    Raises:
-        ValueError: fewer than two rankings have an untied pair.
+    A reward model has one accuracy: the figures are those of its own page in `folder`, if that is of these rankings.
+    Otherwise the rankings are scored here.
     """
-    from instruct_trl.data.prompt_keys import prompt_key
-    from instruct_trl.maths.rankings import kendall_tau, preferred_pairs, tied_pairs
+    page = folder / "evaluation" / "metrics.json"
+    known = read_json(page) if page.is_file() else {}
+    if known.get("rankings") == rows_digest(rankings):
+        return known
+    return reward_metrics(score_rankings(scorer, rankings))
 
-    taus: list[float] = []
-    hits: dict[str, list[tuple[str, list[bool]]]] = defaultdict(list)  # distance → ranking → its prompt, its pairs
+
+def score_rankings(scorer: Any, rankings: Any) -> list[dict[str, Any]]:
+    """The records of `RankingRewardTrainer.evaluation_records`, as far as a scorer and `ranks` give them."""
+    records = []
     for row in rankings:
-        count = len(row["completions"])
+        ranks = row["ranks"]
         kwargs = {"truncated": row["truncated"]} if "truncated" in row else {}
-        scores = scorer([row["prompt"]] * count, row["completions"], **kwargs)
-        pairs = [(i, j) for i in range(count) for j in range(count) if row["ranks"][i] < row["ranks"][j]]
-        by_distance: dict[str, list[bool]] = defaultdict(list)
-        for i, j in pairs:
-            by_distance["all"].append(scores[i] > scores[j])
-            by_distance[str(row["ranks"][j] - row["ranks"][i])].append(scores[i] > scores[j])
-        for distance, group in by_distance.items():
-            hits[distance].append((prompt_key(row["prompt"]), group))
-        if pairs:
-            ranks = torch.tensor(row["ranks"])
-            taus.append(float(kendall_tau(torch.tensor(scores), preferred_pairs(ranks), tied_pairs(ranks))))
-    if len(hits["all"]) < 2:
-        raise ValueError("Fewer than two held-out prompts have an untied pair. Sample more prompts, or longer answers.")
-    overall = _accuracy(hits.pop("all"))
-    accuracy = overall.pop("accuracy")
-    return overall | {
-        "pair_accuracy": accuracy,
-        "n_prompts": len({prompt_key(row["prompt"]) for row in rankings}),
-        "kendall_tau": sum(taus) / len(taus),
-        "by_rank_distance": {d: _accuracy(hits[d]) for d in sorted(hits, key=int) if len(hits[d]) > 1},
-    }
-
-
-def _accuracy(rankings: list[tuple[str, list[bool]]]) -> dict[str, Any]:
-    from instruct_trl.evaluation.reward_pairs import rate_interval
-
-    hits = [hit for _, group in rankings for hit in group]
-    found = rate_interval(np.array(hits), [prompt for prompt, group in rankings for _ in group])
-    return {name: found[name] for name in ("accuracy", "low", "high", "n_pairs")}
+        scores = scorer([row["prompt"]] * len(ranks), row["completions"], **kwargs)
+        pairs = [[i, j] for i, first in enumerate(ranks) for j, second in enumerate(ranks) if first < second]
+        records.append({"rewards": scores, "pairs": pairs, "ranks": ranks, "prompt_key": prompt_key(row["prompt"])})
+    return records
 
 
 def win_against_sft(models: dict[str, Any], name: str, prompts: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,11 @@ from instruct_trl.pipeline.stage import finished_summary
 
 TRAINED = ("sft", "reward_model", "rl_init", "ppo_ptx")
 """Stages that train on rows with prompts."""
+
+
+def rows_digest(rows: Iterable[Any]) -> str:
+    """A name for these rows, the same for the same rows in the same order."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def prompts_to_judge(run: RunArguments, name: str) -> Any:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.pipeline.held_out import overlap
+from instruct_trl.pipeline.held_out import overlap, rows_digest
 from instruct_trl.pipeline.run import quiet_progress
+from instruct_trl.pipeline.stage import write_json
 
 STAND_IN = (
     "The labeler is a program that stands in for people: a sentiment classifier, which the reward model never sees."
@@ -70,14 +71,14 @@ def write_page(
 
     With `train` and `test` the page says how many rows of `test` have a prompt that is trained on.
     """
-    from instruct_trl.report.reward_page import write_reward_report
+    from instruct_trl.report.reward_page import METRICS_JSON, write_reward_report
 
     if not trainer.accelerator.is_main_process:
         return
     pages = Path(folder, "evaluation")
     repeated = overlap(train, test)
     try:
-        write_reward_report(
+        metrics = write_reward_report(
             trainer.evaluation_records,
             pages,
             title=f"Reward model on {'the test split' if repeated else 'held-out rankings'}",
@@ -88,4 +89,6 @@ def write_page(
     except ImportError as error:
         print(f"No page on the evaluation was written. {error}")
     else:
+        if test is not None:  # the evaluation of the run takes the figures from here, where its rankings are these
+            write_json(pages / METRICS_JSON, {**metrics, "rankings": rows_digest(test)})
         print(f"   The evaluation in pictures: {pages / 'report.html'}")

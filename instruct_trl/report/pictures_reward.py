@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from instruct_trl.evaluation.reward_metrics import centred, score_groups
-from instruct_trl.evaluation.reward_pairs import Record
+from instruct_trl.evaluation.reward_metrics import Record, centred, score_groups
 from instruct_trl.report import findings_reward as captions
 from instruct_trl.report.findings import number, percent
 from instruct_trl.report.findings_reward import Metrics, Rows, rate_text

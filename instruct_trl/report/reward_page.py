@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.evaluation.reward_metrics import reward_metrics
-from instruct_trl.evaluation.reward_pairs import Record
+from instruct_trl.evaluation.reward_metrics import Record, reward_metrics
 from instruct_trl.report import findings_reward as captions
 from instruct_trl.report.findings import number, percent
 from instruct_trl.report.findings_reward import Metrics
@@ -62,7 +61,7 @@ def write_reward_report(
         `reward_metrics(records)` with `labeler_folds` and `trained_on` (or None), and `warnings`, the page's warnings.
 
     Raises:
-        ValueError: bad records (`reward_pairs.pair_table`), or no pair in any of them.
+        ValueError: bad records (`reward_metrics.pair_table`), or no pair in any of them.
         ImportError: matplotlib is missing.
     """
     require_matplotlib()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.evaluation.selection import CheckpointRow, Difference, SelectionResult, selection_table
+from instruct_trl.evaluation.selection import CheckpointRow, Difference, SelectionResult, save_selection
 from instruct_trl.report.pictures import LIGHT, Theme, new_figure, save_picture
 from instruct_trl.report.plot_names import short
 from instruct_trl.report.render import escape_markdown
@@ -14,17 +13,9 @@ from instruct_trl.report.render import escape_markdown
 
 def write_selection(result: SelectionResult, folder: Path) -> None:
     """Write selection.json (everything), selection.md (a table) and selection.png (the picture) into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "selection.json").write_text(_json(result))
+    save_selection(result, folder, finding=finding(result))
     (folder / "selection.md").write_text(selection_markdown(result), encoding="utf-8", errors="replace")
     save_picture(lambda theme: draw_selection(result, theme), LIGHT, folder / "selection.png")
-
-
-def _json(result: SelectionResult) -> str:
-    """The result with its finding, one line per checkpoint: one line per number would make thousands of the scores."""
-    table = {"finding": finding(result), **selection_table(result)}
-    rows = ",\n    ".join(json.dumps(row) for row in table.pop("rows"))
-    return json.dumps(table, indent=2).removesuffix("\n}") + f',\n  "rows": [\n    {rows}\n  ]\n}}\n'
 
 
 def selection_markdown(result: SelectionResult) -> str:
@@ -37,18 +28,23 @@ def selection_markdown(result: SelectionResult) -> str:
     for row in result.rows:
         name = escape_markdown(Path(row.checkpoint).name)
         lines.append(
-            f"| {name} | {_number(row.epoch, '.3g')} | {row.rm_score:.3f} ± {row.rm_score_se:.3f} "
+            f"| {name} | {_number(row.epoch, '.3g')} | {_score(row)} "
             f"| {_number(row.validation_loss, '.4f')} | {row.truncated:.0%} | {_picked_by(result, row)} |"
         )
     lines += [
         "",
-        "RM score: mean over the validation prompts, one answer each, ± its standard error over prompts. Every "
+        "RM score: mean over the validation prompts, one answer each, with its 95 % interval. Every "
         "checkpoint answers the same prompts under the same noise, so two of them are compared prompt by prompt, and "
-        "their difference is surer than the two errors suggest. Validation loss: mean −log p of a demonstration's "
+        "their difference is surer than the two intervals suggest. Validation loss: mean −log p of a demonstration's "
         "token, in nats.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _score(row: CheckpointRow) -> str:
+    found = row.rm_score
+    return f"{found.mean:.3f}" + ("" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})")
 
 
 def _picked_by(result: SelectionResult, row: CheckpointRow) -> str:
@@ -69,9 +65,9 @@ def _lead(result: SelectionResult, gap: Difference, what: str) -> str:
     name = _name(next(row for row in result.rows if row.checkpoint == gap.checkpoint))
     lead = f"lead of {gap.mean:.3f} over the {what}, {name},"
     if gap.low is None or gap.high is None:
-        few = f"{gap.n_prompts} different prompts are too few for an interval"
+        few = f"{gap.n} different prompts are too few for an interval"
         return f"Whether its {lead} is more than noise cannot be said: {few}."
-    bounds = f"95 % interval over {gap.n_prompts} prompts {_signed(gap.low)} to {_signed(gap.high)}"
+    bounds = f"95 % interval over {gap.n} prompts {_signed(gap.low)} to {_signed(gap.high)}"
     return f"Its {lead} {'is more than noise' if gap.is_clear else 'cannot be told from noise'} ({bounds})."
 
 
@@ -104,12 +100,13 @@ def draw_selection(result: SelectionResult, theme: Theme) -> Any:
     panels = figure.subplots(2 if has_loss else 1, 1, sharex=True, squeeze=False)[:, 0]
     has_epoch = all(row.epoch is not None for row in result.rows)
     x = [row.epoch if has_epoch else (row.step or i) for i, row in enumerate(result.rows)]
-    scores = [row.rm_score for row in result.rows]
+    scores = [row.rm_score.mean for row in result.rows]
+    bounds = [row.rm_score.bounds or (row.rm_score.mean, row.rm_score.mean) for row in result.rows]
     panels[0].errorbar(
-        x, scores, [row.rm_score_se for row in result.rows],
+        x, scores, [[abs(end - y) for end, y in zip(ends, scores, strict=True)] for ends in zip(*bounds, strict=True)],
         color=theme.subject, marker="o", markersize=4, linewidth=1.8, elinewidth=1, capsize=3,
     )  # fmt: skip
-    panels[0].set_title("RM score of its answers (± standard error; higher is better)", loc="left")
+    panels[0].set_title("RM score of its answers (95 % interval; higher is better)", loc="left")
     _mark(panels[0], result, result.best, x, scores, theme.subject, theme, above=True)
     if has_loss:
         losses = [row.validation_loss for row in result.rows]

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -20,7 +21,8 @@ from instruct_trl.data.mixing import check_pretraining_mix, mix_pretraining, tok
 from instruct_trl.data.pairs import drop_own_bos
 from instruct_trl.data.prompt_keys import prompt_keys
 from instruct_trl.evaluation.answer_room import check_answer_room, check_scorer_room
-from instruct_trl.evaluation.selection import as_prompts, as_scorer, mean_and_standard_error, score_answers
+from instruct_trl.evaluation.estimates import standard_error
+from instruct_trl.evaluation.selection import as_prompts, as_scorer, score_answers
 from instruct_trl.models.adapters import save_token_rows
 from instruct_trl.models.context import check_rows_fit
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
@@ -239,8 +241,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._scorer is not None and output.metrics is not None and metric_key_prefix == self._scored_prefix():
             scores, asked = self._score_selection_prompts()
-            mean, error = mean_and_standard_error(scores, asked)
-            output.metrics.update({RM_SCORE: mean, f"{RM_SCORE}_se": error})
+            output.metrics.update({RM_SCORE: fmean(scores), f"{RM_SCORE}_se": standard_error(scores, asked)})
         return output
 
     def _scored_prefix(self) -> str:

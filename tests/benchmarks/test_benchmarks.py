@@ -39,15 +39,14 @@ def test_squad_f1_by_counting(answer, references, f1, exact):
 
 def test_the_change_is_paired_over_items():
     """Right on the same items but for ten of a hundred: the change's interval is that of ten, not of two rates."""
-    first = TaskScore("t", "acc", 0.5, 0.4, 0.6, [1.0] * 50 + [0.0] * 50)
-    second = TaskScore("t", "acc", 0.6, 0.5, 0.7, [1.0] * 60 + [0.0] * 40)
+    first = TaskScore(0.5, 0.4, 0.6, 100, "t", "acc", [1.0] * 50 + [0.0] * 50)
+    second = TaskScore(0.6, 0.5, 0.7, 100, "t", "acc", [1.0] * 60 + [0.0] * 40)
     table = task_table({"base": {"t": first}, "SFT": {"t": second}})
     assert "change" not in table["base"]["t"]
     row = table["SFT"]["t"]
     expected = stats.binom.ppf([0.025, 0.975], 100, 0.1) / 100  # resampling ten of a hundred
-    assert row["change"] == pytest.approx(0.1)
-    assert (row["change_low"], row["change_high"]) == pytest.approx(tuple(expected), abs=0.011)  # one item
-    assert row["n"] == 100
+    assert (row["metric"], row["mean"], row["n"]) == ("acc", 0.6, 100)
+    assert row["change"] == pytest.approx({"mean": 0.1, "low": expected[0], "high": expected[1], "n": 100}, abs=0.011)
 
 
 def test_a_metric_of_the_whole_corpus_is_passed_over():

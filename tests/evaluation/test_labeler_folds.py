@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset
+from scipy import stats
 
 from instruct_trl.evaluation.labeler_folds import cross_validate_labelers, labeler_folds
 
@@ -76,7 +77,7 @@ def test_no_prompt_and_no_held_out_labeler_is_trained_on(prompts):
         assert all(fold["n_overlap"] == 0 for fold in found["folds"])
 
 
-def test_means_and_standard_errors_by_hand():
+def test_means_and_intervals_over_folds_by_hand():
     answers = iter([(0.8, 0.6), (0.7, 0.7), (0.9, 0.5)])
 
     def train_and_evaluate(train, sets):
@@ -88,10 +89,11 @@ def test_means_and_standard_errors_by_hand():
 
     found = cross_validate_labelers(rows(), train_and_evaluate, n_folds=3)
     # Deviations 0, −0.1, 0.1: variance 0.02 / 2, standard error √(0.01 / 3). The differences are −0.2, 0, −0.4.
-    assert found["held_in"] == {"mean": pytest.approx(0.8), "standard_error": pytest.approx(math.sqrt(0.01 / 3))}
+    t = stats.t.ppf(0.975, 2)
+    for name, mean, error in (("held_in", 0.8, math.sqrt(0.01 / 3)), ("difference", -0.2, math.sqrt(0.04 / 3))):
+        expected = {"mean": mean, "low": mean - t * error, "high": mean + t * error, "n": 3}
+        assert found[name] == pytest.approx(expected)
     assert found["held_out"]["mean"] == pytest.approx(0.6)
-    assert found["difference"]["mean"] == pytest.approx(-0.2)
-    assert found["difference"]["standard_error"] == pytest.approx(math.sqrt(0.04 / 3))
 
 
 def test_messages_are_compared_as_prompts_and_rows_without_prompt_stand_alone():

@@ -5,18 +5,22 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from instruct_trl.evaluation.reward_metrics import (
+    PairTable,
+    _length_quartiles,
     calibration,
     centred,
     correlations,
     fit_temperature,
     length_bias,
     pair_accuracy,
+    pair_rate,
+    pair_table,
     reward_metrics,
     score_groups,
 )
-from instruct_trl.evaluation.reward_pairs import PairTable, length_quartiles, pair_table, rate_interval
 from instruct_trl.report.data import ModelResult, ReportData
 from instruct_trl.report.findings_reward import differs
 
@@ -73,37 +77,36 @@ def test_accuracy_equals_a_loop_over_everything():
                 if row["ranks"][i] < row["ranks"][j]:
                     right, total = right + (first > second), total + 1
     found = pair_accuracy(records)
-    assert found["accuracy"] == right / total
-    assert found["n_pairs"] == total
-    assert found["low"] < found["accuracy"] < found["high"]
+    assert (found.mean, found.n_pairs, found.n) == (right / total, total, 40)
+    assert found.low < found.mean < found.high
 
 
 def test_interval_resamples_prompts_not_pairs():
     """Ten equal pairs a prompt say no more than one: the interval is that of the 50 prompts."""
     outcomes = np.arange(50) % 5 > 0  # 80 %
-    once = rate_interval(outcomes, np.arange(50))
-    tenfold = rate_interval(np.repeat(outcomes, 10), np.repeat(np.arange(50), 10))
-    assert (tenfold["low"], tenfold["high"]) == (once["low"], once["high"])
+    once = pair_rate(outcomes, np.arange(50))
+    tenfold = pair_rate(np.repeat(outcomes, 10), np.repeat(np.arange(50), 10))
+    assert (tenfold.low, tenfold.high, tenfold.n) == (once.low, once.high, 50)
     # Normal approximation: 0.8 ± 1.96 √(0.8 · 0.2 / 50), within what the binomial's steps of 0.02 allow.
     half = 1.96 * math.sqrt(0.8 * 0.2 / 50)
-    assert once["low"] == pytest.approx(0.8 - half, abs=0.02)
-    assert once["high"] == pytest.approx(0.8 + half, abs=0.02)
+    assert once.low == pytest.approx(0.8 - half, abs=0.02)
+    assert once.high == pytest.approx(0.8 + half, abs=0.02)
 
 
 def test_interval_where_all_agree_is_wilsons_over_prompts_and_absent_for_few():
     # Wilson's bounds at n of n are n / (n + z²) and 1.
-    found = rate_interval(np.ones(40), np.repeat(np.arange(20), 2))
-    assert (found["low"], found["high"]) == (pytest.approx(20 / (20 + 1.959964**2)), 1.0)
-    assert rate_interval(np.ones(9), np.arange(9))["low"] is None
+    found = pair_rate(np.ones(40), np.repeat(np.arange(20), 2))
+    assert (found.low, found.high) == (pytest.approx(20 / (20 + 1.959964**2)), 1.0)
+    assert pair_rate(np.ones(9), np.arange(9)).bounds is None
 
 
 def test_ece_by_hand():
     """σ(log 3) = 3/4 and σ(log 9) = 9/10: two bins, three of four right and one of two right."""
     differences = [math.log(3)] * 3 + [-math.log(3)] + [math.log(9), -math.log(9)]
     found = calibration(table_of(differences), n_bins=10)
-    assert [b["n_pairs"] for b in found["bins"]] == [4, 2]
+    assert [b["accuracy"].n_pairs for b in found["bins"]] == [4, 2]
     assert [b["confidence"] for b in found["bins"]] == pytest.approx([0.75, 0.9])
-    assert [b["accuracy"] for b in found["bins"]] == pytest.approx([0.75, 0.5])
+    assert [b["accuracy"].mean for b in found["bins"]] == pytest.approx([0.75, 0.5])
     # 4/6 · |0.75 − 0.75| + 2/6 · |0.5 − 0.9|
     assert found["ece"] == pytest.approx(0.4 / 3)
     # mean confidence (4 · 0.75 + 2 · 0.9) / 6 = 0.8, mean outcome 4/6
@@ -159,15 +162,11 @@ def test_temperature_in_closed_form():
     assert fit_temperature(np.array([1.0, -2.0])) is None
 
 
-def test_correlations_equal_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(1)
-    x = rng.integers(0, 6, size=80).astype(float)  # ties
-    y = x + rng.normal(0, 2, size=80)
-    found = correlations(x, y)
-    assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
-    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert correlations(x, np.ones(80)) == {"pearson": None, "spearman": None}
+def test_correlations_of_ties_and_of_a_constant():
+    # y is x² but for a tie: the order is the same, so Spearman's is 1; Pearson's of (1, 2, 2, 3), (1, 4, 4, 9) by hand.
+    found = correlations(np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 4.0, 4.0, 9.0]))
+    assert found == {"pearson": pytest.approx(8 / math.sqrt(2 * 33)), "spearman": pytest.approx(1)}
+    assert correlations(np.arange(8.0), np.ones(8)) == {"pearson": None, "spearman": None}
 
 
 def test_length_within_prompts_can_have_the_other_sign():
@@ -175,33 +174,34 @@ def test_length_within_prompts_can_have_the_other_sign():
     records = [record([i + 0.2, i, i - 0.2], [1, 2, 3], [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(1, 21)]
     found = length_bias(records, pair_table(records), n_boot=200)
     assert found["pearson"] > 0.9
-    assert found["within_prompt"]["pearson"] == pytest.approx(-1)
-    assert (found["within_prompt"]["low"], found["within_prompt"]["high"]) == pytest.approx((-1, -1))
-    assert found["shorter_is_better"]["accuracy"] == 1.0
-    assert found["longer_is_better"]["accuracy"] == 0.0
-    assert found["model_picks_longer"]["accuracy"] == 0.0
+    within = found["within_prompt"]["pearson"]
+    assert (within.mean, within.low, within.high) == pytest.approx((-1, -1, -1))
+    assert found["shorter_is_better"].mean == 1.0
+    assert found["longer_is_better"].mean == 0.0
+    assert found["model_picks_longer"].mean == 0.0
     assert found["if_longer_wins"] is None
 
 
 def test_length_rules_by_hand():
     # Pairs: (0,1) longer and right, (0,2) equal length and right, (1,2) shorter and wrong.
     found = length_bias(rows := [record([2.0, 0.0, 1.0], [1, 2, 3], [9, 4, 9])], pair_table(rows))
-    assert found["longer_is_better"]["accuracy"] == pytest.approx(1 / 3)
-    assert found["shorter_is_better"]["accuracy"] == pytest.approx(1 / 3)
-    assert found["if_longer_wins"]["accuracy"] == 1.0
-    assert found["if_shorter_wins"]["accuracy"] == 0.0
-    assert found["model_picks_longer"]["accuracy"] == 1.0
-    assert found["labeler_picks_longer"]["accuracy"] == 0.5
-    assert found["gain_over_rule"] == {"gain": pytest.approx(1 / 3), "low": None, "high": None}
+    assert found["longer_is_better"].mean == pytest.approx(1 / 3)
+    assert found["shorter_is_better"].mean == pytest.approx(1 / 3)
+    assert found["if_longer_wins"].mean == 1.0
+    assert found["if_shorter_wins"].mean == 0.0
+    assert found["model_picks_longer"].mean == 1.0
+    assert found["labeler_picks_longer"].mean == 0.5
+    assert (found["gain_over_rule"].mean, found["gain_over_rule"].bounds) == (pytest.approx(1 / 3), None)
 
 
 def test_groups_count_every_pair_once():
     metrics = reward_metrics(random_records(), n_boot=50)
+    overall = metrics["pair_accuracy"]
     for name in ("by_k", "by_rank_distance", "by_prompt_length", "by_labeler"):
         rows = metrics[name].values()
-        assert sum(row["n_pairs"] for row in rows) == metrics["n_pairs"]
-        right = sum(row["accuracy"] * row["n_pairs"] for row in rows)
-        assert right == pytest.approx(metrics["pair_accuracy"] * metrics["n_pairs"])
+        assert sum(row["n_pairs"] for row in rows) == overall["n_pairs"]
+        right = sum(row["mean"] * row["n_pairs"] for row in rows)
+        assert right == pytest.approx(overall["mean"] * overall["n_pairs"])
     assert list(metrics["by_labeler"]) == ["ann", "bob"]
     json.dumps(metrics, allow_nan=False)
 
@@ -216,11 +216,18 @@ def test_groups_that_the_data_lack_are_empty():
 
 
 def test_quartiles_are_named_by_their_own_bounds():
-    assert length_quartiles([4, 1, 2, 3, 8, 7, 6, 15]) == [
+    names = _length_quartiles(dict(enumerate([4, 1, 2, 3, 8, 7, 6, 15])))
+    assert list(names.values()) == [
         *("03 to 04", "01 to 02", "01 to 02", "03 to 04"),
         *("08 to 15", "06 to 07", "06 to 07", "08 to 15"),
     ]
-    assert set(length_quartiles([5, 5, 5, 5])) == {"5 to 5"}
+    assert set(_length_quartiles({3: 5, 7: 5}).values()) == {"5 to 5"}
+
+
+def test_kendalls_tau_equals_scipys():
+    records = random_records()
+    taus = [stats.kendalltau(row["rewards"], [-r for r in row["ranks"]]).statistic for row in records if row["pairs"]]
+    assert reward_metrics(records, n_boot=50)["kendall_tau"]["mean"] == pytest.approx(np.mean(taus))
 
 
 def test_scores_of_best_and_worst():
@@ -237,9 +244,7 @@ def test_differs_at_five_per_cent():
     """Two groups, each with standard error s: the difference's is s √2, and 1.96 of those is 5 %."""
 
     def rows(difference):
-        return {
-            name: {"accuracy": a, "low": a - 0.0196, "high": a + 0.0196} for name, a in (("a", 0.6), ("b", difference))
-        }
+        return {name: {"mean": a, "low": a - 0.0196, "high": a + 0.0196} for name, a in (("a", 0.6), ("b", difference))}
 
     assert not differs(rows(0.6 + 0.01 * math.sqrt(2) * 1.90))
     assert differs(rows(0.6 + 0.01 * math.sqrt(2) * 2.02))

@@ -1,7 +1,6 @@
 """Selection of an SFT checkpoint: on models that always say one letter, so that each number has a closed form."""
 
 import json
-from statistics import fmean
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from datasets import Dataset
 from scipy import stats
 
+from instruct_trl.evaluation.estimates import Estimate, mean_interval
 from instruct_trl.evaluation.selection import (
     CheckpointRow,
     SelectionResult,
@@ -16,15 +16,15 @@ from instruct_trl.evaluation.selection import (
     as_prompts,
     as_scorer,
     find_checkpoints,
-    mean_and_standard_error,
     score_answers,
     select_checkpoint,
 )
 from instruct_trl.models.generation import Completion
 from instruct_trl.models.reward import RewardScorer
-from instruct_trl.report.selection_report import finding, selection_markdown
+from instruct_trl.report.selection_report import finding, selection_markdown, write_selection
 
 WORTH = {"a": 1.0, "b": 5.0, "c": 2.0}
+SCORE = Estimate(0.1, 0.05, 0.15, 9)
 PROMPTS = ["short", "a longer prompt"]
 
 
@@ -66,21 +66,23 @@ def test_the_highest_reward_is_picked_and_every_number_is_right(run, tmp_path):
     assert result.best_by_loss == str(run / "checkpoint-10")
     assert [row.step for row in result.rows] == [10, 20, 100]  # by number, not by name
     assert [row.epoch for row in result.rows] == [1, 2, 10]
-    # Two prompts worth w and w + 2: mean w + 1, standard deviation √2, standard error √2/√2 = 1.
-    assert [row.rm_score for row in result.rows] == [2, 6, 3]
-    assert [row.rm_score_se for row in result.rows] == pytest.approx([1, 1, 1])
+    # Two prompts worth w and w + 2: mean w + 1, and too few for an interval.
+    assert [row.rm_score for row in result.rows] == [Estimate(mean, None, None, 2) for mean in (2, 6, 3)]
     # A token said costs 0, another one 100; the EOS of each row is never said. a: 5 of 8 said, b: none, c: 1.
     assert [row.validation_loss for row in result.rows] == pytest.approx([300 / 8, 100, 700 / 8], rel=1e-5)
     assert [row.truncated for row in result.rows] == [1, 1, 1]
     saved = json.loads((out / "selection.json").read_text())
+    assert saved["rows"][0]["rm_score"] == {"mean": 2, "low": None, "high": None, "n": 2}
     assert saved["best"] == result.best
-    assert [row["rm_score"] for row in saved["rows"]] == [2, 6, 3]
+    assert [row["rm_score"]["mean"] for row in saved["rows"]] == [2, 6, 3]
     assert [row["scores"] for row in saved["rows"]] == [[1, 3], [5, 7], [2, 4]]
     assert (saved["runner_up"]["checkpoint"], saved["runner_up"]["mean"]) == (str(run / "checkpoint-100"), 3)
-    assert saved["finding"] in (out / "selection.md").read_text()
+    write_selection(result, out)
+    assert json.loads((out / "selection.json").read_text()) == {"finding": finding(result), **saved}
     table = (out / "selection.md").read_text()
+    assert finding(result) in table
     assert "The RM score picks epoch 2; the validation loss would pick epoch 1." in table
-    assert "| checkpoint-20 | 2 | 6.000 ± 1.000 | 100.0000 | 100% | RM score |" in table
+    assert "| checkpoint-20 | 2 | 6.000 | 100.0000 | 100% | RM score |" in table
     assert (out / "selection.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -93,7 +95,7 @@ def test_the_same_checkpoint_twice_scores_the_same_since_the_noise_is_shared(pol
         return [float(ids[0]) for ids in completion_ids]
 
     first, second = select_checkpoint(tmp_path, first_byte, PROMPTS, max_new_tokens=4, seed=3).rows
-    assert (first.rm_score, first.rm_score_se) == (second.rm_score, second.rm_score_se)
+    assert first.rm_score == second.rm_score
     assert (first.step, first.epoch) == (1, None)  # no trainer_state.json: the folder's number
     assert first.validation_loss is None
 
@@ -111,7 +113,7 @@ def test_a_reward_model_scores_as_its_scorer_does(run, reward_model, tokenizer):
     row = select_checkpoint([run / "checkpoint-10"], scorer, PROMPTS, max_new_tokens=3).rows[0]
     letter = tokenizer("a")["input_ids"]
     expected = [scorer(prompts=[p], completions=["aaa"], completion_ids=[letter * 3])[0] for p in PROMPTS]
-    assert row.rm_score == pytest.approx(sum(expected) / 2, abs=1e-6)
+    assert row.rm_score.mean == pytest.approx(sum(expected) / 2, abs=1e-6)
 
 
 def test_models_and_paths_become_scorers_and_functions_stay(reward_model, tokenizer):
@@ -134,22 +136,10 @@ def test_conversations_are_scored_as_messages():
     assert seen["completions"] == [[{"role": "assistant", "content": "hello"}]]
 
 
-def test_standard_error_of_four_scores():
-    # mean 4, squared deviations 9 + 1 + 1 + 9 = 20, variance 20/3, standard error √(20/3)/2
-    assert mean_and_standard_error([1, 3, 5, 7]) == pytest.approx((4, (20 / 3) ** 0.5 / 2))
-
-
-def test_answers_to_one_prompt_are_no_independent_scores():
-    # Prompts a (1, 3) and b (5, 7): means 2 and 6, standard deviation √8, standard error √8/√2 = 2.
-    assert mean_and_standard_error([1, 3, 5, 7], "aabb") == pytest.approx((4, 2))
-    with pytest.raises(ValueError, match="of one prompt"):
-        mean_and_standard_error([1, 3], "aa")
-
-
 def chosen(*scores, prompts=None):
     """The choice among checkpoints with these scores of each prompt."""
     rows = [
-        CheckpointRow(f"run/checkpoint-{step}", step, float(step), fmean(row), 0.1, None, 0.0, list(row))
+        CheckpointRow(f"run/checkpoint-{step}", step, float(step), mean_interval(row), None, 0.0, list(row))
         for step, row in enumerate(scores, start=1)
     ]
     return _choose(rows, prompts or [str(i) for i in range(len(scores[0]))])
@@ -180,7 +170,7 @@ def test_a_lead_on_repeated_prompts_counts_prompts():
     rows = chosen([0.0] * 300, gain)
     prompts = chosen([0.0] * 300, gain, prompts=[str(i // 10) for i in range(300)])
     assert (rows.runner_up.is_clear, prompts.runner_up.is_clear) == (True, False)
-    assert prompts.runner_up.n_prompts == 30
+    assert prompts.runner_up.n == 30
     assert prompts.last is None
 
 
@@ -196,7 +186,7 @@ def test_equal_checkpoints_and_few_prompts_are_said_plainly():
 
 
 def test_agreement_is_said_in_one_sentence():
-    row = CheckpointRow("run/checkpoint-5", 5, 1.0, 0.1, 0.01, 2.0, 0.0)
+    row = CheckpointRow("run/checkpoint-5", 5, 1.0, SCORE, 2.0, 0.0)
     text = selection_markdown(SelectionResult(row.checkpoint, row.checkpoint, [row]))
     assert "The RM score picks epoch 1, and so does the validation loss." in text
     assert "| RM score and loss |" in text
@@ -245,7 +235,7 @@ def test_validation_data_needs_its_columns(run):
 
 
 def test_a_checkpoints_name_is_shown_as_it_is():
-    rows = [CheckpointRow(f"run/<b>|*{step}*", step, None, 0.1, 0.01, None, 0.0) for step in (1, 2)]
+    rows = [CheckpointRow(f"run/<b>|*{step}*", step, None, SCORE, None, 0.0) for step in (1, 2)]
     text = selection_markdown(SelectionResult(rows[0].checkpoint, None, rows))
     assert r"picks &lt;b&gt;\|\*1\*." in text
     assert r"| &lt;b&gt;\|\*2\* |" in text

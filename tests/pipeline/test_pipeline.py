@@ -12,37 +12,60 @@ from instruct_trl import RewardScorer
 from instruct_trl.pipeline import demo_data
 from instruct_trl.pipeline import run as pipeline
 from instruct_trl.pipeline.arguments import RunArguments
-from instruct_trl.pipeline.evaluating import ranking_accuracy, training_log
+from instruct_trl.pipeline.evaluating import reward_model_figures, score_rankings, training_log
+from instruct_trl.pipeline.rewarding import write_page
 from instruct_trl.pipeline.run import load_labeler, make_what_is_missing, prompts_for, rewards_with_labeler
 from instruct_trl.pipeline.sampling import ranks_of
 from instruct_trl.pipeline.stage import FINISHED
+from instruct_trl.report.data import ModelResult, ReportData
+from instruct_trl.report.findings import reward_model_caption
 
 
 def test_ranks_start_at_1_ties_share_and_the_next_is_skipped():
     assert ranks_of([0.1, 0.9, 0.5, 0.9]) == [4, 1, 3, 1]
 
 
-def test_accuracy_on_rankings_by_rank_distance():
-    rows = Dataset.from_list(
-        [
-            {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]},  # right, right, right
-            {"prompt": "p", "completions": ["a", "c", "b"], "ranks": [1, 2, 3]},  # 1-2 and 1-3 right, 2-3 wrong
-            {"prompt": "p", "completions": ["b", "a", "c"], "ranks": [2, 2, 2]},  # ties say nothing
-        ]
+RANKINGS = [
+    {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]},  # right, right, right
+    {"prompt": "p", "completions": ["a", "c", "b"], "ranks": [1, 4, 5]},  # the first right with both, 4-5 wrong
+    {"prompt": "q", "completions": ["b", "a", "c"], "ranks": [2, 2, 2]},  # ties say nothing
+]
+
+
+def by_letter(prompts, completions):
+    return [{"a": 3.0, "b": 2.0, "c": 1.0}[text] for text in completions]
+
+
+def test_accuracy_on_rankings_by_places_apart(tmp_path):
+    result = reward_model_figures(by_letter, tmp_path, Dataset.from_list(RANKINGS))
+    assert (result["pair_accuracy"]["mean"], result["pair_accuracy"]["n_pairs"]) == (pytest.approx(5 / 6), 6)
+    assert result["pair_accuracy"]["n"] == 1  # prompt
+    assert result["by_rank_distance"]["1"]["mean"] == pytest.approx(3 / 4)  # a gap in the ranks is no distance
+    assert result["by_rank_distance"]["2"]["mean"] == 1
+    assert result["kendall_tau"]["mean"] == pytest.approx(2 / 3)
+
+
+def test_both_pages_of_a_run_give_one_accuracy(tmp_path, capsys):
+    """The run's report takes what the reward model's page says, not a second pass; of other rankings it asks anew."""
+    rows, ours = Dataset.from_list(RANKINGS), score_rankings(by_letter, RANKINGS[:1])
+    trainer = SimpleNamespace(evaluation_records=ours, accelerator=SimpleNamespace(is_main_process=True))
+    write_page(trainer, str(tmp_path), False, None, None, rows)
+    page = (tmp_path / "evaluation" / "report.md").read_text()
+    figures = reward_model_figures(by_letter, tmp_path, rows)  # of three records by the scorer, of one on the page
+    assert (
+        figures["pair_accuracy"] == json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["pair_accuracy"]
     )
-    score = {"a": 3.0, "b": 2.0, "c": 1.0}
-    result = ranking_accuracy(lambda prompts, completions: [score[c] for c in completions], rows)
-    assert result["n_pairs"] == 6
-    assert result["pair_accuracy"] == pytest.approx(5 / 6)
-    assert result["by_rank_distance"]["1"]["accuracy"] == pytest.approx(3 / 4)
-    assert result["by_rank_distance"]["2"]["accuracy"] == 1
-    assert result["kendall_tau"] == pytest.approx(2 / 3)
+    assert (figures["pair_accuracy"]["mean"], figures["pair_accuracy"]["n_pairs"]) == (1.0, 3)
+    run = reward_model_caption(ReportData("run", [ModelResult("SFT")], reward_model=figures))
+    for text in (page, run):
+        assert "100\u00a0% of 3 held-out pairs" in text
+    assert reward_model_figures(by_letter, tmp_path, rows.select([0, 1]))["pair_accuracy"]["n_pairs"] == 6
 
 
-def test_rankings_without_untied_pairs_are_refused():
+def test_rankings_without_untied_pairs_are_refused(tmp_path):
     rows = Dataset.from_list([{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1]}])
-    with pytest.raises(ValueError, match="Fewer than two held-out prompts"):
-        ranking_accuracy(lambda prompts, completions: [0.0] * len(prompts), rows)
+    with pytest.raises(ValueError, match="No record has a pair"):
+        reward_model_figures(lambda prompts, completions: [0.0] * len(prompts), tmp_path, rows)
 
 
 def test_a_cut_answer_is_scored_the_same_by_flag_and_by_ids(reward_model, tokenizer):
