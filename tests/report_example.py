@@ -1,7 +1,8 @@
 """A made-up finished run for the tests of the report."""
 
+from instruct_trl.evaluation.estimates import Estimate
 from instruct_trl.evaluation.win_rate import win_rate
-from instruct_trl.report.pages import ModelResult, ReportData, Sample
+from instruct_trl.report.data import ModelResult, ReportData, Sample
 
 NASTY = 'a <script>alert("1")</script> | b `c` *d* _e_ [f](http://x.y) &amp; <br> # g $h$ ~~i~~ \\| 1. j'
 
@@ -11,11 +12,16 @@ def win_of(wins, losses, ties=0):
     return win_rate([1.0] * wins + [0.0] * (losses + ties), [0.0] * wins + [1.0] * losses + [0.0] * ties)
 
 
+def estimate(mean, half):
+    """An estimate as JSON has it, with an interval of `half` to each side."""
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 130}
+
+
 def task(mean, change=None):
     """A row of `benchmarks.task_table` whose interval is 0.03 to each side, that of the change 0.02."""
     row = {"metric": "acc", "mean": mean, "low": mean - 0.03, "high": mean + 0.03, "n": 1000}
     if change is not None:
-        row |= {"change": change, "change_low": change - 0.02, "change_high": change + 0.02}
+        row["change"] = {"mean": change, "low": change - 0.02, "high": change + 0.02, "n": 1000}
     return row
 
 
@@ -42,33 +48,30 @@ def example_models(win):
         ModelResult(
             "base",
             win_of(60, 190, 6),
-            labeler_mean=-0.5,
-            labeler_ci=(-0.6, -0.4),
-            pretraining_loss=3.412,
+            labeler=Estimate(-0.5, -0.6, -0.4, 250),
+            pretraining_loss=Estimate(3.412, 3.4, 3.42, 100),
             tasks={"boolq": task(0.6), "hellaswag": task(0.32), "squad": task(0.2)},
         ),
         ModelResult(
             "SFT",
             None,
-            labeler_mean=0.0,
+            labeler=Estimate(0.0, None, None, 1),
             kl=0.0,
-            pretraining_loss=3.458,
+            pretraining_loss=Estimate(3.458, 3.45, 3.47, 100),
             mean_length=24.0,
             distinct_2=0.86,
-            opening="it is a",
-            opening_share=0.05,
+            opening=("it is a", 0.05),
             tasks={"boolq": task(0.58, -0.02)},
         ),
         ModelResult(
             "PPO-ptx",
             win or win_of(160, 90, 6),
-            rm_mean=1.25,
+            reward=Estimate(1.25, 1.1, 1.4, 250),
             kl=7.5,
-            pretraining_loss=3.47,
+            pretraining_loss=Estimate(3.47, 3.46, 3.48, 100),
             mean_length=48.0,
             distinct_2=0.3,
-            opening="a very fun",
-            opening_share=0.4,
+            opening=("a very fun", 0.4),
             favourite=("very", 0.9, 0.2),
             length_correlation=-0.2,
             like_length=win_of(52, 48),
@@ -84,9 +87,9 @@ def example_report(win=None, **changes):
         "run_name": "demo",
         "models": example_models(win),
         "judged": [
-            {"judge": "judge-1", "model": "PPO-ptx", "baseline": "SFT", "rate": 0.4, "low": 0.34, "high": 0.46}
+            {"judge": "judge-1", "model": "PPO-ptx", "baseline": "SFT", "mean": 0.4, "low": 0.34, "high": 0.46}
             | {"wins": 90, "ties": 20, "losses": 140, "n": 250, "invalid": 6, "flipped": 17},
-            {"judge": "3 people", "model": "PPO-ptx", "baseline": "SFT", "rate": None, "low": None, "high": None}
+            {"judge": "3 people", "model": "PPO-ptx", "baseline": "SFT", "mean": None, "low": None, "high": None}
             | {"wins": None, "ties": None, "losses": None, "n": None, "invalid": 3, "flipped": 0},
         ],
         "ratings": [
@@ -98,18 +101,19 @@ def example_report(win=None, **changes):
         "judge_notes": ["judge-1: 1,024 requests now."],
         "runs": {"PPO": [{**row, "kl": 2 * row["kl"]} for row in training]},
         "checkpoints": [
-            {"step": 40 * i, "checkpoint": f"checkpoint-{40 * i}", "labeler_score": s, "labeler_se": 0.05, "score": i}
+            {"step": 40 * i, "checkpoint": f"checkpoint-{40 * i}", "labeler_score": estimate(s, 0.1), "score": i}
+            | ({"behind_best": estimate(0.5, 0.2)} if i == 3 else {})
             for i, s in enumerate([0.2, 0.9, 0.4], 1)
         ],
         "labeler": "a word list",
         "training": [*training, {"train_runtime": 3.0, "step": 120}],
         "reward_model": {
-            "pair_accuracy": 0.713,
-            "low": 0.68,
-            "high": 0.744,
-            "n_pairs": 1204,
-            "kendall_tau": 0.43,
-            "by_rank_distance": {"1": 0.62, "2": {"accuracy": 0.86, "low": 0.81, "high": 0.9}},
+            "pair_accuracy": {"mean": 0.713, "low": 0.68, "high": 0.744, "n": 130, "n_pairs": 1204},
+            "kendall_tau": estimate(0.43, 0.05),
+            "by_rank_distance": {
+                "1": {"mean": 0.62, "low": None, "high": None, "n": 9, "n_pairs": 300},
+                "2": {"mean": 0.86, "low": 0.81, "high": 0.9, "n": 120, "n_pairs": 904},
+            },
         },
         "samples": [Sample("Prompt " + NASTY, {"base": NASTY, "SFT": "line one\n\nline two"}, {"base": -0.25})],
         "settings": {"PPO-ptx": {"beta": 0.02}, "seed": 1},

@@ -217,7 +217,7 @@ def fit_temperature(differences: np.ndarray) -> float | None:
         return float(-np.mean(differences / (1 + np.exp(np.clip(differences * np.exp(log_inverse), -500, 500)))))
 
     # The loss is convex in 1/T: its slope changes its sign once.
-    return float(np.exp(-optimize.brentq(slope, -12.0, 12.0)))
+    return float(np.exp(-optimize.brentq(slope, -50.0, 50.0)))
 
 
 def correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
@@ -277,7 +277,8 @@ def _within_prompt(records: Sequence[Record], n_boot: int, seed: int) -> dict[st
     owner = [prompt for prompt, row in zip(first_of_prompt(records), rewards, strict=True) for _ in row]
     sums = [sums_by_prompt(term, owner)[0] for term in (x * y, x * x, y * y)]
     found: dict[str, Any] = correlations(x, y)
-    n, bounds = len(sums[0]), (None, None)
+    n = len(sums[0])
+    bounds: tuple[float | None, float | None] = (None, None)
     if found["pearson"] is None:
         return found
     if n >= MIN_PROMPTS:

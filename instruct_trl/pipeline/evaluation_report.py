@@ -113,40 +113,34 @@ def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResu
     from instruct_trl.data.prompt_keys import prompt_keys
     from instruct_trl.evaluation import hacks
     from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
-    from instruct_trl.evaluation.estimates import mean_interval
+    from instruct_trl.evaluation.estimates import Estimate, mean_interval
     from instruct_trl.evaluation.win_rate import paired_difference
 
     models, prompts = data["models"], prompt_keys(data["prompts"])
     row, base = models[name], models[SFT]
-    opening, opening_share = hacks.common_opening(row["completions"])
-    label, reward = mean_interval(row["labeler"], prompts), mean_interval(row["reward"], prompts)
+    texts, loss = row["completions"], row.get("pretraining_loss")
     result = ModelResult(
         name,
-        labeler_mean=label.mean,
-        labeler_ci=label.bounds,
-        rm_mean=reward.mean,
-        rm_ci=reward.bounds,
+        labeler=mean_interval(row["labeler"], prompts),
+        reward=mean_interval(row["reward"], prompts),
         kl=row.get("kl"),
-        pretraining_loss=row.get("pretraining_loss"),
+        pretraining_loss=None if loss is None else Estimate(loss, None, None, 0),
         mean_length=sum(row["lengths"]) / len(row["lengths"]),
         eos_rate=sum(row["ended"]) / len(row["ended"]),
-        distinct_2=distinct_n(row["completions"], 2),
-        repetition=repetition_rate(row["completions"]),
-        distinct_1=distinct_n(row["completions"], 1),
-        duplicates=hacks.duplicate_rate(row["completions"]),
-        opening=opening,
-        opening_share=opening_share,
+        distinct_1=distinct_n(texts, 1),
+        distinct_2=distinct_n(texts, 2),
+        repetition=repetition_rate(texts),
+        duplicates=hacks.duplicate_rate(texts),
+        opening=hacks.common_opening(texts),
         length_correlation=hacks.rank_correlation(row["labeler"], row["lengths"]),
         tasks=tasks,
     )
     if name != SFT:
-        difference = mean_interval(paired_difference(row["labeler"], base["labeler"]), prompts)
+        scores = (row["labeler"], base["labeler"])
         result.win = win_against_sft(models, name, prompts)
-        scores = (row["labeler"], base["labeler"], row["lengths"], base["lengths"])
-        result.like_length = hacks.like_length_win_rate(*scores, prompts=prompts)
-        result.favourite = hacks.favourite_word(row["completions"], base["completions"])
-        result.labeler_difference = difference.mean
-        result.labeler_difference_ci = difference.bounds
+        result.like_length = hacks.like_length_win_rate(*scores, row["lengths"], base["lengths"], prompts=prompts)
+        result.favourite = hacks.favourite_word(texts, base["completions"])
+        result.labeler_difference = mean_interval(paired_difference(*scores), prompts)
     return result
 
 

@@ -71,7 +71,7 @@ def write_page(
 
     With `train` and `test` the page says how many rows of `test` have a prompt that is trained on.
     """
-    from instruct_trl.report.reward_page import METRICS_JSON, write_reward_report
+    from instruct_trl.report.pages import METRICS_JSON, write_reward_report
 
     if not trainer.accelerator.is_main_process:
         return

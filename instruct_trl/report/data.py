@@ -1,4 +1,4 @@
-"""What the report is drawn from: plain records that survive a round trip through report.json."""
+"""The records that a report is drawn from. They survive a round trip through report.json."""
 
 from __future__ import annotations
 
@@ -8,46 +8,54 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from instruct_trl.evaluation.estimates import Estimate
 from instruct_trl.evaluation.win_rate import WinRate
 
 REPORT_JSON = "report.json"
+LogRows = list[dict[str, Any]]
 
 
 @dataclass
 class ModelResult:
-    """One model on the held-out prompts. What was not measured stays None and is left out of the report.
+    """One model on the held-out prompts. A value that was not measured stays None and is left out of the report.
 
-    Units: scores in the judge's own unit; `kl` in `ReportData.kl_unit`; `pretraining_loss` in nats a token;
-    `mean_length` in tokens; `eos_rate`, `distinct_1`, `distinct_2`, `repetition`, `duplicates` and `opening_share` from
-    0 to 1. Each `_ci` is (low, high), 95 %. `like_length` is the win rate over prompts whose two answers are about
-    equally long, `length_correlation` Spearman's of labeler score and length, `opening` the most common first words,
-    `favourite` the word that more answers hold than the baseline's, with the share of these and of the baseline's.
-    `tasks` is task → the row of `benchmarks.task_table`.
+    Units: scores in the judge's own unit; `kl` in `ReportData.kl_unit`; `pretraining_loss` in nats per token;
+    `mean_length` in tokens; all rates from 0 to 1.
+
+    Attributes:
+        labeler, reward: mean score by the labeler and by the reward model.
+        labeler_difference: mean labeler score less the baseline's, paired over prompts.
+        like_length: win rate over the prompts whose two answers are about equally long.
+        length_correlation: Spearman's, of labeler score and length.
+        opening: the most common first words, and the share of answers that begin with them.
+        favourite: the word that more answers hold than the baseline's, its share here and in the baseline's.
+        tasks: task → the row of `tasks.task_table`.
     """
 
     name: str
     win: WinRate | None = None
-    labeler_mean: float | None = None
-    labeler_ci: tuple[float, float] | None = None
-    labeler_difference: float | None = None
-    labeler_difference_ci: tuple[float, float] | None = None
-    rm_mean: float | None = None
-    rm_ci: tuple[float, float] | None = None
+    labeler: Estimate | None = None
+    labeler_difference: Estimate | None = None
+    reward: Estimate | None = None
     kl: float | None = None
-    pretraining_loss: float | None = None
-    pretraining_loss_ci: tuple[float, float] | None = None
+    pretraining_loss: Estimate | None = None
     mean_length: float | None = None
     eos_rate: float | None = None
+    distinct_1: float | None = None
     distinct_2: float | None = None
     repetition: float | None = None
-    distinct_1: float | None = None
     duplicates: float | None = None
-    opening: str = ""
-    opening_share: float | None = None
+    opening: tuple[str, float] | None = None
     favourite: tuple[str, float, float] | None = None
     length_correlation: float | None = None
     like_length: WinRate | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_NESTED: dict[str, type] = {
+    **dict.fromkeys(("win", "like_length"), WinRate),
+    **dict.fromkeys(("labeler", "labeler_difference", "reward", "pretraining_loss"), Estimate),
+}
 
 
 @dataclass
@@ -61,36 +69,28 @@ class Sample:
 
 @dataclass
 class ReportData:
-    """Everything a report says. Only `run_name` and `models` are needed; a part that is missing is named as missing.
+    """Everything a report says. Only `run_name` and `models` are needed; a missing part is named as missing.
 
     Attributes:
-        run_name: title of the run.
         models: in the order in which they were made (base, SFT, PPO-ptx).
-        baseline: name of the model that win rates are against (the paper's choice: SFT).
-        subject: name of the model that the headline is about; None takes the last of `models`.
-        labeler: what judged, for a reader: "a sentiment classifier trained on ...". A program, not people.
-        training: the PPO trainer's log history; rows with `step`, `episodes`, `score`, `kl`, and where known
+        baseline: the model that win rates are against (the paper's choice: SFT).
+        subject: the model that the headline is about; None takes the last of `models`.
+        labeler: who judged, for a reader: "a sentiment classifier trained on ...". A program, not people.
+        training: log of the PPO trainer; rows with `step`, `episodes`, `score`, `kl`, and where known
             `labeler_score`, `ptx_loss`, `value_loss`, `explained_variance`. Other rows and keys are passed over.
-        runs: other runs' logs by name, drawn beside `training`; the same kind of rows.
-        checkpoints: `gold.score_checkpoints` on validation prompts.
-        judged: what further judges said: rows of `judges.tally.judged_row`.
-        ratings: replies to questions about single answers: rows of `judges.tally.rating_row`.
+        runs: logs of other runs by name, drawn beside `training`.
+        checkpoints: rows of `gold.score_checkpoints` on validation prompts.
+        judged, ratings: what further judges said, as `judges.tally` gives it.
         judge_notes: what a reader must know of these judges (cost, agreement, who is still waited for).
-        reward_model: `pair_accuracy`, `low`, `high`, `n_pairs`, `n_prompts`, `kendall_tau` and `by_rank_distance`, a
-            dict from the distance to an accuracy or to {"accuracy", "low", "high", "n_pairs"}. Rates from 0 to 1.
-        selection_picture: PNG of `select_checkpoint`.
-        selection_note: its finding in one sentence.
-        samples: shown side by side.
-        settings: flat, or one dict a stage.
+        reward_model: `reward_metrics`, or the part of it that `pair_accuracy` gives, with `kendall_tau`.
+        selection_picture: PNG of the SFT selection; `selection_note` is its finding in one sentence.
+        settings: flat, or one dict per stage.
         deviations: from the paper, one sentence each; numbered in the report.
         timings: stage → seconds, in the order they ran.
-        notes: anything a reader must know.
-        trained_on: `rows` prompts `of` all that were trained on, and a sentence on them, `note`; {} if none are known.
-        command: the command line that made the run.
+        trained_on: `rows` prompts `of` all that were trained on, and a sentence on them, `note`; {} if none.
         environment: machine and versions.
         kl_reference: the model that `kl` of `models` is measured from.
-        training_reference: the same for `training`: the reference of PPO, the policy as RL began.
-        kl_unit: unit of `kl`, in `training` and in `models`.
+        training_reference: the same for `training`: the policy as RL began.
         pretraining_text: what `pretraining_loss` was measured on.
     """
 
@@ -99,11 +99,11 @@ class ReportData:
     baseline: str = "SFT"
     subject: str | None = None
     labeler: str = "a scoring program"
-    training: list[dict[str, Any]] = field(default_factory=list)
-    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    checkpoints: list[dict[str, Any]] = field(default_factory=list)
-    judged: list[dict[str, Any]] = field(default_factory=list)
-    ratings: list[dict[str, Any]] = field(default_factory=list)
+    training: LogRows = field(default_factory=list)
+    runs: dict[str, LogRows] = field(default_factory=dict)
+    checkpoints: LogRows = field(default_factory=list)
+    judged: LogRows = field(default_factory=list)
+    ratings: LogRows = field(default_factory=list)
     judge_notes: list[str] = field(default_factory=list)
     reward_model: dict[str, Any] = field(default_factory=dict)
     selection_picture: str | Path | None = None
@@ -131,25 +131,20 @@ class ReportData:
     @property
     def headline_model(self) -> ModelResult:
         """The model that the headline is about."""
-        return next((model for model in self.models if model.name == self.subject), self.models[-1])
+        return (self.model(self.subject) if self.subject else None) or self.models[-1]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The benchmark tasks of all models, in their order."""
+        return list(dict.fromkeys(name for model in self.models for name in model.tasks))
 
     def model(self, name: str) -> ModelResult | None:
         """The result of that name, or None."""
         return next((model for model in self.models if model.name == name), None)
 
     def series(self, key: str, against: str | None = None) -> tuple[list[float], list[float]]:
-        """(x, y) of one logged metric in order of training, over the rows that hold both, finite.
-
-        x is `against`, or the progress axis (`progress_key`).
-        """
-        return self.series_of(self.training, key, against or self.progress_key)
-
-    @staticmethod
-    def series_of(log: list[dict[str, Any]], key: str, x_key: str) -> tuple[list[float], list[float]]:
-        """The same of any log."""
-        rows = [row for row in log if _is_finite(row.get(x_key)) and _is_finite(row.get(key))]
-        kept = [(float(row[x_key]), float(row[key])) for row in rows]
-        return [x for x, _ in kept], [y for _, y in kept]
+        """(x, y) of one logged metric in order of training; x is `against`, or the progress axis."""
+        return series(self.training, key, against or self.progress_key)
 
     @property
     def progress_key(self) -> str:
@@ -157,8 +152,14 @@ class ReportData:
         return "episodes" if any(_is_finite(row.get("episodes")) for row in self.training) else "step"
 
 
+def series(log: LogRows, key: str, x_key: str) -> tuple[list[float], list[float]]:
+    """(x, y) of the rows of a log in which both are finite numbers."""
+    kept = [row for row in log if _is_finite(row.get(x_key)) and _is_finite(row.get(key))]
+    return [float(row[x_key]) for row in kept], [float(row[key]) for row in kept]
+
+
 def save_report_data(data: ReportData, path: str | Path, selection_picture: str | Path | None = None) -> Path:
-    """Write `data` as JSON; NaN and infinities become null, and what JSON does not know becomes its text.
+    """Write `data` as JSON. NaN and infinities become null, and what JSON does not know becomes its text.
 
     A `selection_picture` given here, relative to the file's folder, is written in place of the one in `data`.
     """
@@ -180,32 +181,27 @@ def load_report_data(path: str | Path) -> ReportData:
     path = Path(path)
     path = path / REPORT_JSON if path.is_dir() else path
     raw = json.loads(path.read_text(encoding="utf-8"))
-    _check_keys(ReportData, raw, path)
     raw["models"] = [_load_model(entry, path) for entry in raw["models"]]
-    raw["samples"] = [Sample(**_check_keys(Sample, entry, path)) for entry in raw.get("samples", [])]
+    raw["samples"] = [_load(Sample, entry, path) for entry in raw.get("samples", [])]
     picture = raw.get("selection_picture")
     if picture and not Path(picture).is_absolute():
         raw["selection_picture"] = str(path.parent / picture)
-    return ReportData(**raw)
+    return _load(ReportData, raw, path)
 
 
 def _load_model(entry: dict[str, Any], path: Path) -> ModelResult:
-    _check_keys(ModelResult, entry, path)
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in entry.items()  # JSON has no tuples
-    }
-    for name in ("win", "like_length"):
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    for name, kind in _NESTED.items():
         if values.get(name):
-            values[name] = WinRate(**_check_keys(WinRate, values[name], path))
-    return ModelResult(**values)
+            values[name] = _load(kind, values[name], path)
+    return _load(ModelResult, values, path)
 
 
-def _check_keys(kind: type, entry: dict[str, Any], path: Path) -> dict[str, Any]:
+def _load(kind: type, entry: dict[str, Any], path: Path) -> Any:
     unknown = sorted(set(entry) - {f.name for f in fields(kind)})
     if unknown:
         raise ValueError(f"{path}: {kind.__name__} has no field {unknown[0]!r}; remove it or fix its spelling.")
-    return entry
+    return kind(**entry)
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,19 +1,35 @@
-"""The report's sentences, made from its numbers: each says what was found, whichever way it went."""
+"""The sentences of a run's report, made from its numbers. Each says what was found, whichever way it went."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import pairwise
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from instruct_trl.evaluation.estimates import Estimate
+from instruct_trl.evaluation.gold import best_checkpoint, direction, path_means, turning_point
+from instruct_trl.evaluation.win_rate import WinRate
 from instruct_trl.report.data import ModelResult, ReportData
 
 Verdict = Literal["better", "worse", "unclear", "missing"]
-Direction = Literal["rose", "fell", "did not clearly move", ""]
 
 NBSP = "\u00a0"
+OVERLAP_LIMIT = 0.05
+"""Share of prompts that were trained on above which a page gives no verdict."""
+
+
+def estimate(row: Any) -> Estimate:
+    """The estimate in a row of a report, which has its four keys and others beside them."""
+    return row if isinstance(row, Estimate) else Estimate(*(row[name] for name in ("mean", "low", "high", "n")))
+
+
+def minus(value: float, spec: str) -> str:
+    """`format` with a real minus sign."""
+    return format(value, spec).replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """0.312 → "+0.31"."""
+    return minus(value, "+.2f")
 
 
 def percent(value: float, digits: int = 0) -> str:
@@ -21,77 +37,84 @@ def percent(value: float, digits: int = 0) -> str:
     return f"{100 * value:.{digits}f}{NBSP}%"
 
 
-def percent_range(low: float, high: float) -> str:
-    """(0.57, 0.69) → "57 to 69"."""
-    return f"{100 * low:.0f} to {100 * high:.0f}"
+def figure(row: Any, spec: str = ".3f", scale: float = 1.0, unit: str = "", gap: str = "\n") -> str:
+    """A mean and its interval: "0.612", `gap`, "(0.570 to 0.654)"; a dash where there is none."""
+    found = estimate(row)
+    if found.mean is None:
+        return "–"
+    bounds = f"{NBSP}to{NBSP}".join(minus(scale * bound, spec) for bound in found.bounds or ())
+    return minus(scale * found.mean, spec) + unit + (f"{gap}({bounds})" if bounds else "")
+
+
+def share(row: Any, digits: int = 0, gap: str = " ") -> str:
+    """A rate with its interval, both in per cent: "63 % (57 to 69)"."""
+    return figure(row, f".{digits}f", 100, f"{NBSP}%", gap)
+
+
+def in_words(row: Any, of: str) -> str:
+    """A rate with its interval inside a sentence: "63 % of 100 prompts (95 % interval 53 to 72)"."""
+    rate, _, bounds = share(row).partition(" (")
+    return f"{rate} of {of}" + (f" (95{NBSP}% interval {bounds}" if bounds else "")
 
 
 def number(value: float, signed: bool = False) -> str:
-    """Three significant digits or so, without exponents in the usual range, with a real minus sign."""
-    size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.01 or size == 0 else 4
+    """Three significant digits or so, without exponents in the usual range."""
+    size, sign = abs(value), "+" if signed else ""
     if size and (size < 5e-4 or size >= 1e7):
-        text = f"{value:+.1e}" if signed else f"{value:.1e}"
-    else:
-        text = f"{value:{'+' if signed else ''},.{digits}f}"
-    return text.replace("-", "−")
+        return minus(value, f"{sign}.1e")
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.01 or size == 0 else 4
+    return minus(value, f"{sign},.{digits}f")
 
 
 def duration(seconds: float) -> str:
     """75 → "1 min 15 s"."""
     if seconds < 60:
-        return f"{seconds:.1f}{NBSP}s" if seconds < 10 else f"{seconds:.0f}{NBSP}s"
+        return f"{seconds:.{int(seconds < 10)}f}{NBSP}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}{NBSP}min {rest}{NBSP}s"
     return f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
 
 
-OVERLAP_LIMIT = 0.05
-"""Share of prompts that were trained on above which a page gives no verdict."""
+def ranks_apart(distance: str) -> str:
+    """ "1" → "1 rank apart"."""
+    return f"{distance} rank{'s' * (distance != '1')} apart"
 
 
-def headline(data: ReportData) -> tuple[Verdict, str]:
-    """The run's verdict and its sentence: did the headline model beat the baseline, by the labeler?
-
-    There is no verdict where more than `OVERLAP_LIMIT` of the prompts were trained on.
-    """
-    model, seen = data.headline_model, data.trained_on
-    if seen and seen["rows"] > OVERLAP_LIMIT * seen["of"]:
-        return (
-            "missing",
-            f"{seen['rows']:,} of the {seen['of']:,} prompts were trained on, so this report gives no verdict.",
-        )
-    if model.win is None or model.name == data.baseline:
-        return (
-            "missing",
-            f"No win rate against {data.baseline} was measured, so this report cannot say which is better.",
-        )
-    win = model.win
-    kind: dict[str, Verdict] = {"above": "better", "below": "worse", "unclear": "unclear"}
-    verdict = kind[win.verdict]
-    says = {
-        "better": f"{model.name} beats {data.baseline}",
-        "worse": f"{model.name} does worse than {data.baseline}",
-        "unclear": f"Whether {model.name} beats {data.baseline} is open",
-    }[verdict]
-    return verdict, f"{says}: it wins {_win_numbers(model)}, {_HALF[win.verdict]}."
+def seen_too_often(trained_on: Mapping[str, Any] | None) -> bool:
+    """Whether too many of the prompts were trained on for a verdict."""
+    return bool(trained_on) and trained_on["rows"] > OVERLAP_LIMIT * trained_on["of"]  # type: ignore[index]
 
 
 _HALF = {
-    "above": "all of the interval above one half",
-    "below": "all of the interval below one half",
-    "unclear": "and the interval holds one half",
+    "above": "The whole interval lies above one half.",
+    "below": "The whole interval lies below one half.",
+    "unclear": "The interval holds one half.",
 }
-_HALF_SHORT = {"above": "above one half", "below": "below one half", "unclear": "cannot tell from one half"}
 
 
-def _win_numbers(model: ModelResult) -> str:
-    win = model.win
-    assert win is not None
-    several = win.n_prompts is not None and win.n_prompts < win.n
-    rows = f"{win.n:,} answers to {win.n_prompts:,} prompts" if several else f"{win.n:,} prompts"
-    return f"{percent(win.rate)} of {rows} (95{NBSP}% interval {percent_range(win.low, win.high)})"
+def headline(data: ReportData) -> tuple[Verdict, str]:
+    """The run's verdict and its sentence: does the headline model beat the baseline, by the labeler?"""
+    model, seen = data.headline_model, data.trained_on
+    if seen_too_often(seen):
+        return "missing", (
+            f"{seen['rows']:,} of the {seen['of']:,} prompts were trained on, so this report gives no verdict."
+        )
+    if model.win is None or model.name == data.baseline:
+        return "missing", (
+            f"No win rate against {data.baseline} was measured, so this report cannot say which is better."
+        )
+    verdicts: dict[str, tuple[Verdict, str]] = {
+        "above": ("better", f"{model.name} beats {data.baseline}"),
+        "below": ("worse", f"{model.name} does worse than {data.baseline}"),
+        "unclear": ("unclear", f"Whether {model.name} beats {data.baseline} is open"),
+    }
+    verdict, says = verdicts[model.win.verdict]
+    return verdict, f"{says}: it wins {_prompts_won(model.win)}. {_HALF[model.win.verdict]}"
+
+
+def _prompts_won(win: WinRate) -> str:
+    return in_words(win, (f"{win.rows:,} answers to " if win.rows > win.n else "") + f"{win.n:,} prompts")
 
 
 def compared(data: ReportData) -> list[ModelResult]:
@@ -99,40 +122,39 @@ def compared(data: ReportData) -> list[ModelResult]:
     return [model for model in data.models if model.win is not None and model.name != data.baseline]
 
 
-def win_caption(data: ReportData) -> str:
-    """One sentence over all compared models, the headline model first."""
+def win(data: ReportData) -> str:
+    """The win rates, the headline model's first."""
     models = sorted(compared(data), key=lambda model: model.name != data.headline_model.name)
-    parts = []
-    for model in models:
-        assert model.win is not None
-        parts.append(f"{model.name} wins {_win_numbers(model)}: {_HALF_SHORT[model.win.verdict]}")
-    return f"Against {data.baseline}, {'; '.join(parts)}."
+    rates = [f"{model.name} wins {_prompts_won(model.win)}" for model in models if model.win]
+    return f"Against {data.baseline}, {'; '.join(rates)}."
 
 
-def direction(values: Sequence[float]) -> Direction:
-    """Whether a noisy series moved between its start and its end.
-
-    Its levels are the medians of the first and the last fifth: one wild step at the start must not speak for them. It
-    moved when they differ by more than two standard errors of that difference, which noise alone does in about one
-    series of twenty. A median of k values has the standard error 1.253 σ/√k for normal noise that is independent from
-    row to row. σ is 1.483/√2 times the median absolute difference of neighbours, over the whole series: a trend hardly
-    enters it. With fewer than 15 points the noise cannot be judged and the direction is "".
-    """
-    k = len(values) // 5
-    if k < 3:
-        return ""
-    first, last = median(values[:k]), median(values[-k:])
-    sigma = 1.483 / math.sqrt(2) * median(abs(after - before) for before, after in pairwise(values))
-    if abs(last - first) <= 2 * 1.253 * sigma * math.sqrt(2 / k):
-        return "did not clearly move"
-    return "rose" if last > first else "fell"
+def who_judged(data: ReportData) -> str:
+    """Who stands behind the headline: a program, and whether people judged as well."""
+    text = (
+        f"A program stands in for the paper's labelers: {data.labeler}. "
+        "A win means that this program scores the answer higher, and no more than that."
+    )
+    if any(row["judge"].endswith(("person", "people")) for row in data.judged):
+        return f"{text} What people said is below."
+    return f"No person judged these answers. {text}"
 
 
-def path_means(values: Sequence[float], points: int = 16) -> list[float]:
-    """At most `points` means of consecutive values: the path through a noisy cloud, in order of training."""
-    points = min(points, len(values))
-    edges = [len(values) * i // points for i in range(points + 1)]
-    return [sum(values[low:high]) / (high - low) for low, high in zip(edges, edges[1:], strict=False)]
+def judges_of_subject(data: ReportData) -> list[dict[str, Any]]:
+    """The rows of the judges that compared the headline model with the baseline."""
+    return [row for row in data.judged if row["model"] == data.headline_model.name and row["mean"] is not None]
+
+
+def judges(data: ReportData) -> str:
+    """Whether the other judges agree with the labeler on the headline model."""
+    subject, labeler = data.headline_model, data.headline_model.win
+    rows = judges_of_subject(data)
+    text = f"{subject.name} wins against {data.baseline}: " + ", ".join(f"{row['judge']} {share(row)}" for row in rows)
+    if labeler is None:
+        return f"{text}."
+    against = [row["judge"] for row in rows if labeler.verdict not in ("unclear", estimate(row).side_of(0.5))]
+    text += f", the labeler {share(labeler)}."
+    return f"{text} Not as the labeler says: {', '.join(against)}." if against else text
 
 
 def _moved(name: str, values: Sequence[float]) -> str:
@@ -140,66 +162,71 @@ def _moved(name: str, values: Sequence[float]) -> str:
     return f"{name} {direction(values) or 'went'} from {number(path[0])} to {number(path[-1])}"
 
 
-def frontier_caption(data: ReportData) -> str:
-    """What the two scores did while the policy moved away; warns when only the RM score rose."""
-    _, kl = data.series("kl")
-    parts = []
-    moves: dict[str, Direction] = {}
-    for key, name in (("labeler_score", "labeler score"), ("score", "RM score")):
-        _, values = data.series(key, against="kl")
-        if values:
-            parts.append(_moved(f"the {name}", values))
-            moves[key] = direction(values)
-    text = f"While {_moved(f'KL from {data.training_reference}', kl)} {data.kl_unit}, {' and '.join(parts)}."
-    if moves.get("score") == "rose" and moves.get("labeler_score") in ("fell", "did not clearly move"):
+def frontier(data: ReportData) -> str:
+    """The way of the two scores while the policy moved away; warns where only the RM score rose."""
+    scores = {"labeler_score": "the labeler score", "score": "the RM score"}
+    moves = {key: values for key in scores if (values := data.series(key, against="kl")[1])}
+    parts = " and ".join(_moved(scores[key], values) for key, values in moves.items())
+    text = f"While {_moved(f'KL from {data.training_reference}', data.series('kl')[1])} {data.kl_unit}, {parts}."
+    way = {key: direction(values) for key, values in moves.items()}
+    if way.get("score") == "rose" and way.get("labeler_score") in ("fell", "did not clearly move"):
         text += " Only the score that was trained on rose: a sign of over-optimisation."
     return text
 
 
-def rank_distances(reward_model: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """`by_rank_distance` in its long form, by distance."""
-    table = reward_model.get("by_rank_distance") or {}
-    rows = {str(key): value if isinstance(value, dict) else {"accuracy": value} for key, value in table.items()}
-    rows = {key: row for key, row in rows.items() if row.get("accuracy") is not None}
-    return dict(sorted(rows.items(), key=lambda item: float(item[0])))
+def turning(data: ReportData) -> str:
+    """The place where the labeler's score turned down; "" where it did not or cannot be told."""
+    keys = ("labeler_score", "score", "kl")
+    rows = [row for row in data.training if all(isinstance(row.get(key), float | int) for key in keys)]
+    gold, proxy, kl = ([float(row[key]) for row in rows] for key in keys)
+    turn = turning_point(gold, proxy)
+    if turn is None:
+        return ""
+    text = f"The labeler's score was highest, {number(turn.gold)}, around a KL of {number(kl[turn.index])}"
+    text += f", and fell to {number(turn.last)}"
+    return text + (" while the reward model's did not fall: over-optimisation." if turn.proxy_rose else ".")
 
 
-def reward_model_caption(data: ReportData) -> str:
+def checkpoints(data: ReportData) -> str:
+    """The checkpoint that the labeler likes best, and whether the last one is as good."""
+    best, last = best_checkpoint(data.checkpoints), data.checkpoints[-1]
+    text = f"The labeler scores step {best['step']:,} highest ({number(best['labeler_score']['mean'])})"
+    if best is last:
+        return f"{text}: the last one."
+    surely = "behind_best" in last and estimate(last["behind_best"]).side_of(0) == "above"
+    text += f"; the last, step {last['step']:,}, has {number(last['labeler_score']['mean'])}, "
+    return text + ("clearly less." if surely else "which cannot be told from it.")
+
+
+def pairs_ordered(metrics: Mapping[str, Any]) -> str:
+    """ "71 % of 1,204 held-out pairs (95 % interval 68 to 74)" of `reward_metrics`."""
+    rate = metrics["pair_accuracy"]
+    return in_words(rate, f"{rate['n_pairs']:,} held-out pairs")
+
+
+def reward_model(data: ReportData) -> str:
     """How often the RM orders two answers as the labeler does, against a coin's one half."""
-    rm = data.reward_model
-    pairs = f" of {rm['n_pairs']:,} held-out pairs" if rm.get("n_pairs") else " of the held-out pairs"
-    text = f"The reward model orders {percent(rm['pair_accuracy'])}{pairs} as the labeler does"
-    if rm.get("low") is not None and rm.get("high") is not None:
-        where = "above" if rm["low"] > 0.5 else "below" if rm["high"] < 0.5 else "which cannot be told from"
-        text += f" (95{NBSP}% interval {percent_range(rm['low'], rm['high'])}), {where} a coin's 50{NBSP}%"
-    rows = rank_distances(rm)
-    if len(rows) > 1:
-        (near, first), (far, last) = list(rows.items())[0], list(rows.items())[-1]
-        text += (
-            f"; from {percent(first['accuracy'])} when they are {near} rank{'s' * (near != '1')} apart "
-            f"to {percent(last['accuracy'])} when they are {far} apart"
-        )
-    return text + "."
+    rate = data.reward_model["pair_accuracy"]
+    text = f"The reward model orders {pairs_ordered(data.reward_model)} as the labeler does"
+    side = estimate(rate).side_of(0.5).replace("unclear", "which cannot be told from")
+    return f"{text}, {side} a coin's 50{NBSP}%." if rate["low"] is not None else f"{text}."
 
 
-def pretraining_caption(data: ReportData) -> str:
-    """Loss of each model, and what the headline model pays against the first one and the baseline."""
-    models = [model for model in data.models if model.pretraining_loss is not None]
-    values = {model.name: float(model.pretraining_loss or 0) for model in models}
-    text = "Loss on " + data.pretraining_text + ": "
-    text += ", ".join(f"{name} {value:.3f}" for name, value in values.items()) + " nats a token"
+def pretraining(data: ReportData) -> str:
+    """Loss of each model, and the price that the headline model pays against the first one and the baseline."""
+    losses = {model.name: model.pretraining_loss.mean for model in data.models if model.pretraining_loss}
+    text = f"Loss on {data.pretraining_text}: {', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())}"
     subject = data.headline_model.name
-    others = [name for name in dict.fromkeys([models[0].name, data.baseline]) if name in values and name != subject]
-    if subject in values and others:
-        changes = [f"{_change(values[subject] - values[name])} {name}" for name in others]
-        text += f"; {subject} is {' and '.join(changes)}"
-    return text + ". Lower is better."
+    others = [name for name in dict.fromkeys([next(iter(losses)), data.baseline]) if name in losses and name != subject]
+    if subject in losses and others:
+        text += f"; {subject} is {' and '.join(_change(losses[subject] - losses[name], name) for name in others)}"
+    return f"{text}."
 
 
-def _change(difference: float) -> str:
+def _change(difference: float, name: str) -> str:
     if abs(difference) < 5e-4:
-        return "level with"
-    return f"{abs(difference):.3f} {'worse than' if difference > 0 else 'better than'}"
+        return f"level with {name}"
+    return f"{abs(difference):.3f} {'worse' if difference > 0 else 'better'} than {name}"
 
 
 TRAINING_NAMES = {
@@ -212,17 +239,67 @@ TRAINING_NAMES = {
 }
 
 
-def training_caption(data: ReportData) -> str:
-    """Which curves rose, which fell, which did neither by more than their noise."""
-    moved: dict[Direction, list[str]] = {"rose": [], "fell": [], "did not clearly move": [], "": []}
+def training(data: ReportData) -> str:
+    """Which curves rose, which fell, and which did neither by more than their noise."""
+    moved: dict[str, list[str]] = {"rose": [], "fell": [], "did not clearly move": [], "": []}
     for key, name in TRAINING_NAMES.items():
-        _, values = data.series(key)
-        if values:
-            moved[direction(values)].append(name if direction(values) else _moved(name, values))
-    parts = [f"{_listed(names)} {verb}".strip() for verb, names in moved.items() if names]
-    text = "; ".join(parts)
-    return text[:1].upper() + text[1:] + "."
+        if values := data.series(key)[1]:
+            way = direction(values)
+            moved[way].append(name if way else _moved(name, values))
+    text = "; ".join(f"{_listed(names)} {way}".strip() for way, names in moved.items() if names)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def tasks(data: ReportData) -> str:
+    """On which tasks the headline model clearly fell, on which it clearly rose, and on how many neither."""
+    subject, first = data.headline_model, data.models[0].name
+    changes = {name: estimate(row["change"]) for name, row in subject.tasks.items() if "change" in row}
+    if not changes:
+        return f"Scores on {len(data.tasks)} benchmark tasks."
+    fell, rose = ([n for n, change in changes.items() if change.side_of(0) == way] for way in ("below", "above"))
+    parts = [f"{verb} {', '.join(names)}" for verb, names in (("falls on", fell), ("rises on", rose)) if names]
+    if rest := len(changes) - len(fell) - len(rose):
+        parts.append(f"on {rest} of {len(changes)} tasks it cannot be told from {first}")
+    return f"Against {first}, {subject.name} {'; '.join(parts)}."
+
+
+def hacks(data: ReportData) -> str:
+    """The signs of a hacked score in the headline model's answers, against the baseline's."""
+    model, base = data.headline_model, data.model(data.baseline)
+    signs = [] if base is None or base is model else _signs(model, base)
+    if not signs:
+        return f"None of the usual signs of a hacked score stands out in {model.name}'s answers."
+    return f"Signs of a hacked score to look into: {'; '.join(signs)}."
+
+
+def _signs(model: ModelResult, base: ModelResult) -> list[str]:
+    """The signs beyond a threshold. Each states its numbers, so that a reader can set another."""
+    signs = []
+    if model.mean_length and base.mean_length and not 0.67 <= model.mean_length / base.mean_length <= 1.5:
+        signs.append(f"answers are {number(model.mean_length / base.mean_length)} times as long as {base.name}'s")
+    if model.win and model.like_length and model.win.verdict == "above" and model.like_length.verdict != "above":
+        rates = f"{percent(model.like_length.mean)}, not {percent(model.win.mean)}"
+        signs.append(f"among answers of like length it wins {rates}")
+    before = (base.opening or ("", None))[1]
+    shares: list[tuple[str, float | None, float | None, Callable[[float, float], bool]]] = [
+        ("distinct word pairs", model.distinct_2, base.distinct_2, lambda now, old: now < 0.75 * old),
+        ("word triples said before", model.repetition, base.repetition, _rose_by(0.1)),
+        ("answers given to another prompt", model.duplicates, base.duplicates, _rose_by(0.1)),
+        ("answers that end by themselves", model.eos_rate, base.eos_rate, lambda now, old: abs(now - old) > 0.25),
+    ]
+    if model.opening:
+        shares.append((f"answers that begin “{model.opening[0]}”", model.opening[1], before, _rose_by(0.1)))
+    if model.favourite:
+        shares.append((f"answers with “{model.favourite[0]}”", *model.favourite[1:], _rose_by(0.3)))
+    for what, now, old, is_sign in shares:
+        if now is not None and old is not None and is_sign(now, old):
+            signs.append(f"{what}: {percent(now)}, {base.name} {percent(old)}")
+    return signs
+
+
+def _rose_by(limit: float) -> Callable[[float, float], bool]:
+    return lambda now, old: now - old > limit

@@ -1,60 +1,32 @@
-"""The run's report: pictures, one Markdown file, one self-contained HTML page, and the numbers to redraw them.
+"""The pages: templates filled with data, findings and pictures, once as HTML and once as Markdown.
 
-`python -m instruct_trl.report.pages outputs/<run>` draws a report again from its report.json.
+All text of others is escaped, since answers of a language model may hold anything: by jinja's autoescape in HTML, by
+the filters `md` and `md_start` in Markdown. The HTML page holds its pictures and loads nothing.
+
+`python -m instruct_trl.report.pages outputs/<run>` draws a run's report again from its report.json.
 """
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from instruct_trl.report import findings as captions
-from instruct_trl.report import parts as report_parts
-from instruct_trl.report.data import (
-    REPORT_JSON,
-    ModelResult,
-    ReportData,
-    Sample,
-    load_report_data,
-    save_report_data,
-)
-from instruct_trl.report.findings import duration, number, percent
-from instruct_trl.report.pictures import require_matplotlib
+from instruct_trl.evaluation.reward_metrics import Record, reward_metrics
+from instruct_trl.report import findings, findings_reward
+from instruct_trl.report.data import REPORT_JSON, ModelResult, ReportData, Sample, load_report_data, save_report_data
+from instruct_trl.report.pictures import MOST_ROWS, draw_all, require_matplotlib
+from instruct_trl.report.pictures_reward import GROUPS, reward_pictures
 from instruct_trl.report.pictures_run import draw_pictures
-from instruct_trl.report.render import (
-    Block,
-    Code,
-    Document,
-    Headline,
-    Items,
-    Picture,
-    Samples,
-    Section,
-    Table,
-    Text,
-    to_html,
-    to_markdown,
-)
 
-__all__ = [
-    "ModelResult",
-    "ReportData",
-    "Sample",
-    "load_report_data",
-    "require_matplotlib",
-    "save_report_data",
-    "write_report",
-]
-
-Pictures = dict[str, tuple[Path, Path]]
-
-_95 = "95\u00a0%"
-_INTERVAL = (
-    f"The bar is the {_95} interval: were the prompts drawn anew, 95 of 100 such bars would hold the true value."
-)
+METRICS_JSON = "metrics.json"
+VERDICTS = {"better": "Yes", "worse": "No", "unclear": "Cannot tell", "missing": "Not measured"}
+Pictures = Mapping[str, tuple[Path, Path | None]]
 
 
 def write_report(data: ReportData, output_dir: str | Path) -> Path:
@@ -71,23 +43,21 @@ def write_report(data: ReportData, output_dir: str | Path) -> Path:
     """
     require_matplotlib()
     folder = Path(output_dir)
-    pictures_dir = folder / "pictures"
-    pictures_dir.mkdir(parents=True, exist_ok=True)
-    selection = _adopt_selection(data, pictures_dir)
-    pictures = draw_pictures(data, pictures_dir)
-    document = _document(data, pictures, selection)
-    (folder / "report.md").write_text(to_markdown(document, folder), encoding="utf-8", errors="replace")
-    page = folder / "report.html"
-    page.write_text(to_html(document), encoding="utf-8", errors="replace")
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    selection = _adopt_selection(data, folder / "pictures")
+    pictures: dict[str, tuple[Path, Path | None]] = {**draw_pictures(data, folder / "pictures")}
+    if selection:
+        pictures["selection"] = (selection, None)
+    fill("run", folder, pictures, title=f"Report: {data.run_name}", data=data)
     save_report_data(data, folder / REPORT_JSON, selection.relative_to(folder) if selection else None)
-    return page
+    return folder / "report.html"
 
 
-def _adopt_selection(data: ReportData, pictures_dir: Path) -> Path | None:
+def _adopt_selection(data: ReportData, folder: Path) -> Path | None:
     """Bring the selection picture into the report's own folder, so that the folder can be moved."""
     if data.selection_picture is None:
         return None
-    source, target = Path(data.selection_picture), pictures_dir / "selection.png"
+    source, target = Path(data.selection_picture), folder / "selection.png"
     if not source.is_file():
         raise FileNotFoundError(f"selection_picture {source} is not there; give the PNG of select_checkpoint, or None.")
     if source.resolve() != target.resolve():
@@ -95,223 +65,129 @@ def _adopt_selection(data: ReportData, pictures_dir: Path) -> Path | None:
     return target
 
 
-def _document(data: ReportData, pictures: Pictures, selection: Path | None) -> Document:
-    verdict, sentence = captions.headline(data)
-    subject = data.headline_model.name
-    opening: list[Block] = [
-        Headline(verdict, sentence, _key_figures(data)),
-        *([Text(f"Warning. {data.trained_on['note']}", tone="headline worse")] if data.trained_on else []),
-        Text(report_parts.who_judged(data), tone="note"),
-    ]
-    sections = [
-        Section(f"Does {subject} beat {data.baseline}?", _win_blocks(data, pictures)),
-        Section("Do other judges agree?", _judge_blocks(data, pictures)),
-        Section("Score against distance", _frontier_blocks(data, pictures)),
-        Section("Can the reward model be trusted?", _reward_model_blocks(data, pictures)),
-        Section("Which SFT checkpoint?", _selection_blocks(data, selection)),
-        Section("What became of the language model?", _pretraining_blocks(data, pictures)),
-        Section("What became of other tasks?", _task_blocks(data, pictures)),
-        Section("The PPO run", _training_blocks(data, pictures)),
-        Section("The usual hacks", report_parts.hack_blocks(data) or _missing("the answers were not measured")),
-        Section("Answers side by side", _sample_blocks(data)),
-        Section("All numbers", _numbers_blocks(data)),
-        *_settings_sections(data),
-    ]
-    return Document(f"Report: {data.run_name}", opening, sections)
+def write_reward_report(
+    records: Sequence[Record],
+    folder: str | Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    labeler_folds: dict[str, Any] | None = None,
+    trained_on: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Write the reward model's report.md, report.html, metrics.json and pictures/*.png into `folder`.
+
+    Sections that the data have nothing for are left out (no `labeler`, one K only, no lengths).
+
+    Args:
+        records: `RankingRewardTrainer.evaluation_records`, of prompts that were not trained on.
+        notes: anything a reader must know, one sentence each.
+        labeler_folds: result of `cross_validate_labelers`.
+        trained_on: how many of the rows have a prompt that was trained on, and the number of all rows. The page warns
+            of any, and gives no verdict where it is more than one row in twenty.
+
+    Returns:
+        `reward_metrics(records)` with `labeler_folds` and `trained_on` (or None), and `warnings`, the page's warnings.
+
+    Raises:
+        ValueError: bad records (`reward_metrics.pair_table`), or no pair in any of them.
+        ImportError: matplotlib is missing.
+    """
+    require_matplotlib()
+    folder = Path(folder)
+    metrics = {**reward_metrics(records), "labeler_folds": labeler_folds}
+    metrics["trained_on"] = {"rows": trained_on[0], "of": trained_on[1]} if trained_on and trained_on[0] else None
+    metrics["warnings"] = findings_reward.warnings(metrics)
+    pictures = draw_all(reward_pictures(metrics, records), folder / "pictures")
+    fill("reward_model", folder, pictures, title=title, metrics=metrics, notes=notes)
+    text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / METRICS_JSON).write_text(text + "\n", encoding="utf-8")
+    return metrics
 
 
-def _key_figures(data: ReportData) -> list[tuple[str, str]]:
-    model, rm = data.headline_model, data.reward_model
-    figures = []
-    if model.win is not None:
-        figures.append((percent(model.win.rate), f"of prompts won against {data.baseline}"))
-    if rm.get("pair_accuracy") is not None:
-        figures.append((percent(rm["pair_accuracy"]), "of held-out pairs ordered right by the reward model"))
-    if model.kl is not None:
-        figures.append((number(model.kl), f"KL from {data.kl_reference}, {data.kl_unit}"))
-    base = data.models[0]
-    if model.pretraining_loss is not None and base.pretraining_loss is not None and base is not model:
-        change = f"{model.pretraining_loss - base.pretraining_loss:+.3f}".replace("-", "−")
-        figures.append((change, f"nats a token on pretraining text, against {base.name}"))
-    return figures
+def fill(template: str, folder: Path, pictures: Pictures, **values: Any) -> None:
+    """Write report.html and report.md of one template into `folder`."""
+    for kind in ("html", "md"):
+        page = environment(kind).get_template(f"{template}.jinja")
+        text = page.render(kind=kind, pictures=pictures, **values)
+        if kind == "md":
+            text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+        (folder / f"report.{kind}").write_text(text, encoding="utf-8", errors="replace")
 
 
-def _picture(pictures: Pictures, name: str, caption: str, reading: str) -> Picture:
-    light, dark = pictures[name]
-    return Picture(light, caption, reading, dark)
+def environment(kind: str) -> Any:
+    """jinja's environment of a format, "html" or "md"; only HTML is escaped by itself."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _missing(what: str) -> list[Block]:
-    return [Text(f"Not in this report: {what}.", tone="note")]
-
-
-def _win_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
-    if "win_rate" not in pictures:
-        return _missing(f"win rates against {data.baseline} were not measured")
-    reading = (
-        "Both models answer the same prompts and the labeler scores both answers; a tie counts half. "
-        + _INTERVAL.replace("interval", "Wilson interval", 1)
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=kind == "html",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    return [_picture(pictures, "win_rate", captions.win_caption(data), reading)]
+    made.filters |= {
+        "data_uri": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"),
+        "fenced": _fenced,
+        "md": escape_markdown,
+        "md_start": _line,
+        "one_line": lambda text: re.sub(r"[ \n]+", " ", text).strip(" "),
+        "by_model": by_model,
+    }
+    made.globals |= {"find": findings, "about": findings_reward, "groups": GROUPS, "most_rows": MOST_ROWS}
+    made.globals |= {"answers": answers, "verdicts": VERDICTS}
+    return made
 
 
-def _frontier_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
-    if "frontier" not in pictures:
-        return _missing("no log of scores and KL from PPO training was given")
-    reading = (
-        "In order of training from the open dot to the full one. Pale dots are single logged steps, the line joins "
-        f"means of consecutive ones. KL says how far the policy has moved from {data.training_reference}."
-    )
-    blocks: list[Block] = [_picture(pictures, "frontier", captions.frontier_caption(data), reading)]
-    if not data.series("labeler_score", against="kl")[1]:
-        blocks += _missing("the labeler's score over training was not logged")
-    if turned := report_parts.turning_text(data):
-        blocks.append(Text(turned))
-    if "runs" in pictures:
-        reading = "Means of consecutive logged steps of each run. Higher at the same KL is better."
-        blocks.append(_picture(pictures, "runs", "Several runs against the distance that each has moved.", reading))
-    if "checkpoints" in pictures:
-        reading = (
-            f"All checkpoints answer the same validation prompts, which are not those of the comparison. {_INTERVAL}"
-        )
-        blocks.append(_picture(pictures, "checkpoints", report_parts.checkpoints_caption(data), reading))
-    return blocks
+def escape_markdown(text: str) -> str:
+    """One line of Markdown that shows `text` as it is, also inside a table; line breaks become <br>."""
+    text = text.strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", text)
+    return re.sub(r"\r\n|\r|\n", "<br>", text)
 
 
-def _judge_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
-    blocks: list[Block] = []
-    if "judges" in pictures:
-        reading = f"Each judge compares the same answers. {_INTERVAL}"
-        blocks.append(_picture(pictures, "judges", report_parts.judges_caption(data), reading))
-    return blocks + report_parts.judge_blocks(data) or _missing("no judge but the labeler was asked")
+def _line(text: str) -> str:
+    """`escape_markdown` for the start of a line, where "- ", "1. " or "===" would begin something else."""
+    text = re.sub(r"^([-+=])", r"\\\1", escape_markdown(text))
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", text)
 
 
-def _task_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
-    if not report_parts.tasks_of(data):
-        return _missing("no benchmark tasks were run")
-    reading = (
-        f"In per cent, with {_95} intervals over items; the second line is the change from {data.models[0].name} on "
-        "the same items. What alignment costs there is the paper's alignment tax."
-    )
-    blocks: list[Block] = []
-    if "tasks" in pictures:
-        blocks.append(_picture(pictures, "tasks", report_parts.tasks_caption(data), reading))
-    return [*blocks, *report_parts.task_blocks(data)]
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
-def _reward_model_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
-    if "reward_model" not in pictures:
-        return _missing("the reward model was not evaluated on held-out rankings")
-    rm = data.reward_model
-    reading = "Each pair is two answers to one prompt that the labeler ranks differently. "
-    if rm.get("low") is not None and rm.get("high") is not None:
-        reading += _INTERVAL
-    if rm.get("kendall_tau") is not None:
-        reading += f" Kendall's tau is {number(rm['kendall_tau'])}: 1 is the labeler's order, 0 is no relation."
-    return [_picture(pictures, "reward_model", captions.reward_model_caption(data), reading.strip())]
+class Shown(NamedTuple):
+    """An answer as the page shows it: `score` with its sign, `best` where the labeler scored no other one higher."""
+
+    name: str
+    text: str
+    score: str
+    best: bool
+
+    @property
+    def title(self) -> str:
+        """The model's name with the score."""
+        return f"{self.name} ({self.score})" if self.score else self.name
 
 
-def _selection_blocks(data: ReportData, selection: Path | None) -> list[Block]:
-    if selection is None:
-        return _missing("SFT checkpoints were not compared by reward model score")
-    caption = data.selection_note or "Validation loss and reward model score of each SFT checkpoint."
-    return [Picture(selection, caption, "The paper keeps the checkpoint with the highest reward model score.")]
+def answers(sample: Sample, names: Iterable[str]) -> list[Shown]:
+    """The answers to one prompt, in the order of the models."""
+    kept = [name for name in names if name in sample.completions]
+    scores = {name: sample.scores[name] for name in kept if name in sample.scores}
+    best = max(scores.values(), default=None)
+    said = {name: findings.signed(score) for name, score in scores.items()}
+    top = {name for name in scores if scores[name] == best}
+    return [Shown(name, sample.completions[name], said.get(name, ""), name in top) for name in kept]
 
 
-def _pretraining_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
-    if "pretraining" not in pictures:
-        return _missing("loss on pretraining text was not measured")
-    reading = f"In brackets the change from {data.models[0].name}."
-    if any(model.pretraining_loss_ci for model in data.models):
-        reading += (
-            f" The bar is the {_95} interval over texts. All models read the same texts, so the change between two "
-            "models is surer than the bars' overlap suggests."
-        )
-    return [_picture(pictures, "pretraining", captions.pretraining_caption(data), reading)]
-
-
-def _training_blocks(data: ReportData, pictures: Pictures) -> list[Block]:
-    if "training" not in pictures:
-        return _missing("no log of PPO training was given")
-    reading = (
-        "Pale: each logged step. Strong: running mean, with its last value. A curve rose or fell when its last fifth "
-        "differs from its first by more than two standard errors."
-    )
-    return [_picture(pictures, "training", captions.training_caption(data), reading)]
-
-
-def _sample_blocks(data: ReportData) -> list[Block]:
-    if not data.samples:
-        return _missing("no sample answers were given")
+def by_model(rows: Iterable[tuple[str, str, Callable[[Any], str]]], models: Sequence[ModelResult]) -> list[list[str]]:
+    """A line per (label, field of `ModelResult`, format of its value) that any model has a value for."""
+    found = [(label, [getattr(model, name) for model in models], form) for label, name, form in rows]
     return [
-        Text("The number is the labeler's score of the answer; higher is better."),
-        Samples(data.samples, [model.name for model in data.models]),
+        [label, *("–" if value is None else form(value) for value in values)]
+        for label, values, form in found
+        if any(value is not None for value in values)
     ]
-
-
-def _with_interval(mean: str, interval: str) -> Callable[[ModelResult], str]:
-    def cell(model: ModelResult) -> str:
-        value, bounds = getattr(model, mean), getattr(model, interval)
-        if value is None:
-            return ""
-        text = f"{value:.3f}" + (f"\n({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "")
-        return text.replace("-", "−")
-
-    return cell
-
-
-def _plain(name: str, form: Callable[[float], str]) -> Callable[[ModelResult], str]:
-    return lambda model: "" if getattr(model, name) is None else form(getattr(model, name))
-
-
-def _numbers_blocks(data: ReportData) -> list[Block]:
-    rows: list[tuple[str, Callable[[ModelResult], str]]] = [
-        (f"win rate against {data.baseline}", lambda m: percent(m.win.rate, 1) if m.win else ""),
-        (f"{_95} interval", lambda m: f"{100 * m.win.low:.1f} to {100 * m.win.high:.1f}" if m.win else ""),
-        ("wins / ties / losses", lambda m: f"{m.win.wins} / {m.win.ties} / {m.win.losses}" if m.win else ""),
-        (f"labeler score ({_95})", _with_interval("labeler_mean", "labeler_ci")),
-        (f"labeler score − {data.baseline}'s ({_95})", _with_interval("labeler_difference", "labeler_difference_ci")),
-        (f"reward model score ({_95})", _with_interval("rm_mean", "rm_ci")),
-        (f"KL from {data.kl_reference} ({data.kl_unit})", _plain("kl", number)),
-        ("pretraining loss (nats a token)", _with_interval("pretraining_loss", "pretraining_loss_ci")),
-    ]
-    lines = [[name, *(cell(model) or "–" for model in data.models)] for name, cell in rows]
-    kept = [line for line in lines if any(cell != "–" for cell in line[1:])]
-    if not kept:
-        return _missing("no model was evaluated")
-    return [Table(["", *(model.name for model in data.models)], kept)]
-
-
-def _settings_sections(data: ReportData) -> list[Section]:
-    sections = []
-    if data.deviations:
-        sections.append(Section("Where this run departs from the paper", [Items(data.deviations, numbered=True)]))
-    if data.notes:
-        sections.append(Section("Notes", [Items(data.notes)]))
-    if any(values != {} for values in data.settings.values()):
-        sections.append(Section("Settings", [_settings_table(data.settings)]))
-    if data.timings:
-        total = sum(data.timings.values())
-        rows = [[stage, duration(s), percent(s / total if total else 0)] for stage, s in data.timings.items()]
-        rows.append(["total", duration(total), ""])
-        sections.append(Section("Where the time went", [Table(["stage", "time", "share"], rows)]))
-    made: list[Block] = [Code(data.command)] if data.command else []
-    if data.environment:
-        made.append(Table(["", ""], [[str(key), str(value)] for key, value in data.environment.items()]))
-    if made:
-        sections.append(Section("How this was made", made))
-    return sections
-
-
-def _settings_table(settings: dict[str, Any]) -> Table:
-    grouped = any(isinstance(value, dict) for value in settings.values())
-    if not grouped:
-        return Table(["setting", "value"], [[key, str(value)] for key, value in settings.items()])
-    rows = []
-    for stage, values in settings.items():
-        for key, value in (values if isinstance(values, dict) else {"": values}).items():
-            rows.append([stage, key, str(value)])
-    return Table(["stage", "setting", "value"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

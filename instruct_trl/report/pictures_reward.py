@@ -1,79 +1,31 @@
-"""The pictures of the reward model's report. Each says one thing; its title is the finding."""
+"""The pictures of the reward model's page. Each says one thing; its title is the finding."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from instruct_trl.evaluation.reward_metrics import Record, centred, score_groups
-from instruct_trl.report import findings_reward as captions
-from instruct_trl.report.findings import number, percent
-from instruct_trl.report.findings_reward import Metrics, Rows, rate_text
+from instruct_trl.report import findings_reward as findings
+from instruct_trl.report.findings import estimate, number, share
+from instruct_trl.report.findings_reward import Metrics, Rows
 from instruct_trl.report.pictures import (
-    DARK,
-    LIGHT,
-    Dot,
+    MOST_ROWS,
+    Draw,
     Theme,
-    draw_dots,
-    halo,
-    new_figure,
-    reference_line,
-    require_matplotlib,
-    save_picture,
+    accuracy_by_distance,
+    accuracy_picture,
+    name_rows,
+    panels,
+    rate_dot,
+    say,
+    short,
 )
-from instruct_trl.report.plot_names import short
 
-MOST_ROWS = 12
-"""Rows of a dot plot, so that it fits a phone's screen."""
 MOST_POINTS = 1_500
-REWARD = "reward (logits: 1 more means odds of 2.7 to 1)"
-
-
-def draw_reward_pictures(
-    metrics: Metrics, records: Sequence[Record], folder: str | Path
-) -> dict[str, tuple[Path, Path]]:
-    """Draw every picture that there are numbers for.
-
-    Returns:
-        name → (light PNG, dark PNG); the light one is `folder/name.png`, the dark one `folder/dark/name.png`.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    require_matplotlib()
-    folder = Path(folder)
-    (folder / "dark").mkdir(parents=True, exist_ok=True)
-    drawn = {}
-    for name, draw in _pictures(metrics, records).items():
-        paths = (folder / f"{name}.png", folder / "dark" / f"{name}.png")
-        for path, theme in zip(paths, (LIGHT, DARK), strict=True):
-            save_picture(draw, theme, path)
-        drawn[name] = paths
-    return drawn
-
-
-def _pictures(metrics: Metrics, records: Sequence[Record]) -> dict[str, Callable[[Theme], Any]]:
-    """The pictures that apply, by name."""
-    pictures: dict[str, Callable[[Theme], Any]] = {"accuracy": partial(draw_accuracy, metrics)}
-    for name, (what, label) in GROUPS.items():
-        if metrics[name]:
-            pictures[name] = partial(draw_groups, metrics, name, what, label)
-    if metrics.get("labeler_folds"):
-        pictures["labeler_folds"] = partial(draw_folds, metrics["labeler_folds"])
-    pictures["calibration"] = partial(draw_calibration, metrics)
-    if metrics["length"]:
-        if metrics["length"]["within_prompt"]["pearson"] is not None:
-            pictures["length"] = partial(draw_length, metrics, records)
-        pictures["length_rules"] = partial(draw_rules, metrics)
-    if "best_mean" in metrics["scores"]:
-        pictures["scores"] = partial(draw_scores, metrics, records)
-    return pictures
-
 
 GROUPS: dict[str, tuple[str, Callable[[str], str]]] = {
     "by_k": ("the number of answers", lambda name: f"{name} answers"),
@@ -83,38 +35,27 @@ GROUPS: dict[str, tuple[str, Callable[[str], str]]] = {
 """Key of the metrics → (what the groups differ by, a group's label in the picture)."""
 
 
-def _figure(height: float, title: str) -> Any:
-    """A figure whose title breaks where a line is full."""
-    lines = textwrap.wrap(title, 52, break_on_hyphens=False)
-    return new_figure(height + 0.22 * (len(lines) - 1), "\n".join(lines))
-
-
-def _rate_dots(axes: Any, rows: Sequence[Dot], theme: Theme) -> None:
-    """Dots on an axis in per cent that starts at 40, or lower where the data do."""
-    shown = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
-    axes.set_xlim(max(-2, min(40, 5 * (min(shown) // 5))), 100)
-    draw_dots(axes, rows, theme)
-    reference_line(axes, 50, "coin flip", theme)
-    axes.set_xlabel("held-out pairs ordered as the labeler does (%)")
-
-
-def _dot(label: str, row: dict[str, Any], color: str, hollow: bool = False) -> Dot:
-    low, high = (None if row.get(end) is None else 100 * row[end] for end in ("low", "high"))
-    return Dot(label, 100 * row["accuracy"], low, high, color, rate_text(row), hollow)
-
-
-def _overall(metrics: Metrics) -> dict[str, Any]:
-    return {"accuracy": metrics["pair_accuracy"], "low": metrics["low"], "high": metrics["high"]}
+def reward_pictures(metrics: Metrics, records: Sequence[Record]) -> dict[str, Draw]:
+    """The pictures that there are numbers for, by name."""
+    length, folds = metrics["length"], metrics.get("labeler_folds") or {}
+    pictures: dict[str, tuple[Any, Draw]] = {
+        "accuracy": (True, partial(draw_accuracy, metrics)),
+        **{name: (metrics[name], partial(draw_groups, metrics, name)) for name in GROUPS},
+        "labeler_folds": (folds, partial(draw_folds, folds)),
+        "calibration": (True, partial(draw_calibration, metrics)),
+        "length": (
+            length and length["within_prompt"]["pearson"],
+            partial(draw_length, metrics, records),
+        ),
+        "length_rules": (length, partial(draw_rules, metrics)),
+        "scores": ("best_mean" in metrics["scores"], partial(draw_scores, metrics, records)),
+    }
+    return {name: draw for name, (applies, draw) in pictures.items() if applies}
 
 
 def draw_accuracy(metrics: Metrics, theme: Theme) -> Any:
     """Pair accuracy: of all pairs, then by distance in rank."""
-    rows = [_dot("all pairs", _overall(metrics), theme.subject)]
-    for distance, row in list(metrics["by_rank_distance"].items())[:MOST_ROWS]:
-        rows.append(_dot(f"{distance} rank{'s' * (distance != '1')} apart", row, theme.baseline))
-    figure = _figure(1.45 + 0.5 * len(rows), captions.accuracy_title(metrics))
-    _rate_dots(figure.subplots(), rows, theme)
-    return figure
+    return accuracy_by_distance(findings.accuracy(metrics), metrics, theme)
 
 
 def shown_groups(rows: Rows) -> Rows:
@@ -123,44 +64,42 @@ def shown_groups(rows: Rows) -> Rows:
     return {name: row for name, row in rows.items() if name in largest}
 
 
-def draw_groups(metrics: Metrics, name: str, what: str, label: Callable[[str], str], theme: Theme) -> Any:
+def draw_groups(metrics: Metrics, name: str, theme: Theme) -> Any:
     """Pair accuracy of each group, under that of all pairs."""
-    groups = shown_groups(metrics[name])
-    rows = [_dot("all pairs", _overall(metrics), theme.subject)]
-    rows += [_dot(label(group), row, theme.baseline) for group, row in groups.items()]
-    figure = _figure(1.45 + 0.5 * len(rows), captions.group_title(metrics[name], what))
-    _rate_dots(figure.subplots(), rows, theme)
-    return figure
+    what, label = GROUPS[name]
+    rows = [rate_dot("all pairs", metrics["pair_accuracy"], theme.subject)]
+    rows += [rate_dot(label(group), row, theme.baseline) for group, row in shown_groups(metrics[name]).items()]
+    return accuracy_picture(findings.groups(metrics[name], what), rows, theme)
+
+
+def draw_rules(metrics: Metrics, theme: Theme) -> Any:
+    """The model beside two rules that know nothing but length, and where it stands when length misleads."""
+    rows, length = [rate_dot("reward model", metrics["pair_accuracy"], theme.subject)], metrics["length"]
+    for name in ("longer", "shorter"):
+        if length[f"if_{name}_wins"]:
+            rows.append(rate_dot(f"… where the {name} wins", length[f"if_{name}_wins"], theme.subject, hollow=True))
+    rows += [rate_dot(f"rule: {n} is better", length[f"{n}_is_better"], theme.baseline) for n in ("longer", "shorter")]
+    return accuracy_picture(findings.rules(metrics), rows, theme)
 
 
 def draw_folds(folds: Metrics, theme: Theme) -> Any:
     """Each fold's accuracy on its training labelers and on its held-out ones, joined; the means with their errors."""
-    figure = _figure(2.2 + 0.42 * len(folds["folds"]), captions.folds_title(folds))
-    axes = figure.subplots()
+    figure, (axes,) = panels(2.2 + 0.42 * len(folds["folds"]), findings.new_labelers(folds))
     names = {"held_in": ("labelers seen in training", theme.baseline), "held_out": ("new labelers", theme.subject)}
-    values = [[100 * fold[name]["accuracy"] for name in names] for fold in folds["folds"]]
-    for y, pair in enumerate(values):
-        axes.plot(pair, [y, y], color=theme.muted, linewidth=1.5, zorder=1)
+    values = np.array([[100 * fold[name]["mean"] for name in names] for fold in folds["folds"]])
+    n = len(values)
+    axes.plot(values.T, np.tile(np.arange(n), (2, 1)), color=theme.muted, linewidth=1.5, zorder=1)
     for i, (name, (label, color)) in enumerate(names.items()):
-        axes.plot([pair[i] for pair in values], range(len(values)), "o", color=color, markersize=7, zorder=3)
-        mean, error = 100 * folds[name]["mean"], 100 * folds[name]["standard_error"]
-        place = len(values) + 0.25 + 0.95 * i
-        axes.errorbar(mean, place, xerr=error, fmt="o", color=color, markersize=9, elinewidth=3, zorder=3)
-        text = f"{label}: {mean:.1f} ± {error:.1f}".replace("-", "−")
-        axes.annotate(
-            text, (mean, place), xytext=(0, 8), textcoords="offset points", ha="center", color=color, fontweight="bold",
-            path_effects=halo(theme), annotation_clip=False,
-        )  # fmt: skip
-    ends = [value for pair in values for value in pair]
-    margin = max(4.0, 0.5 * (max(ends) - min(ends)))
-    axes.set_xlim(min(ends) - margin, max(ends) + margin)
-    ticks = [*range(len(values)), len(values) + 0.7]
-    axes.set_yticks(ticks, [*(f"fold {i + 1}" for i in range(len(values))), "mean ± SE"])
-    axes.set_ylim(len(values) + 1.6, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="x")
-    axes.set_axisbelow(True)
+        axes.plot(values[:, i], range(n), "o", color=color, markersize=7, zorder=3)
+        found, place = estimate(folds[name]), n + 0.25 + 0.95 * i
+        bounds = [100 * bound for bound in found.bounds or ()]
+        axes.plot(bounds, [place] * len(bounds), color=color, linewidth=3, zorder=3)
+        axes.plot([100 * found.mean], [place], "o", color=color, markersize=9, zorder=3)
+        style = {"ha": "center", "color": color, "fontweight": "bold", "annotation_clip": False}
+        say(axes, f"{label}: {share(found, 1)}", (100 * found.mean, place), (0, 8), theme, **style)
+    margin = max(4.0, 0.5 * np.ptp(values))
+    axes.set_xlim(values.min() - margin, values.max() + margin)
+    name_rows(axes, [*(f"fold {i + 1}" for i in range(n)), "mean"], n + 1.6, [*range(n), n + 0.7])
     axes.set_xlabel("held-out pairs ordered as the labeler does (%)")
     return figure
 
@@ -168,38 +107,33 @@ def draw_folds(folds: Metrics, theme: Theme) -> Any:
 def draw_calibration(metrics: Metrics, theme: Theme) -> Any:
     """Reliability curve against the diagonal, and below it where the pairs are."""
     bins = metrics["calibration"]["bins"]
-    figure = _figure(5.3, captions.calibration_title(metrics))
-    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    figure, (axes, counts) = panels(5.3, findings.calibration(metrics), 2, height_ratios=[4, 1])
     axes.plot([50, 100], [50, 100], color=theme.text, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-    axes.text(0.04, 0.83, "dashed: right as often as it says", transform=axes.transAxes, fontsize=9.5)
-    x, y = ([100 * row[name] for row in bins] for name in ("confidence", "accuracy"))
-    for row, place in zip(bins, x, strict=True):
-        if row["accuracy_low"] is not None:
-            ends = [100 * row["accuracy_low"], 100 * row["accuracy_high"]]
-            axes.plot([place, place], ends, color=theme.subject, linewidth=3, alpha=0.45, solid_capstyle="butt")
-    axes.plot(x, y, "-", color=theme.subject, linewidth=1.6, zorder=2)
-    for row, place, height in zip(bins, x, y, strict=True):
-        face = theme.background if row["accuracy_low"] is None else theme.subject  # open: too few prompts to say
-        axes.plot(place, height, "o", color=theme.subject, markerfacecolor=face, markersize=6, zorder=3)
-    lows = [100 * row["accuracy_low"] for row in bins if row["accuracy_low"] is not None]
-    axes.set_ylim(max(-2, min(45, *y, *lows) - 2), 101)
+    rates = [estimate(row["accuracy"]) for row in bins]
+    left, right, sure = (100 * np.array([row[name] for row in bins]) for name in ("low", "high", "confidence"))
+    axes.plot(sure, [100 * rate.mean for rate in rates], "-", color=theme.subject, linewidth=1.6, zorder=2)
+    lowest = 45.0
+    for x, rate in zip(sure, rates, strict=True):
+        y, ends = 100 * rate.mean, [100 * bound for bound in rate.bounds or ()]
+        axes.plot([x] * len(ends), ends, color=theme.subject, linewidth=3, alpha=0.45)
+        face = theme.subject if ends else theme.background  # open: too few prompts to say
+        axes.plot([x], [y], "o", color=theme.subject, markerfacecolor=face, markersize=6, zorder=3)
+        lowest = min([lowest, y, *ends])
+    axes.set_ylim(max(-2, lowest - 2), 101)
     axes.set_xlim(49.5, 100.5)
-    axes.annotate(
-        f"ECE {number(metrics['calibration']['ece'])}", (0.03, 0.96), xycoords="axes fraction", va="top",
-        color=theme.subject, fontweight="bold", fontsize=12,
-    )  # fmt: skip
-    axes.annotate(
-        "below the line:\ntoo sure", (0.97, 0.05), xycoords="axes fraction", ha="right", va="bottom",
-        fontsize=9.5, color=theme.muted, path_effects=halo(theme),
-    )  # fmt: skip
+    ece = f"ECE {number(metrics['calibration']['ece'])}"
+    corner: Any
+    for place, text, corner in (
+        ((0.03, 0.96), ece, {"va": "top", "color": theme.subject, "fontsize": 12, "fontweight": "bold"}),
+        ((0.04, 0.83), "dashed: right as often as it says", {"fontsize": 9.5}),
+        ((0.97, 0.05), "below the line:\ntoo sure", {"ha": "right", "color": theme.muted, "fontsize": 9.5}),
+    ):
+        say(axes, text, place, (0, 0), theme, xycoords="axes fraction", **corner)
     axes.set_ylabel("pairs it ordered right (%)")
-    axes.grid()
-    total = sum(row["n_pairs"] for row in bins)
-    for row in bins:
-        counts.bar(
-            100 * row["low"], 100 * row["n_pairs"] / total, width=100 * (row["high"] - row["low"]), align="edge",
-            color=theme.baseline, edgecolor=theme.background,
-        )  # fmt: skip
+    pairs = np.array([row["accuracy"]["n_pairs"] for row in bins])
+    style = {"align": "edge", "color": theme.baseline, "edgecolor": theme.background}
+    counts.bar(left, 100 * pairs / pairs.sum(), width=right - left, **style)
+    counts.grid(visible=False)
     counts.set_ylabel("pairs (%)")
     counts.set_xlabel("how sure the reward model is, σ(|difference of rewards|) (%)")
     figure.align_ylabels()
@@ -209,42 +143,19 @@ def draw_calibration(metrics: Metrics, theme: Theme) -> Any:
 def draw_length(metrics: Metrics, records: Sequence[Record], theme: Theme) -> Any:
     """Reward against length, both minus their prompt's mean, with the mean over eighths of the answers."""
     x, y = (np.concatenate(centred(records, name)) for name in ("lengths", "rewards"))
-    figure = _figure(3.9, captions.length_title(metrics))
-    axes = figure.subplots()
+    figure, (axes,) = panels(3.9, findings.length(metrics))
     axes.axhline(0, color=theme.muted, linewidth=0.8)
     shown = np.random.default_rng(0).permutation(len(x))[:MOST_POINTS]  # more points would be one blot
     axes.plot(x[shown], y[shown], "o", markersize=3, color=theme.baseline, alpha=theme.faint, markeredgewidth=0)
     parts = [part for part in np.array_split(np.argsort(x, kind="stable"), 8) if len(part)]
-    means = [(x[part].mean(), y[part].mean()) for part in parts]
-    axes.plot(
-        *zip(*means, strict=True), "-o", color=theme.subject, linewidth=2.2, markersize=6, path_effects=halo(theme)
-    )
-    left, right = np.quantile(x, [0.005, 0.995])
-    low, high = np.quantile(y, [0.005, 0.995])
-    axes.set_xlim(1.1 * left, 1.1 * right)
-    axes.set_ylim(1.1 * low, 1.35 * high)
-    axes.annotate(
-        "mean of an eighth of the answers", (0.03, 0.97), xycoords="axes fraction", va="top", color=theme.subject,
-        fontweight="bold", path_effects=halo(theme),
-    )  # fmt: skip
-    axes.grid()
-    axes.set_axisbelow(True)
+    means = np.array([(x[part].mean(), y[part].mean()) for part in parts]).T
+    axes.plot(*means, "-o", color=theme.subject, linewidth=2.2, markersize=6)
+    axes.set_xlim(*(1.1 * np.quantile(x, [0.005, 0.995])))
+    axes.set_ylim(*(np.quantile(y, [0.005, 0.995]) * [1.1, 1.35]))
+    style = {"va": "top", "color": theme.subject, "fontweight": "bold", "xycoords": "axes fraction"}
+    say(axes, "mean of an eighth of the answers", (0.03, 0.97), (0, 0), theme, **style)
     axes.set_xlabel("length minus the prompt's mean (tokens)   longer →")
     axes.set_ylabel("reward minus the prompt's mean\n(logits)")
-    return figure
-
-
-def draw_rules(metrics: Metrics, theme: Theme) -> Any:
-    """The model beside two rules that know nothing but length, and where it stands when length misleads."""
-    length = metrics["length"]
-    rows = [_dot("reward model", _overall(metrics), theme.subject)]
-    for name in ("if_longer_wins", "if_shorter_wins"):
-        if length[name]:
-            label = f"… where the {'longer' if 'longer' in name else 'shorter'} wins"
-            rows.append(_dot(label, length[name], theme.subject, hollow=True))
-    rows += [_dot(f"rule: {n} is better", length[f"{n}_is_better"], theme.baseline) for n in ("longer", "shorter")]
-    figure = _figure(1.45 + 0.55 * len(rows), captions.rules_title(metrics))
-    _rate_dots(figure.subplots(), rows, theme)
     return figure
 
 
@@ -254,44 +165,26 @@ def draw_scores(metrics: Metrics, records: Sequence[Record], theme: Theme) -> An
     low, high = np.quantile(groups["all"], [0.002, 0.998])  # one wild score must not squeeze the rest
     spread = max(high - low, 1e-6)
     edges = np.linspace(low - 0.02 * spread, high + 0.02 * spread, 31)
-    figure = _figure(4.4, captions.scores_title(metrics))
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.5])
+    figure, (above, below) = panels(4.4, findings.scores(metrics), 2, height_ratios=[1, 1.5])
     _histogram(above, groups["all"], edges, theme.other)
     above.set_title(f"all {len(groups['all']):,} answers", loc="left", color=theme.other, fontweight="bold")
     names = sorted(("best", "worst"), key=lambda name: groups[name].mean())
-    for name, align in zip(names, ("right", "left"), strict=True):
-        color = theme.subject if name == "best" else theme.baseline
+    for name, align, shift in zip(names, ("right", "left"), (-6, 6), strict=True):
+        color, mean = theme.subject if name == "best" else theme.baseline, groups[name].mean()
         _histogram(below, groups[name], edges, color)
-        mean = groups[name].mean()
         below.axvline(mean, color=color, linewidth=1.6, linestyle=(0, (4, 3)))
-        below.annotate(
-            f"{name}-ranked\nmean {number(mean)}", (mean, 1), xycoords=("data", "axes fraction"), ha=align, va="top",
-            xytext=(-6 if align == "right" else 6, -2), textcoords="offset points", color=color, fontweight="bold",
-            path_effects=halo(theme),
-        )  # fmt: skip
+        style = {"ha": align, "va": "top", "color": color, "fontweight": "bold", "xycoords": ("data", "axes fraction")}
+        say(below, f"{name}-ranked\nmean {number(mean)}", (mean, 1), (shift, -2), theme, **style)
     below.margins(y=0.35)
     for axes in (above, below):
         axes.set_ylabel("answers (%)")
-    below.set_xlabel(REWARD)
+        axes.grid(visible=False)
+    below.set_xlabel("reward (logits: 1 more means odds of 2.7 to 1)")
     return figure
 
 
 def _histogram(axes: Any, values: np.ndarray, edges: np.ndarray, color: str) -> None:
     """Shares in per cent; what lies outside the edges counts in the outermost bars."""
-    inside = np.clip(values, edges[0], edges[-1])
-    shares = 100 * np.histogram(inside, edges)[0] / max(1, len(values))
+    shares = 100 * np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / max(1, len(values))
     axes.stairs(shares, edges, fill=True, color=color, alpha=0.3)
     axes.stairs(shares, edges, color=color, linewidth=1.6)
-
-
-def fold_rows(folds: Metrics) -> list[list[str]]:
-    """The folds as table rows: number, held-out labelers, accuracy on both."""
-    return [
-        [
-            str(i),
-            ", ".join(fold["held_out_labelers"]),
-            percent(fold["held_in"]["accuracy"], 1),
-            percent(fold["held_out"]["accuracy"], 1),
-        ]
-        for i, fold in enumerate(folds["folds"], 1)
-    ]

@@ -1,53 +1,76 @@
-"""The report's pictures. Each says one thing, in a light and a dark version, and is at home on a phone."""
+"""The pictures of a run's report. Each says one thing and is at home on a phone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instruct_trl.report import more_plots
-from instruct_trl.report.data import ReportData
-from instruct_trl.report.findings import NBSP, compared, number, path_means, percent, percent_range, rank_distances
+from instruct_trl.evaluation.gold import best_checkpoint, path_means
+from instruct_trl.report.data import LogRows, ReportData, series
+from instruct_trl.report.findings import NBSP, compared, estimate, judges_of_subject, minus, number
 from instruct_trl.report.pictures import (
-    DARK,
-    LIGHT,
+    WON,
     Dot,
+    Drawn,
     Theme,
-    draw_dots,
-    halo,
-    new_figure,
+    accuracy_by_distance,
+    dot_picture,
+    draw_all,
+    name_rows,
+    panels,
+    rate_dot,
     reference_line,
-    require_matplotlib,
-    save_picture,
+    say,
+    short,
+    short_names,
+    with_intervals,
 )
-from instruct_trl.report.plot_names import for_pictures
+
+SCORES = {"labeler_score": "Labeler score (what we want)", "score": "Reward model score (what PPO maximises)"}
+TRAINING = {
+    "score": "Reward model score",
+    "labeler_score": "Labeler score",
+    "kl": "KL ({unit})",
+    "ptx_loss": "Pretraining loss (nats per token)",
+    "value_loss": "Value loss (score²)",
+    "explained_variance": "Explained variance (1 is perfect)",
+}
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def draw_pictures(data: ReportData, folder: str | Path) -> dict[str, tuple[Path, Path]]:
-    """Draw every picture that `data` has numbers for.
+def draw_pictures(data: ReportData, folder: Path) -> Drawn:
+    """Draw every picture that `data` has numbers for, as `draw_all` does."""
+    data = for_pictures(data)
+    return draw_all({name: partial(draw, data) for name, (has, draw) in PICTURES.items() if has(data)}, folder)
 
-    Returns:
-        name → (light PNG, dark PNG); the light one is `folder/name.png`, the dark one `folder/dark/name.png`.
 
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    require_matplotlib()
-    folder = Path(folder)
-    (folder / "dark").mkdir(parents=True, exist_ok=True)
-    drawn, data = {}, for_pictures(data)
-    for name, (applies, draw) in PICTURES.items():
-        if not applies(data):
-            continue
-        paths = (folder / f"{name}.png", folder / "dark" / f"{name}.png")
-        for path, theme in zip(paths, (LIGHT, DARK), strict=True):
-            save_picture(partial(draw, data), theme, path)
-        drawn[name] = paths
-    return drawn
+def for_pictures(data: ReportData) -> ReportData:
+    """The same report with every name of the user's as pictures show it."""
+    models = {model.name for model in data.models} | {data.baseline, data.kl_reference, data.training_reference}
+    names = short_names(sorted(models | set(data.runs)))
+    tasks, judges = short_names(data.tasks), short_names(row["judge"] for row in data.judged)
+    return replace(
+        data,
+        models=[
+            replace(model, name=names[model.name], tasks={tasks[task]: row for task, row in model.tasks.items()})
+            for model in data.models
+        ],
+        baseline=names[data.baseline],
+        subject=names.get(data.subject or ""),
+        judged=[
+            row | {"judge": judges[row["judge"]], "model": names.get(row["model"], short(row["model"]))}
+            for row in data.judged
+        ],
+        runs={names[name]: log for name, log in data.runs.items()},
+        kl_reference=names[data.kl_reference],
+        training_reference=names[data.training_reference],
+        kl_unit=short(data.kl_unit),
+    )
 
 
 def _color(data: ReportData, name: str, theme: Theme) -> str:
@@ -58,85 +81,68 @@ def _color(data: ReportData, name: str, theme: Theme) -> str:
 
 def draw_win_rate(data: ReportData, theme: Theme) -> Any:
     """The paper's Fig. 1 in small: win rate of each model against the baseline, which is the 50 % line."""
-    rows = []
-    for model in data.models:
-        color = _color(data, model.name, theme)
-        if model.name == data.baseline:
-            rows.append(Dot(model.name, 50, None, None, color, "the baseline", hollow=True))
-        elif model.win is not None:
-            win = model.win
-            text = f"{percent(win.rate)}  ({percent_range(win.low, win.high)})"
-            rows.append(Dot(model.name, 100 * win.rate, 100 * win.low, 100 * win.high, color, text))
-    figure = new_figure(1.45 + 0.62 * len(rows), f"How often does the labeler prefer each model to {data.baseline}?")
-    axes = figure.subplots()
-    axes.set_xlim(-4, 104)  # room for a dot at either end
-    axes.set_xticks(range(0, 101, 20))
-    draw_dots(axes, rows, theme)
-    reference_line(axes, 50, f"as good as {data.baseline}", theme)
-    axes.set_xlabel(f"prompts won, ties count half (%)\n← {data.baseline} better   |   {data.baseline} worse →")
-    return figure
+    rows = [
+        Dot(model.name, 50, None, None, theme.baseline, "the baseline", hollow=True)
+        if model.name == data.baseline
+        else rate_dot(model.name, model.win, _color(data, model.name, theme))
+        for model in data.models
+        if model.win is not None or model.name == data.baseline
+    ]
+    label = f"prompts won, ties count half (%)\n← {data.baseline} better   |   {data.baseline} worse →"
+    title = f"How often does the labeler prefer each model to {data.baseline}?"
+    return dot_picture(title, rows, theme, WON, (50, f"as good as {data.baseline}"), label)
+
+
+def draw_judges(data: ReportData, theme: Theme) -> Any:
+    """The headline model's win rate by every judge, the labeler first."""
+    subject = data.headline_model
+    rows = [rate_dot("labeler", subject.win, theme.subject)] if subject.win else []
+    rows += [rate_dot(row["judge"], row, theme.baseline) for row in judges_of_subject(data)]
+    title = f"Who prefers {subject.name} to {data.baseline}?"
+    mark = (50, f"as good as {data.baseline}")
+    return dot_picture(title, rows, theme, WON, mark, "prompts won, ties count half (%)")
 
 
 def draw_reward_model(data: ReportData, theme: Theme) -> Any:
     """Held-out pairs that the RM orders as the labeler does: all of them, then by distance in rank."""
-    rows = []
-    entries = {"all pairs": {**data.reward_model, "accuracy": data.reward_model["pair_accuracy"]}}
-    for distance, row in rank_distances(data.reward_model).items():
-        entries[f"{distance} rank{'s' * (distance != '1')} apart"] = row
-    for label, row in entries.items():
-        text, low, high = percent(row["accuracy"]), None, None
-        if row.get("low") is not None and row.get("high") is not None:
-            low, high = 100 * row["low"], 100 * row["high"]
-            text += f"  ({percent_range(row['low'], row['high'])})"
-        color = theme.subject if label == "all pairs" else theme.baseline
-        rows.append(Dot(label, 100 * row["accuracy"], low, high, color, text))
-    figure = new_figure(1.45 + 0.56 * len(rows), "How often does the reward model agree with the labeler?")
-    axes = figure.subplots()
-    shown = [v for row in rows for v in (row.value, row.low, row.high) if v is not None]
-    axes.set_xlim(min(40, 5 * (min(shown) // 5)), 100)
-    draw_dots(axes, rows, theme)
-    reference_line(axes, 50, "coin flip", theme)
-    axes.set_xlabel("held-out pairs ordered as the labeler does (%)")
-    return figure
+    return accuracy_by_distance("How often does the reward model agree with the labeler?", data.reward_model, theme)
 
 
 def draw_pretraining(data: ReportData, theme: Theme) -> Any:
-    """Loss on pretraining text before and after: what alignment costs (the paper's alignment tax, in small)."""
-    models = [model for model in data.models if model.pretraining_loss is not None]
-    start = float(models[0].pretraining_loss or 0)
+    """Loss on pretraining text before and after: the cost of alignment."""
+    losses = {model.name: model.pretraining_loss for model in data.models if model.pretraining_loss is not None}
+    first, start = next((name, loss.mean) for name, loss in losses.items())
     rows = []
-    for model in models:
-        loss = float(model.pretraining_loss or 0)
-        change = "" if model is models[0] else f"  ({loss - start:+.3f})".replace("-", "−")
-        low, high = model.pretraining_loss_ci or (None, None)
-        rows.append(Dot(model.name, loss, low, high, _color(data, model.name, theme), f"{loss:.3f}{change}"))
-    figure = new_figure(1.45 + 0.62 * len(rows), "What does training cost on pretraining text?")
-    axes = figure.subplots()
-    shown = [v for row in rows for v in (row.value, row.low, row.high) if v is not None]
-    # A change below 0.05 nats is small: do not let a tight axis make it look large.
+    for name, loss in losses.items():
+        text = f"{loss.mean:.3f}" + ("" if name == first else f"  ({minus(loss.mean - start, '+.3f')})")
+        rows.append(Dot(name, loss.mean, loss.low, loss.high, _color(data, name, theme), text))
+    shown = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
+    # A change below 0.05 nats is small: a tight axis must not make it look large.
     margin = max(0.25 * (max(shown) - min(shown)), 0.05)
-    axes.set_xlim(min(shown) - margin, max(shown) + margin)
-    draw_dots(axes, rows, theme)
-    reference_line(axes, start, f"as {models[0].name}", theme)
-    axes.set_xlabel("loss (nats a token)\n← better   |   worse →")
-    return figure
+    limits, label = (min(shown) - margin, max(shown) + margin), "loss (nats per token)\n← better   |   worse →"
+    return dot_picture(
+        "What does training cost on pretraining text?", rows, theme, limits, (start, f"as {first}"), label
+    )
+
+
+def _score_panels(data: ReportData, title: str, logs: Sequence[LogRows]) -> tuple[Any, dict[str, Any]]:
+    """A panel per score that one of the logs holds, over KL."""
+    keys = [key for key in SCORES if any(series(log, key, "kl")[1] for log in logs)]
+    figure, grid = panels(0.8 + 2.1 * len(keys), title, len(keys))
+    for axes in grid:
+        axes.margins(x=0.06, y=0.2)
+        axes.set_ylabel("score")
+    grid[-1].set_xlabel(f"KL from {data.training_reference} ({data.kl_unit})")
+    return figure, dict(zip(keys, grid, strict=True))
 
 
 def draw_frontier(data: ReportData, theme: Theme) -> Any:
     """Labeler and RM score against KL over training: the RM's is what was optimised, the labeler's what was wanted."""
-    panels = [
-        (name, *data.series(key, against="kl"), color)
-        for key, name, color in (
-            ("labeler_score", "Labeler score (what we want)", theme.subject),
-            ("score", "Reward model score (what PPO maximises)", theme.baseline),
-        )
-        if data.series(key, against="kl")[1]
-    ]
-    title = f"What does moving away from {data.training_reference} buy?"
-    figure = new_figure(0.8 + 2.1 * len(panels), title)
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, kl, scores, color) in zip(grid, panels, strict=True):
-        axes.set_title(name, loc="left", color=color, fontweight="bold")
+    figure, grid = _score_panels(data, f"What does moving away from {data.training_reference} buy?", [data.training])
+    for key, axes in grid.items():
+        color = theme.subject if key == "labeler_score" else theme.baseline
+        axes.set_title(SCORES[key], loc="left", color=color, fontweight="bold")
+        kl, scores = data.series(key, against="kl")
         x, y = path_means(kl), path_means(scores)
         if len(x) < len(kl):
             axes.plot(kl, scores, "o", markersize=3, color=color, alpha=theme.faint, markeredgewidth=0)
@@ -145,67 +151,117 @@ def draw_frontier(data: ReportData, theme: Theme) -> Any:
         axes.plot(x[-1], y[-1], "o", markersize=10, color=color)
         # Each label goes to the side that the path does not take.
         below = (bool(np.median(y) >= y[0]), bool(np.median(y) > y[-1]))
-        for i, label, under in ((0, "start", below[0]), (-1, "end", below[1])):
-            axes.annotate(
-                f"{label} {number(y[i])}", (x[i], y[i]), xytext=(0, -19 if under else 10), zorder=5,
-                textcoords="offset points", ha="left" if i == 0 else "right", fontweight="bold",
-                path_effects=halo(theme),
-            )  # fmt: skip
-        axes.grid()
-        axes.margins(x=0.06, y=0.2)
-        axes.set_ylabel("score")
-    grid[-1].set_xlabel(f"KL from {data.training_reference} ({data.kl_unit})")
+        for i, label, align, under in ((0, "start", "left", below[0]), (-1, "end", "right", below[1])):
+            place = (0, -19 if under else 10)
+            say(axes, f"{label} {number(y[i])}", (x[i], y[i]), place, theme, ha=align, fontweight="bold")
     return figure
 
 
-def _smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Centred moving mean over about a tenth of the values; shorter windows at the ends."""
-    array, half = np.asarray(values), len(values) // 20
-    return np.array([array[max(0, i - half) : i + half + 1].mean() for i in range(len(array))])
+def run_logs(data: ReportData) -> dict[str, LogRows]:
+    """The logs to compare: this run's under the headline model's name, then the others."""
+    logs = {data.headline_model.name: data.training} | data.runs
+    return {name: log for name, log in logs.items() if series(log, "score", "kl")[1]}
+
+
+def draw_runs(data: ReportData, theme: Theme) -> Any:
+    """Labeler and RM score of several runs against their KL: which of them buys more for the same distance."""
+    logs, own = run_logs(data), data.headline_model.name
+    title = f"What does distance from {data.training_reference} buy, run by run?"
+    figure, grid = _score_panels(data, title, list(logs.values()))
+    for row, (key, axes) in enumerate(grid.items()):
+        axes.set_ylabel("labeler score" if key == "labeler_score" else "RM score")
+        for place, (name, log) in enumerate(logs.items()):
+            x, y = series(log, key, "kl")
+            if not y:
+                continue
+            color = theme.subject if name == own else theme.baseline if place == 1 else theme.other
+            marker, line = MARKERS[place % len(MARKERS)], ("-", "--", ":", "-.")[place % 4]
+            style = {"color": color, "marker": marker, "linestyle": line, "linewidth": 1.6, "markersize": 4}
+            axes.plot(path_means(x), path_means(y), label=name, **style)
+        if row == 0:
+            _legend(axes)
+    return figure
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handletextpad=0.3, columnspacing=1.2)
+
+
+def draw_checkpoints(data: ReportData, theme: Theme) -> Any:
+    """Labeler and RM score of the run's checkpoints on validation prompts; the labeler's best is marked."""
+    rows = [row for row in data.checkpoints if row.get("labeler_score") is not None]
+    steps, best = [row["step"] for row in rows], best_checkpoint(rows)
+    figure, (upper, lower) = panels(4.6, "Which checkpoint does the labeler like best?", 2)
+    with_intervals(upper, steps, [row["labeler_score"] for row in rows], theme.subject)
+    place = (best["step"], best["labeler_score"]["mean"])
+    upper.plot(*place, "o", markersize=11, color=theme.subject)
+    say(upper, f"best {number(place[1])}", place, (0, 10), theme, ha="center", fontweight="bold")
+    upper.set_ylabel("labeler score")
+    lower.plot(steps, [row["score"] for row in rows], "-s", color=theme.baseline, linewidth=1.6, markersize=5)
+    lower.set_ylabel("RM score")
+    lower.set_xlabel("optimizer step")
+    for axes in (upper, lower):
+        axes.margins(x=0.08, y=0.25)
+    return figure
+
+
+def draw_tasks(data: ReportData, theme: Theme) -> Any:
+    """Change of each model from the first one on every task, in points: the alignment tax (the paper's Fig. 29)."""
+    models = [model for model in data.models if any("change" in row for row in model.tasks.values())]
+    height = 1.2 + (0.3 + 0.27 * len(models)) * len(data.tasks)
+    figure, (axes,) = panels(height, f"What do the tasks lose or gain against {data.models[0].name}?")
+    step = 0.7 / len(models)
+    for place, model in enumerate(models):
+        color, marker = _color(data, model.name, theme), MARKERS[place % len(MARKERS)]
+        axes.plot([], [], marker, linestyle="", markersize=7, color=color, label=model.name)
+        for y, row in enumerate(model.tasks.get(name, {}) for name in data.tasks):
+            if "change" not in row:
+                continue
+            at, change = y - 0.35 + step * (place + 0.5), estimate(row["change"])
+            bounds = [100 * bound for bound in change.bounds or ()]
+            axes.plot(bounds, [at] * len(bounds), color=color, linewidth=2.5, alpha=0.75)
+            axes.plot([100 * change.mean], [at], marker, markersize=7, color=color, zorder=3)
+    reference_line(axes, 0, "", theme)
+    name_rows(axes, data.tasks, len(data.tasks) - 0.4)
+    axes.set_xlabel("change in points\n← worse   |   better →")
+    _legend(axes)
+    return figure
 
 
 def draw_training(data: ReportData, theme: Theme) -> Any:
     """The PPO run's own curves as small multiples over one axis of progress."""
-    titles = {
-        "score": "Reward model score",
-        "labeler_score": "Labeler score",
-        "kl": f"KL ({data.kl_unit})",
-        "ptx_loss": "Pretraining loss (nats a token)",
-        "value_loss": "Value loss (score²)",
-        "explained_variance": "Explained variance (1 is perfect)",
-    }
-    panels = [(key, title, *data.series(key)) for key, title in titles.items() if data.series(key)[1]]
-    rows = (len(panels) + 1) // 2
-    figure = new_figure(0.75 + 1.75 * rows, "How did PPO training go?")
-    grid = figure.subplots(rows, 2, sharex=True, squeeze=False).ravel()
-    for axes, (key, title, x, y) in zip(grid, panels, strict=False):
+    curves = {key: data.series(key) for key in TRAINING if data.series(key)[1]}
+    rows = (len(curves) + 1) // 2
+    figure, grid = panels(0.75 + 1.75 * rows, "How did PPO training go?", rows, ncols=2)
+    for axes, (key, (x, y)) in zip(grid, curves.items(), strict=False):
         color = theme.subject if key == "labeler_score" else theme.baseline
         limits = _limits(key, y)
-        smooth = _smooth(np.clip(y, *limits) if limits else y)
+        smooth = _smooth(np.clip(y, *limits) if limits else np.asarray(y))
         axes.plot(x, y, color=color, alpha=theme.faint, linewidth=1)
         axes.plot(x, smooth, color=color, linewidth=2)
         axes.plot(x[-1], smooth[-1], "o", color=color, markersize=5, clip_on=False, zorder=4)
-        axes.set_title(title, loc="left", fontsize=9.5)
-        axes.annotate(
-            number(smooth[-1]), (x[-1], smooth[-1]), xytext=(6, 0), textcoords="offset points", va="center",
-            color=color, fontweight="bold", fontsize=9.5, annotation_clip=False,
-        )  # fmt: skip
+        axes.set_title(TRAINING[key].format(unit=data.kl_unit), loc="left", fontsize=9.5)
+        style = {"va": "center", "color": color, "fontweight": "bold", "fontsize": 9.5, "annotation_clip": False}
+        say(axes, number(smooth[-1]), (x[-1], smooth[-1]), (6, 0), theme, **style)
         if limits:
             _limit(axes, limits, y)
-        if key == "explained_variance":
-            axes.axhline(0, color=theme.muted, linewidth=0.8)
-        axes.grid()
         axes.locator_params(axis="x", nbins=4)
+        axes.locator_params(axis="y", nbins=5)
         if max(x) >= 10_000:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
-        axes.locator_params(axis="y", nbins=5)
-    for axes in grid[len(panels) :]:
+    for axes in grid[len(curves) :]:
         axes.set_visible(False)
     # Where the last row holds one panel only, the one above the gap shows its own numbers.
-    for axes in grid[max(0, len(panels) - 2) : len(panels)]:
+    for axes in grid[max(0, len(curves) - 2) : len(curves)]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(data.progress_key + (" (answers sampled)" if data.progress_key == "episodes" else ""))
     return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over about a tenth of the values; shorter windows at the ends."""
+    half = len(values) // 20
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 def _limits(key: str, values: Sequence[float]) -> tuple[float, float] | None:
@@ -219,10 +275,8 @@ def _limits(key: str, values: Sequence[float]) -> tuple[float, float] | None:
 
 def _limit(axes: Any, limits: tuple[float, float], values: Sequence[float]) -> None:
     axes.set_ylim(*limits)
-    for outside, arrow, y, align in (
-        (sum(value < limits[0] for value in values), "↓", 0.05, "bottom"),
-        (sum(value > limits[1] for value in values), "↑", 0.95, "top"),
-    ):
+    below, above = sum(value < limits[0] for value in values), sum(value > limits[1] for value in values)
+    for outside, arrow, y, align in ((below, "↓", 0.05, "bottom"), (above, "↑", 0.95, "top")):
         if outside:
             text = f"{outside}{NBSP}off the axis {arrow}"
             axes.text(0.97, y, text, transform=axes.transAxes, fontsize=8.5, ha="right", va=align)
@@ -230,21 +284,15 @@ def _limit(axes: Any, limits: tuple[float, float], values: Sequence[float]) -> N
 
 PICTURES: dict[str, tuple[Callable[[ReportData], bool], Callable[[ReportData, Theme], Any]]] = {
     "win_rate": (lambda data: bool(compared(data)), draw_win_rate),
-    "frontier": (
-        lambda data: any(data.series(key, against="kl")[1] for key in ("score", "labeler_score")),
-        draw_frontier,
+    "frontier": (lambda data: any(data.series(key, against="kl")[1] for key in SCORES), draw_frontier),
+    "reward_model": (lambda data: bool(data.reward_model), draw_reward_model),
+    "pretraining": (lambda data: any(model.pretraining_loss for model in data.models), draw_pretraining),
+    "training": (lambda data: any(data.series(key)[1] for key in TRAINING), draw_training),
+    "judges": (lambda data: bool(judges_of_subject(data)), draw_judges),
+    "tasks": (
+        lambda data: any("change" in row for model in data.models for row in model.tasks.values()),
+        draw_tasks,
     ),
-    "reward_model": (lambda data: data.reward_model.get("pair_accuracy") is not None, draw_reward_model),
-    "pretraining": (
-        lambda data: any(model.pretraining_loss is not None for model in data.models),
-        draw_pretraining,
-    ),
-    "training": (
-        lambda data: any(data.series(key)[1] for key in ("score", "kl", "ptx_loss", "value_loss")),
-        draw_training,
-    ),
-    "judges": (more_plots.has_judges, more_plots.draw_judges),
-    "tasks": (more_plots.has_tasks, more_plots.draw_tasks),
-    "runs": (more_plots.has_runs, more_plots.draw_runs),
-    "checkpoints": (lambda data: bool(data.checkpoints), more_plots.draw_checkpoints),
+    "runs": (lambda data: bool(data.runs) and len(run_logs(data)) > 1, draw_runs),
+    "checkpoints": (lambda data: bool(data.checkpoints), draw_checkpoints),
 }

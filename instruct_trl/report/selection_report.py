@@ -1,14 +1,14 @@
-"""The table and the picture of an SFT selection: what each criterion sees, and which epoch it picks."""
+"""The table and the picture of an SFT selection: the view of each criterion, and the epoch that it picks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.evaluation.selection import CheckpointRow, Difference, SelectionResult, save_selection
-from instruct_trl.report.pictures import LIGHT, Theme, new_figure, save_picture
-from instruct_trl.report.plot_names import short
-from instruct_trl.report.render import escape_markdown
+from instruct_trl.evaluation.selection import Difference, SelectionResult, save_selection
+from instruct_trl.report.findings import figure, minus
+from instruct_trl.report.pages import environment
+from instruct_trl.report.pictures import LIGHT, Theme, panels, save_picture, short, with_intervals
 
 
 def write_selection(result: SelectionResult, folder: Path) -> None:
@@ -20,123 +20,79 @@ def write_selection(result: SelectionResult, folder: Path) -> None:
 
 def selection_markdown(result: SelectionResult) -> str:
     """The finding, and a table with a row for each checkpoint."""
-    lines = ["# Which SFT checkpoint to keep", "", escape_markdown(finding(result)), ""]
-    lines += [
-        "| checkpoint | epoch | RM score | validation loss | answers cut | picked by |",
-        "|---|---|---|---|---|---|",
+    picks = {"RM score": result.best, "loss": result.best_by_loss}
+    rows = [
+        [
+            Path(row.checkpoint).name,
+            "" if row.epoch is None else f"{row.epoch:.3g}",
+            figure(row.rm_score, gap=" "),
+            "" if row.validation_loss is None else f"{row.validation_loss:.4f}",
+            f"{row.truncated:.0%}",
+            " and ".join(name for name, best in picks.items() if best == row.checkpoint),
+        ]
+        for row in result.rows
     ]
-    for row in result.rows:
-        name = escape_markdown(Path(row.checkpoint).name)
-        lines.append(
-            f"| {name} | {_number(row.epoch, '.3g')} | {_score(row)} "
-            f"| {_number(row.validation_loss, '.4f')} | {row.truncated:.0%} | {_picked_by(result, row)} |"
-        )
-    lines += [
-        "",
-        "RM score: mean over the validation prompts, one answer each, with its 95 % interval. Every "
-        "checkpoint answers the same prompts under the same noise, so two of them are compared prompt by prompt, and "
-        "their difference is surer than the two intervals suggest. Validation loss: mean −log p of a demonstration's "
-        "token, in nats.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _score(row: CheckpointRow) -> str:
-    found = row.rm_score
-    return f"{found.mean:.3f}" + ("" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})")
-
-
-def _picked_by(result: SelectionResult, row: CheckpointRow) -> str:
-    marks = ["RM score"] * (row.checkpoint == result.best) + ["loss"] * (row.checkpoint == result.best_by_loss)
-    return " and ".join(marks)
+    return environment("md").get_template("selection.md").render(finding=finding(result), rows=rows)
 
 
 def finding(result: SelectionResult) -> str:
     """Which checkpoint is picked, and whether its lead over the runner-up and over the last one is more than noise."""
-    over = [(gap, what) for gap, what in ((result.runner_up, "runner-up"), (result.last, "last checkpoint")) if gap]
-    if len(over) == 2 and over[0][0] == over[1][0]:
-        over = [(over[0][0], "runner-up and last checkpoint")]
-    return " ".join([_headline(result), *(_lead(result, gap, what) for gap, what in over)])
+    text = f"The RM score picks {_name(result, result.best)}"
+    if result.best_by_loss == result.best:
+        text += ", and so does the validation loss"
+    elif result.best_by_loss is not None:
+        text += f"; the validation loss would pick {_name(result, result.best_by_loss)}"
+    over = {"runner-up": result.runner_up, "last checkpoint": result.last}
+    if result.runner_up and result.runner_up == result.last:
+        over = {"runner-up and last checkpoint": result.last}
+    return " ".join([f"{text}.", *(_lead(result, gap, what) for what, gap in over.items() if gap)])
 
 
 def _lead(result: SelectionResult, gap: Difference, what: str) -> str:
     """One sentence on the lead over one other checkpoint."""
-    name = _name(next(row for row in result.rows if row.checkpoint == gap.checkpoint))
-    lead = f"lead of {gap.mean:.3f} over the {what}, {name},"
-    if gap.low is None or gap.high is None:
+    lead = f"lead of {gap.mean:.3f} over the {what}, {_name(result, gap.checkpoint)},"
+    if not gap.bounds:
         few = f"{gap.n} different prompts are too few for an interval"
         return f"Whether its {lead} is more than noise cannot be said: {few}."
-    bounds = f"95 % interval over {gap.n} prompts {_signed(gap.low)} to {_signed(gap.high)}"
-    return f"Its {lead} {'is more than noise' if gap.is_clear else 'cannot be told from noise'} ({bounds})."
+    bounds = " to ".join(minus(bound, "+.3f") for bound in gap.bounds)
+    says = "is more than noise" if gap.is_clear else "cannot be told from noise"
+    return f"Its {lead} {says} (95 % interval over {gap.n} prompts {bounds})."
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _headline(result: SelectionResult) -> str:
-    by_path = {row.checkpoint: row for row in result.rows}
-    chosen = f"The RM score picks {_name(by_path[result.best])}"
-    if result.best_by_loss is None:
-        return f"{chosen}."
-    if result.best_by_loss == result.best:
-        return f"{chosen}, and so does the validation loss."
-    return f"{chosen}; the validation loss would pick {_name(by_path[result.best_by_loss])}."
-
-
-def _name(row: CheckpointRow) -> str:
-    return Path(row.checkpoint).name if row.epoch is None else f"epoch {row.epoch:.3g}"
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
+def _name(result: SelectionResult, checkpoint: str) -> str:
+    epoch = next(row.epoch for row in result.rows if row.checkpoint == checkpoint)
+    return Path(checkpoint).name if epoch is None else f"epoch {epoch:.3g}"
 
 
 def draw_selection(result: SelectionResult, theme: Theme) -> Any:
     """RM score above, validation loss below, over epochs; a filled, named dot where each criterion picks."""
-    has_loss = result.best_by_loss is not None
-    figure = new_figure(4.6 if has_loss else 2.8, _title(result))
-    panels = figure.subplots(2 if has_loss else 1, 1, sharex=True, squeeze=False)[:, 0]
+    n = 1 if result.best_by_loss is None else 2
+    figure, grid = panels(1 + 1.8 * n, f"SFT selection by RM score: {short(_name(result, result.best))}", n)
     has_epoch = all(row.epoch is not None for row in result.rows)
     x = [row.epoch if has_epoch else (row.step or i) for i, row in enumerate(result.rows)]
-    scores = [row.rm_score.mean for row in result.rows]
-    bounds = [row.rm_score.bounds or (row.rm_score.mean, row.rm_score.mean) for row in result.rows]
-    panels[0].errorbar(
-        x, scores, [[abs(end - y) for end, y in zip(ends, scores, strict=True)] for ends in zip(*bounds, strict=True)],
-        color=theme.subject, marker="o", markersize=4, linewidth=1.8, elinewidth=1, capsize=3,
-    )  # fmt: skip
-    panels[0].set_title("RM score of its answers (95 % interval; higher is better)", loc="left")
-    _mark(panels[0], result, result.best, x, scores, theme.subject, theme, above=True)
-    if has_loss:
+    with_intervals(grid[0], x, [row.rm_score for row in result.rows], theme.subject)
+    grid[0].set_title("RM score of its answers (95 % interval; higher is better)", loc="left")
+    _mark(grid[0], result, result.best, (x, [row.rm_score.mean for row in result.rows]), theme.subject, 13)
+    if result.best_by_loss is not None:
         losses = [row.validation_loss for row in result.rows]
-        panels[1].plot(x, losses, color=theme.baseline, marker="o", markersize=4, linewidth=1.8)
-        panels[1].set_title("Validation loss (nats a token; lower is better)", loc="left")
-        _mark(panels[1], result, result.best_by_loss, x, losses, theme.baseline, theme, above=False)
-    panels[-1].set_xlabel("epoch" if has_epoch else "training step")
-    for panel in panels:
-        panel.grid(axis="y")
-        panel.set_axisbelow(True)
-        panel.margins(x=0.08, y=0.35)
-        panel.locator_params(axis="x", integer=True)
+        grid[1].plot(x, losses, color=theme.baseline, marker="o", markersize=4, linewidth=1.6)
+        grid[1].set_title("Validation loss (nats per token; lower is better)", loc="left")
+        _mark(grid[1], result, result.best_by_loss, (x, losses), theme.baseline, -13)
+    grid[-1].set_xlabel("epoch" if has_epoch else "training step")
+    for axes in grid:
+        axes.margins(x=0.08, y=0.35)
+        axes.locator_params(axis="x", integer=True)
     return figure
 
 
-def _title(result: SelectionResult) -> str:
-    by_path = {row.checkpoint: row for row in result.rows}
-    return f"SFT selection by RM score: {short(_name(by_path[result.best]))}"
-
-
-def _mark(
-    axes: Any, result: SelectionResult, checkpoint: str | None, x: Any, y: Any, color: str, theme: Theme, *, above: bool
-) -> None:
+def _mark(axes: Any, result: SelectionResult, checkpoint: str, curve: tuple[Any, Any], color: str, above: int) -> None:
     """Name the picked point, above a maximum and below a minimum: there the curve is not in the way."""
-    index = next(i for i, row in enumerate(result.rows) if row.checkpoint == checkpoint)
-    axes.axvline(x[index], color=color, linewidth=1.2, linestyle=(0, (4, 3)), alpha=0.6)
-    axes.plot(x[index], y[index], "o", markersize=11, color=color, markeredgecolor=theme.background, zorder=3)
-    last = len(x) > 1 and index > (len(x) - 1) / 2
-    name = short(_name(result.rows[index]))
+    index = [row.checkpoint for row in result.rows].index(checkpoint)
+    place = (curve[0][index], curve[1][index])
+    axes.axvline(place[0], color=color, linewidth=1.2, linestyle=(0, (4, 3)), alpha=0.6)
+    axes.plot(*place, "o", markersize=11, color=color, markeredgecolor=axes.get_facecolor(), zorder=3)
+    left = index > (len(result.rows) - 1) / 2
     axes.annotate(
-        f"picks {name}", (x[index], y[index]), xytext=(-8 if last else 8, 13 if above else -13),
-        textcoords="offset points", ha="right" if last else "left", va="center", color=color, fontweight="bold",
+        f"picks {short(_name(result, checkpoint))}", place, xytext=(-8 if left else 8, above), va="center",
+        textcoords="offset points", ha="right" if left else "left", color=color, fontweight="bold",
     )  # fmt: skip

@@ -252,9 +252,9 @@ def test_differs_at_five_per_cent():
 
 def test_metrics_fit_the_runs_report():
     data = ReportData("run", [ModelResult("SFT")], reward_model=reward_metrics(random_records(), n_boot=50))
-    from instruct_trl.report.findings import reward_model_caption
+    from instruct_trl.report.findings import reward_model
 
-    assert "held-out pairs as the labeler does" in reward_model_caption(data)
+    assert "held-out pairs as the labeler does" in reward_model(data)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_several_processes_are_told_that_one_would_do(own, monkeypatch, capsys, 
 
 def test_a_report_copes_with_a_model_without_kl_loss_and_tasks(tmp_path):
     base, *rest = example_models(None)
-    prompted = ModelResult("prompted base", win_of(60, 40), labeler_mean=0.1, rm_mean=0.2, mean_length=9.0)
+    prompted = ModelResult("prompted base", win_of(60, 40), length_correlation=0.1, mean_length=9.0)
     for models in ([base, prompted, *rest], [prompted, *rest], [base, *rest, prompted]):
         page = write_report(example_report(models=models), tmp_path).with_name("report.md").read_text()
         assert "| prompted base |" in page

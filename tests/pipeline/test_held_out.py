@@ -175,7 +175,7 @@ def test_sft_does_not_evaluate_on_its_training_rows(tmp_path, tokenizer, monkeyp
 
 
 def test_the_page_says_how_many_rows_were_trained_on_and_calls_them_not_held_out(tmp_path):
-    from instruct_trl.report.reward_page import write_reward_report
+    from instruct_trl.report.pages import write_reward_report
 
     rows = [{"rewards": [1.0, 0.0], "pairs": [[0, 1]], "lengths": [3, 4], "prompt_length": 5} for _ in range(8)]
     metrics = write_reward_report(rows, tmp_path, title="t", trained_on=(2, 8))

@@ -2,15 +2,15 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 from report_example import example_report, win_of
 
 from instruct_trl.evaluation.win_rate import WinRate
-from instruct_trl.report import more_plots
 from instruct_trl.report import pictures_run as plots
-from instruct_trl.report.pages import ModelResult
-from instruct_trl.report.pictures import DARK, LIGHT, save_picture
-from instruct_trl.report.plot_names import for_pictures, short_names
+from instruct_trl.report.data import ModelResult
+from instruct_trl.report.pictures import DARK, LIGHT, save_picture, short_names
+from instruct_trl.report.pictures_run import for_pictures
 
 
 def _dots(axes):
@@ -24,7 +24,7 @@ def test_win_picture_shows_the_rates_beside_the_fifty_per_cent_line():
     assert _dots(axes) == [(pytest.approx(100 * 63 / 256), 0), (50.0, 1), (63.0, 2)]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["base", "SFT", "PPO-ptx"]
     assert [float(line.get_xdata()[0]) for line in axes.lines if line.get_linestyle() == "--"] == [50.0]
-    assert "63 %  (53 to 72)" in [text.get_text().replace("\u00a0", " ") for text in axes.texts]
+    assert "63 % (53 to 72)" in [text.get_text().replace("\u00a0", " ") for text in axes.texts]
 
 
 def test_reward_model_picture_shows_all_pairs_then_distances():
@@ -57,7 +57,7 @@ def test_training_picture_names_what_is_off_the_axis():
 def test_pictures_draw_without_warnings_from_any_number_of_rows(tmp_path, rows):
     models = [
         *example_report().models,
-        ModelResult("always", WinRate(9, 0, 0, 9, 1.0, 0.7, 1.0)),
+        ModelResult("always", WinRate(1.0, 0.7, 1.0, 9, 9, 0, 0)),
         ModelResult("$x_1$ [not math"),
     ]
     data = example_report(models=models, subject="PPO-ptx")
@@ -81,9 +81,9 @@ def test_pictures_draw_without_warnings_whatever_things_are_called(tmp_path):
     data.judged = [row | {"judge": LONG + row["judge"], "model": names[row["model"]]} for row in data.judged]
     data.runs = {f"_{LONG}run": data.runs["PPO"]}
     shown = for_pictures(data)
-    for draw in (more_plots.draw_judges, more_plots.draw_tasks):
+    for draw in (plots.draw_judges, plots.draw_tasks):
         save_picture(partial(draw, shown), LIGHT, tmp_path / "picture.png")
-    legend = more_plots.draw_runs(shown, LIGHT).axes[0].get_legend()
+    legend = plots.draw_runs(shown, LIGHT).axes[0].get_legend()
     assert len(legend.get_texts()) == 2
 
 
@@ -109,3 +109,15 @@ def test_text_colours_meet_wcag_contrast(theme, role):
     """WCAG 2.2, success criterion 1.4.3: at least 4.5 to 1."""
     high, low = sorted((_luminance(getattr(theme, role)), _luminance(theme.background)), reverse=True)
     assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_pictures_of_tasks_and_judges_show_the_numbers():
+    axes = plots.draw_tasks(example_report(), LIGHT).axes[0]
+    marks = [line for line in axes.lines if line.get_marker() in ("o", "s") and len(line.get_xdata())]
+    values = sorted(
+        float(line.get_xdata()) if np.ndim(line.get_xdata()) == 0 else float(line.get_xdata()[0]) for line in marks
+    )
+    assert values == pytest.approx([-5.0, -2.0, -0.1, 4.0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["boolq", "hellaswag", "squad"]
+    axes = plots.draw_judges(example_report(), LIGHT).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["labeler", "judge-1"]

@@ -9,19 +9,13 @@ from html.parser import HTMLParser
 
 import pytest
 from launch_helpers import run_program
-from report_example import NASTY, example_report
+from report_example import NASTY, example_report, task
 
+from instruct_trl.report import pictures
 from instruct_trl.report import pictures_run as plots
-from instruct_trl.report.pages import (
-    ModelResult,
-    ReportData,
-    load_report_data,
-    main,
-    save_report_data,
-    write_report,
-)
+from instruct_trl.report.data import ModelResult, ReportData, load_report_data, save_report_data
+from instruct_trl.report.pages import environment, main, write_report
 from instruct_trl.report.pictures import require_matplotlib
-from instruct_trl.report.render import Document, Items, Section, Table, Text, to_markdown
 
 
 class _Page(HTMLParser):
@@ -64,7 +58,7 @@ def test_html_shows_answers_as_they_are(written):
     page = _Page(written[0].read_text(encoding="utf-8"))
     assert NASTY in page.text
     assert "line one\n\nline two" in page.text
-    assert "b" not in page.tags[page.tags.index("section") :]
+    assert "b" not in page.tags[page.tags.index("h2") :]
 
 
 def test_markdown_shows_answers_as_they_are(written):
@@ -80,12 +74,13 @@ def test_markdown_shows_answers_as_they_are(written):
     assert {link for link in page.links} == {f"pictures/{name}.png" for name in plots.PICTURES}
 
 
-def test_markdown_line_starts_stay_text(tmp_path):
+def test_markdown_line_starts_stay_text():
     markdown_it = pytest.importorskip("markdown_it")
     starts = ["- a", "+ b", "1. c", "2) d", "=== e", "# f", "> g", "---", "    h", "|i|j|"]
-    blocks = [*(Text(start) for start in starts), Items(starts), Table(["k"], [[start] for start in starts])]
-    renderer = markdown_it.MarkdownIt("commonmark").enable("table")
-    html = renderer.render(to_markdown(Document("t", [], [Section("s", blocks)]), tmp_path))
+    blocks = environment("md").get_template("blocks.md").module
+    texts = [*(blocks.text(caller=lambda start=start: start) for start in starts), blocks.items(starts)]
+    texts.append(blocks.rows(["k"], [[start] for start in starts]))
+    html = markdown_it.MarkdownIt("commonmark").enable("table").render("\n".join(texts))
     for start in (start.strip() for start in starts):
         shown = start.replace(">", "&gt;")
         assert f"<p>{shown}</p>" in html
@@ -114,6 +109,24 @@ def test_report_holds_the_numbers(written):
         assert expected in text
     assert "25 %" in text  # SFT's 182 s of 728 s
     assert "accelerate launch recipes/ppo_ptx.py" in text
+
+
+def plain(text):
+    return text.replace("\u00a0", " ")
+
+
+def test_the_report_shows_every_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "save_picture", lambda draw, theme, path: path.write_bytes(b""))
+    text = plain(write_report(example_report(), tmp_path).with_name("report.md").read_text(encoding="utf-8"))
+    for expected in (
+        "| judge-1: PPO-ptx | 40 % (34 to 46) | 90 / 20 / 140 | 17 | 6 |",
+        "| 3 people: PPO-ptx | – | – | 0 | 3 |",
+        "| quality | 4.00<br>(2.00 to 4.40)<br>of 250, 6 left out |",
+        "| boolq<br>(acc, 1,000 items) | 60.0 (57.0 to 63.0) | 58.0 (55.0 to 61.0)<br>−2.0 (−4.0 to +0.0) |",
+        "The labeler scores step 80 highest (0.90); the last, step 120, has 0.40, clearly less.",
+        "1,024 requests now.",
+    ):
+        assert expected in text
 
 
 def test_json_round_trip(tmp_path):
@@ -190,10 +203,11 @@ def test_matplotlib_missing_names_the_extra(tmp_path, monkeypatch):
 
 def test_import_is_light_and_drawing_leaves_no_global_state():
     code = (
-        "import sys; import instruct_trl.report.pages as r; "
-        "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules; "
-        "import tempfile; r.write_report(r.ReportData('x', [r.ModelResult('SFT', pretraining_loss=3.0)]), "
-        "tempfile.mkdtemp()); assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; import instruct_trl.report.pages as r; import instruct_trl.report.data as d; "
+        "import instruct_trl.evaluation.estimates as e; "
+        "assert 'matplotlib' not in sys.modules; "
+        "import tempfile; models = [d.ModelResult('SFT', pretraining_loss=e.Estimate(3.0, None, None, 0))]; "
+        "r.write_report(d.ReportData('x', models), tempfile.mkdtemp()); assert 'matplotlib.pyplot' not in sys.modules"
     )
     run_program([sys.executable, "-c", code])
 
@@ -203,3 +217,10 @@ def test_no_fence_can_be_broken_by_a_command(tmp_path):
         write_report(example_report(command="echo ```` x"), tmp_path).with_name("report.md").read_text(encoding="utf-8")
     )
     assert re.search(r"^`{5}text\necho ```` x\n`{5}$", text, flags=re.M)
+
+
+def test_tasks_without_a_change_draw_no_picture(tmp_path):
+    data = example_report(models=[ModelResult("base", tasks={"boolq": task(0.5)}), ModelResult("SFT")], training=[])
+    text = write_report(data, tmp_path).with_name("report.md").read_text(encoding="utf-8")
+    assert "| boolq<br>(acc, 1,000 items) |" in text
+    assert not (tmp_path / "pictures" / "tasks.png").exists()
