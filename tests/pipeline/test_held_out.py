@@ -134,7 +134,8 @@ def test_prompts_that_a_stage_was_trained_on_are_counted_where_its_data_can_be_r
 @pytest.mark.parametrize(("rows", "verdict"), [(0, "better"), (5, "better"), (6, "missing")])
 def test_pages_give_no_verdict_where_more_than_a_twentieth_was_trained_on(rows, verdict):
     seen = {"rows": rows, "of": 100, "note": "..."} if rows else None
-    metrics = {"low": 0.6, "high": 0.8, "pair_accuracy": 0.7, "n_pairs": 300, "trained_on": seen}
+    rate = {"mean": 0.7, "low": 0.6, "high": 0.8, "n": 100, "n_pairs": 300}
+    metrics = {"pair_accuracy": rate, "trained_on": seen}
     assert reward_captions.headline(metrics)[0] == verdict
     models = [ModelResult("SFT"), ModelResult("PPO", win=win_rate([1.0] * 50, [0.0] * 50))]
     data = ReportData("r", models, trained_on=seen or {})
