@@ -26,15 +26,15 @@ demo-long: .venv/installed
 
 ## The paper's claims 1, 2, 3, 5, 8, 9 in miniature, 3 seeds each: table and pictures. Resumable
 evidence: .venv/installed
-	$(BIN)/python benchmarks/evidence.py --jobs 2
+	$(BIN)/python -m benchmarks.evidence --jobs 2
 
 ## Every claim, hours; resumable, and what `make evidence` made is used again
 evidence-full: .venv/installed
-	$(BIN)/python benchmarks/evidence.py --jobs 2 --all
+	$(BIN)/python -m benchmarks.evidence --jobs 2 --all
 
 ## The same with SmolLM2-135M and larger sizes, for one GPU
 evidence-gpu: .venv/installed
-	$(BIN)/python benchmarks/evidence.py --all --large
+	$(BIN)/python -m benchmarks.evidence --all --large
 
 ## The whole test suite
 test: .venv/installed-dev

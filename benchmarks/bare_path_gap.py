@@ -1,6 +1,6 @@
 """What it costs to hand TRL's GRPOTrainer the path of a reward model in place of a RewardScorer.
 
-    python benchmarks/bare_path_gap.py [REWARD_MODEL] [RANKINGS] [--batch_size 16] [--prompts N]
+    python -m benchmarks.bare_path_gap [REWARD_MODEL] [RANKINGS] [--batch_size 16] [--prompts N]
 
 REWARD_MODEL is a folder of RankingRewardTrainer; RANKINGS a jsonl with `prompt` and `completions`, optionally `ranks`
 and `truncated`. Without them: those of `make demo`. Given a path, TRL tokenises prompt + completion anew, without

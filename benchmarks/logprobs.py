@@ -1,6 +1,6 @@
 """Log-probs of completion tokens: TRL's fused head against one projection of the completion positions.
 
-    python benchmarks/logprobs.py [MODEL] [--rows 16 --prompt 6 --completion 28]
+    python -m benchmarks.logprobs [MODEL] [--rows 16 --prompt 6 --completion 28]
 
 Both routes alternate in one run; the ratio is what counts. Without MODEL, the demo's SmolLM2-135M.
 """

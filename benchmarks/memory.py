@@ -1,6 +1,6 @@
 """Memory of a PPO iteration: four models against one base with four roles, measured, and as `--dry_run` predicts it.
 
-    python benchmarks/memory.py [MODEL] [--cases four_full one_base_nf4 ...] [--targets attention]
+    python -m benchmarks.memory [MODEL] [--cases four_full one_base_nf4 ...] [--targets attention]
 
 MODEL is a folder, a hub name, or a config.json, whose weights are then random. Default: the demo's SmolLM2-135M. Each
 case is a process of its own that runs one iteration (rollout, scores, two optimizer steps with pretraining text).
@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _common import machine, table
+from benchmarks.common import machine, table
 
 CASES = {
     "four_full": "four full models",
@@ -33,7 +33,6 @@ CASES = {
     "one_base_bf16": "one base, bf16",
     "one_base_nf4": "one base, 4-bit (nf4, double quantisation)",
 }
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MB = 1e6
 
 
@@ -65,7 +64,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.case is not None:
-        from _memory_case import make_pieces, measure
+        from benchmarks.memory_case import make_pieces, measure
 
         print(json.dumps(make_pieces(args) if args.case == "pieces" else measure(args)))
         return
@@ -84,7 +83,18 @@ def child(args: argparse.Namespace, case: str, folder: str) -> dict[str, Any]:
     environment = dict(os.environ)
     if not args.keep_freed:
         environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
-    command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--case", case, "--pieces", folder]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.memory",
+        *sys.argv[1:],
+        "--case",
+        case,
+        "--pieces",
+        folder,
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{case} failed:\n{result.stderr[-3000:]}")
@@ -93,7 +103,7 @@ def child(args: argparse.Namespace, case: str, folder: str) -> dict[str, Any]:
 
 def predict(args: argparse.Namespace, case: str, folder: str) -> dict[str, Any]:
     """The dry run's figures for a case."""
-    from _memory_case import plan_of
+    from benchmarks.memory_case import plan_of
 
     plan = plan_of(args, case, Path(folder))
     return {"predicted": plan.peak, "weights_predicted": plan.weights, "phase": plan.peak_phase.name}

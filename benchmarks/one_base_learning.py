@@ -1,11 +1,11 @@
 r"""Does PPO with four roles on one base learn what full fine-tuning learns, from the same episodes?
 
-    python benchmarks/one_base_learning.py                      # takes up the stages of `make demo-long`, or makes them
+    python -m benchmarks.one_base_learning                      # takes up the stages of `make demo-long`, or makes them
 
 and, some 30 times as fast, the same task with a language model of 4M parameters:
 
-    python benchmarks/_tiny_lm.py --steps 1500 --bf16 --folder outputs/tiny_1500
-    python benchmarks/one_base_learning.py --model outputs/tiny_1500 --run_dir outputs/tiny_demo \
+    python -m benchmarks.tiny_lm --steps 1500 --bf16 --folder outputs/tiny_1500
+    python -m benchmarks.one_base_learning --model outputs/tiny_1500 --run_dir outputs/tiny_demo \
         --recipes benchmarks/tiny_demo --ppo benchmarks/tiny_demo/ppo_ptx.yaml --episodes 2048 --dtype float32 \
         --full_learning_rates 4e-4 8e-4 --learning_rates 2e-3 4e-3 --reward_learning_rate 3e-3
 
@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _common import OUTPUTS, machine, mean_sd, table
+from benchmarks.common import OUTPUTS, machine, mean_sd, table
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 10**9
@@ -73,23 +73,25 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    from benchmarks import one_base_runs as runs
+
     args = arguments()
     if args.piece is not None:
-        import _one_base_runs as runs
-
         runs.PIECES[args.piece.split(":")[0]](args, *args.piece.split(":")[1:])
         return
     reward = piece(args, "reward", "reward_model_merged")
     sft = piece(args, "sft", "sft")
     best, found = {}, []
     for arm, rates in (("full", args.full_learning_rates), ("one_base", args.learning_rates)):
-        tried = {rate: piece(args, f"{arm}:{rate}:0", folder_of(args, arm, rate, 0)) for rate in rates}
+        tried = {rate: piece(args, f"{arm}:{rate}:0", runs.folder_of(args, arm, rate, 0)) for rate in rates}
         best[arm] = max(tried, key=lambda rate: tried[rate]["validation"])
         found += [f"{arm} {rate}: {run['validation']:.3f}" for rate, run in tried.items()]
     print("Labeler on validation prompts, seed 0, by learning rate: " + ", ".join(found) + ".", flush=True)
     pairs = []
     for seed in range(args.seeds):
-        both = [piece(args, f"{arm}:{rate}:{seed}", folder_of(args, arm, rate, seed)) for arm, rate in best.items()]
+        both = [
+            piece(args, f"{arm}:{rate}:{seed}", runs.folder_of(args, arm, rate, seed)) for arm, rate in best.items()
+        ]
         pairs.append((both[0], both[1]))
         report(args, sft, reward, best, pairs)
 
@@ -98,19 +100,12 @@ def piece(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
     """What a piece reported. Its process does it, keeps it if it was done with these settings, or refuses others."""
     from instruct_trl.pipeline.stage import finished_summary
 
-    command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--piece", name]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.one_base_learning", *sys.argv[1:], "--piece", name]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"{name} failed; what is above says why. The pieces before it are kept.")
     found = finished_summary(args.folder / folder)
     assert found is not None
     return found["summary"]
-
-
-def folder_of(args: argparse.Namespace, arm: str, rate: str, seed: int | str) -> str:
-    """Name of a PPO run's folder."""
-    name = f"_r{args.rank}_a{args.alpha}" if args.alpha else f"_r{args.rank}"
-    adapter = "_".join([name, args.dtype, *args.modules_to_save]) if arm == "one_base" else ""
-    return f"{arm}{adapter}_{rate.replace('/', '_')}_{seed}"
 
 
 def report(

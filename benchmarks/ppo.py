@@ -1,8 +1,8 @@
 """Speed and memory of PPO: ours (γ = 0) against TRL 1.12.0's PPOTrainer and against the bare calls.
 
-    python benchmarks/ppo.py                     # four cases, about 15 minutes on 2 cores
-    python benchmarks/ppo.py --cases ragged:1000 --rounds 2
-    python benchmarks/ppo.py --model FOLDER --rollout 32
+    python -m benchmarks.ppo                     # four cases, about 15 minutes on 2 cores
+    python -m benchmarks.ppo --cases ragged:1000 --rounds 2
+    python -m benchmarks.ppo --model FOLDER --rollout 32
 
 Contenders:
     trl: PPOTrainer of TRL 1.12.0, the last release that has one, in a folder of its own;
@@ -30,9 +30,9 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
-from _common import OUTPUTS, machine, table
-from _ppo_contenders import CONTENDERS, work
-from _ppo_session import Case, Report
+from benchmarks.common import OUTPUTS, machine, table
+from benchmarks.ppo_contenders import CONTENDERS, work
+from benchmarks.ppo_session import Case, Report
 
 PAUSE = 0.3  # seconds; OpenMP threads spin for 0.2 s after their last work and would disturb the next contender
 CASES = ("ragged:1000", "equal:1000", "ragged:50000", "equal:50000")

@@ -1,6 +1,6 @@
 """Ways to compute a prompt once for its K completions, against one row a completion and against a floor.
 
-    python benchmarks/prefix_routes.py [--hidden 576 --layers 8 --completions 9 --lengths 128+128 384+128 128+384]
+    python -m benchmarks.prefix_routes [--hidden 576 --layers 8 --completions 9 --lengths 128+128 384+128 128+384]
 
 Rows:    one row a completion, prompt included.
 Cut:     one packed row, attention computed by prompts and completions (`instruct_trl.models.prefix_sharing`).

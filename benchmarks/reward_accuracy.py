@@ -1,8 +1,8 @@
 """Quality and time on real ranked text: K-way reward model against trl.RewardTrainer on the exploded pairs.
 
-    python benchmarks/reward_accuracy.py
-    python benchmarks/reward_accuracy.py --model demo --layers 8
-    python benchmarks/reward_accuracy.py --rankings my_rankings.jsonl --model Qwen/Qwen2.5-0.5B
+    python -m benchmarks.reward_accuracy
+    python -m benchmarks.reward_accuracy --model demo --layers 8
+    python -m benchmarks.reward_accuracy --rankings my_rankings.jsonl --model Qwen/Qwen2.5-0.5B
 
 Both start from the same model and see the same prompts for the same `--epochs` in the same number of optimizer steps: a
 step of ours has `--prompts_per_step` prompts with all their completions, a step of TRL's as many pairs as that many
@@ -23,19 +23,16 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
-from _common import (
+from benchmarks.common import machine, mean_sd, quiet, table
+from benchmarks.ranked_text import (
     RankedText,
     backbone,
     comparisons,
     judge,
-    machine,
-    mean_sd,
-    quiet,
     ranked_text,
     ranked_text_arguments,
     reward_model_arguments,
     settings,
-    table,
 )
 
 METHODS = {"kway": "RankingRewardTrainer", "pairs": "trl.RewardTrainer on pairs"}

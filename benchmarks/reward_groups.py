@@ -1,7 +1,7 @@
 """The paper's claim (section 3.5): comparisons shuffled into one pile overfit in one epoch, whole groups do not.
 
-    python benchmarks/reward_groups.py
-    python benchmarks/reward_groups.py --label_noise 1.0 --epochs 3
+    python -m benchmarks.reward_groups
+    python -m benchmarks.reward_groups --label_noise 1.0 --epochs 3
 
 The same comparisons, two ways, both by RankingRewardTrainer from the same model:
     groups: a prompt with all its K completions is one element of a batch;
@@ -20,20 +20,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _common import (
-    OUTPUTS,
+from benchmarks.common import OUTPUTS, machine, mean_sd, quiet, table
+from benchmarks.ranked_text import (
     RankedText,
     backbone,
     comparisons,
     judge,
-    machine,
-    mean_sd,
-    quiet,
     ranked_text,
     ranked_text_arguments,
     reward_model_arguments,
     settings,
-    table,
 )
 
 METHODS = ("groups", "pile")

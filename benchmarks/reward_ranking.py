@@ -1,8 +1,8 @@
 """Speed of reward-model training: the same rankings through TRL on pairs, one row a completion, and the shared prefix.
 
-    python benchmarks/reward_ranking.py                    # all nine cases
-    python benchmarks/reward_ranking.py --quick            # one case, K = 9 at 128+128, in a few minutes on 2 cores
-    python benchmarks/reward_ranking.py --cases 9:384+128 4:128+128 --bf16
+    python -m benchmarks.reward_ranking                    # all nine cases
+    python -m benchmarks.reward_ranking --quick            # one case, K = 9 at 128+128, in a few minutes on 2 cores
+    python -m benchmarks.reward_ranking --cases 9:384+128 4:128+128 --bf16
 
 Routes, end to end through trainer.train():
     (a) trl.RewardTrainer on all pairs of a prompt, 2 rows a pair;
@@ -30,8 +30,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from _common import machine, table
-from _ranking_routes import ROUTES, Case, work
+from benchmarks.common import machine, table
+from benchmarks.ranking_routes import ROUTES, Case, work
 
 CASES = [Case(k, p, c) for k in (2, 4, 9) for p, c in ((128, 128), (384, 128), (128, 384))]
 PAUSE = 0.3  # seconds; OpenMP threads spin for 0.2 s after their last work and would disturb the next route

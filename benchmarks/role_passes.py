@@ -1,6 +1,6 @@
 """Reference, reward and value of the same tokens on one base: three passes, or one with an adapter a row.
 
-    python benchmarks/role_passes.py [--layers 8 --hidden 256 --rows 16 --tokens 64 --rank 16]
+    python -m benchmarks.role_passes [--layers 8 --hidden 256 --rows 16 --tokens 64 --rank 16]
 
 PEFT can give each row of a batch an adapter of its own (`adapter_names`, inference only). One pass over three times the
 rows then replaces three. Both routes alternate in one run and are compared in result. The heads are left out.

@@ -1,7 +1,7 @@
 """Weights of four roles on one base over the base alone, by the dry run's arithmetic, for architectures of many sizes.
 
-    python benchmarks/role_weights.py
-    python benchmarks/role_weights.py --rank 16 --targets all-linear
+    python -m benchmarks.role_weights
+    python -m benchmarks.role_weights --rank 16 --targets all-linear
 
 Policy, reference, reward model and critic each have a LoRA adapter in float32, the last two a scalar head. The base is
 in float32, in bf16, or in 4 bits (nf4, double quantisation) with the embeddings and the LM head in bf16. Nothing is
@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _common import table
 from peft import LoraConfig
 from transformers import LlamaConfig
 
+from benchmarks.common import table
 from instruct_trl.memory.plan import PPOModels, ppo_roles
 from instruct_trl.memory.roles import total
 

@@ -120,6 +120,12 @@ def critic_optimizer(args: Any, value_model: Any, learning_rate: float) -> torch
 class EpochSeededRepeatSampler(RepeatSampler):
     """TRL's sampler, its order a function of (seed, epoch), so that a run resumed in epoch 3 sees epoch 3's order."""
 
+    @classmethod
+    def like(cls, sampler: RepeatSampler) -> EpochSeededRepeatSampler:
+        """The same as `sampler`, which GRPOTrainer made."""
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return cls(*(getattr(sampler, name) for name in names))
+
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + epoch)

@@ -2,7 +2,10 @@
 
 from instruct_trl.evaluation.estimates import Estimate
 from instruct_trl.evaluation.win_rate import win_rate
+from instruct_trl.report import pictures
 from instruct_trl.report.data import ModelResult, ReportData, Sample
+
+pictures.DPI = 40  # drawing takes most of the time of these tests
 
 NASTY = 'a <script>alert("1")</script> | b `c` *d* _e_ [f](http://x.y) &amp; <br> # g $h$ ~~i~~ \\| 1. j'
 

@@ -80,17 +80,14 @@ class ReportData:
             `labeler_score`, `ptx_loss`, `value_loss`, `explained_variance`. Other rows and keys are passed over.
         runs: logs of other runs by name, drawn beside `training`.
         checkpoints: rows of `gold.score_checkpoints` on validation prompts.
-        judged, ratings: what further judges said, as `judges.tally` gives it.
-        judge_notes: what a reader must know of these judges (cost, agreement, who is still waited for).
+        judged, ratings: replies of further judges, as rows of `judges.tally`; `judge_notes` are about them.
         reward_model: `reward_metrics`, or the part of it that `pair_accuracy` gives, with `kendall_tau`.
         selection_picture: PNG of the SFT selection; `selection_note` is its finding in one sentence.
         settings: flat, or one dict per stage.
-        deviations: from the paper, one sentence each; numbered in the report.
-        timings: stage → seconds, in the order they ran.
+        deviations: from the paper, one sentence each.
+        timings: stage → seconds.
         trained_on: `rows` prompts `of` all that were trained on, and a sentence on them, `note`; {} if none.
-        environment: machine and versions.
-        kl_reference: the model that `kl` of `models` is measured from.
-        training_reference: the same for `training`: the policy as RL began.
+        kl_reference, training_reference: the model that `kl` is measured from, in `models` and in `training`.
         pretraining_text: what `pretraining_loss` was measured on.
     """
 
@@ -149,7 +146,7 @@ class ReportData:
     @property
     def progress_key(self) -> str:
         """`episodes` where the log has it, else `step`."""
-        return "episodes" if any(_is_finite(row.get("episodes")) for row in self.training) else "step"
+        return "episodes" if series(self.training, "episodes", "episodes")[0] else "step"
 
 
 def series(log: LogRows, key: str, x_key: str) -> tuple[list[float], list[float]]:

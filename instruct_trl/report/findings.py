@@ -76,21 +76,9 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
 
 
-def ranks_apart(distance: str) -> str:
-    """ "1" → "1 rank apart"."""
-    return f"{distance} rank{'s' * (distance != '1')} apart"
-
-
 def seen_too_often(trained_on: Mapping[str, Any] | None) -> bool:
     """Whether too many of the prompts were trained on for a verdict."""
     return bool(trained_on) and trained_on["rows"] > OVERLAP_LIMIT * trained_on["of"]  # type: ignore[index]
-
-
-_HALF = {
-    "above": "The whole interval lies above one half.",
-    "below": "The whole interval lies below one half.",
-    "unclear": "The interval holds one half.",
-}
 
 
 def headline(data: ReportData) -> tuple[Verdict, str]:
@@ -109,22 +97,19 @@ def headline(data: ReportData) -> tuple[Verdict, str]:
         "below": ("worse", f"{model.name} does worse than {data.baseline}"),
         "unclear": ("unclear", f"Whether {model.name} beats {data.baseline} is open"),
     }
-    verdict, says = verdicts[model.win.verdict]
-    return verdict, f"{says}: it wins {_prompts_won(model.win)}. {_HALF[model.win.verdict]}"
+    side = model.win.verdict
+    verdict, says = verdicts[side]
+    half = "The interval holds one half." if side == "unclear" else f"The whole interval lies {side} one half."
+    return verdict, f"{says}: it wins {_prompts_won(model.win)}. {half}"
 
 
 def _prompts_won(win: WinRate) -> str:
     return in_words(win, (f"{win.rows:,} answers to " if win.rows > win.n else "") + f"{win.n:,} prompts")
 
 
-def compared(data: ReportData) -> list[ModelResult]:
-    """The models with a win rate against the baseline."""
-    return [model for model in data.models if model.win is not None and model.name != data.baseline]
-
-
 def win(data: ReportData) -> str:
     """The win rates, the headline model's first."""
-    models = sorted(compared(data), key=lambda model: model.name != data.headline_model.name)
+    models = sorted(data.models, key=lambda model: model is not data.headline_model)
     rates = [f"{model.name} wins {_prompts_won(model.win)}" for model in models if model.win]
     return f"Against {data.baseline}, {'; '.join(rates)}."
 

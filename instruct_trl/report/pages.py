@@ -15,11 +15,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from instruct_trl.evaluation.reward_metrics import Record, reward_metrics
 from instruct_trl.report import findings, findings_reward
-from instruct_trl.report.data import REPORT_JSON, ModelResult, ReportData, Sample, load_report_data, save_report_data
+from instruct_trl.report.data import REPORT_JSON, ModelResult, ReportData, load_report_data, save_report_data
 from instruct_trl.report.pictures import MOST_ROWS, draw_all, require_matplotlib
 from instruct_trl.report.pictures_reward import GROUPS, reward_pictures
 from instruct_trl.report.pictures_run import draw_pictures
@@ -134,7 +134,7 @@ def environment(kind: str) -> Any:
         "by_model": by_model,
     }
     made.globals |= {"find": findings, "about": findings_reward, "groups": GROUPS, "most_rows": MOST_ROWS}
-    made.globals |= {"answers": answers, "verdicts": VERDICTS}
+    made.globals["verdicts"] = VERDICTS
     return made
 
 
@@ -154,30 +154,6 @@ def _line(text: str) -> str:
 def _fenced(text: str) -> str:
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
-
-
-class Shown(NamedTuple):
-    """An answer as the page shows it: `score` with its sign, `best` where the labeler scored no other one higher."""
-
-    name: str
-    text: str
-    score: str
-    best: bool
-
-    @property
-    def title(self) -> str:
-        """The model's name with the score."""
-        return f"{self.name} ({self.score})" if self.score else self.name
-
-
-def answers(sample: Sample, names: Iterable[str]) -> list[Shown]:
-    """The answers to one prompt, in the order of the models."""
-    kept = [name for name in names if name in sample.completions]
-    scores = {name: sample.scores[name] for name in kept if name in sample.scores}
-    best = max(scores.values(), default=None)
-    said = {name: findings.signed(score) for name, score in scores.items()}
-    top = {name for name in scores if scores[name] == best}
-    return [Shown(name, sample.completions[name], said.get(name, ""), name in top) for name in kept]
 
 
 def by_model(rows: Iterable[tuple[str, str, Callable[[Any], str]]], models: Sequence[ModelResult]) -> list[list[str]]:

@@ -83,23 +83,26 @@ def draw_rules(metrics: Metrics, theme: Theme) -> Any:
 
 
 def draw_folds(folds: Metrics, theme: Theme) -> Any:
-    """Each fold's accuracy on its training labelers and on its held-out ones, joined; the means with their errors."""
-    figure, (axes,) = panels(2.2 + 0.42 * len(folds["folds"]), findings.new_labelers(folds))
-    names = {"held_in": ("labelers seen in training", theme.baseline), "held_out": ("new labelers", theme.subject)}
-    values = np.array([[100 * fold[name]["mean"] for name in names] for fold in folds["folds"]])
-    n = len(values)
+    """Each fold's accuracy on its training labelers and on its held-out ones, joined; below them the means."""
+    n = len(folds["folds"])
+    figure, (axes,) = panels(2.2 + 0.42 * n, findings.new_labelers(folds))
+    colors = {"held_in": theme.baseline, "held_out": theme.subject}
+    values = np.array([[100 * fold[name]["mean"] for name in colors] for fold in folds["folds"]])
     axes.plot(values.T, np.tile(np.arange(n), (2, 1)), color=theme.muted, linewidth=1.5, zorder=1)
-    for i, (name, (label, color)) in enumerate(names.items()):
+    for i, (name, color) in enumerate(colors.items()):
         axes.plot(values[:, i], range(n), "o", color=color, markersize=7, zorder=3)
-        found, place = estimate(folds[name]), n + 0.25 + 0.95 * i
+        found, place = estimate(folds[name]), n + 0.3 + i
         bounds = [100 * bound for bound in found.bounds or ()]
         axes.plot(bounds, [place] * len(bounds), color=color, linewidth=3, zorder=3)
         axes.plot([100 * found.mean], [place], "o", color=color, markersize=9, zorder=3)
         style = {"ha": "center", "color": color, "fontweight": "bold", "annotation_clip": False}
-        say(axes, f"{label}: {share(found, 1)}", (100 * found.mean, place), (0, 8), theme, **style)
+        say(axes, share(found, 1), (100 * found.mean, place), (0, 8), theme, **style)
     margin = max(4.0, 0.5 * np.ptp(values))
     axes.set_xlim(values.min() - margin, values.max() + margin)
-    name_rows(axes, [*(f"fold {i + 1}" for i in range(n)), "mean"], n + 1.6, [*range(n), n + 0.7])
+    names = [*(f"fold {i + 1}" for i in range(n)), "seen labelers", "new labelers"]
+    name_rows(axes, names, n + 1.8, [*range(n), n + 0.3, n + 1.3])
+    for label, color in zip(axes.get_yticklabels()[n:], colors.values(), strict=True):
+        label.set(color=color, fontweight="bold")
     axes.set_xlabel("held-out pairs ordered as the labeler does (%)")
     return figure
 

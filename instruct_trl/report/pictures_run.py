@@ -12,7 +12,7 @@ import numpy as np
 
 from instruct_trl.evaluation.gold import best_checkpoint, path_means
 from instruct_trl.report.data import LogRows, ReportData, series
-from instruct_trl.report.findings import NBSP, compared, estimate, judges_of_subject, minus, number
+from instruct_trl.report.findings import NBSP, estimate, judges_of_subject, minus, number
 from instruct_trl.report.pictures import (
     WON,
     Dot,
@@ -110,7 +110,7 @@ def draw_reward_model(data: ReportData, theme: Theme) -> Any:
 
 def draw_pretraining(data: ReportData, theme: Theme) -> Any:
     """Loss on pretraining text before and after: the cost of alignment."""
-    losses = {model.name: model.pretraining_loss for model in data.models if model.pretraining_loss is not None}
+    losses = {model.name: model.pretraining_loss for model in data.models if model.pretraining_loss}
     first, start = next((name, loss.mean) for name, loss in losses.items())
     rows = []
     for name, loss in losses.items():
@@ -283,7 +283,7 @@ def _limit(axes: Any, limits: tuple[float, float], values: Sequence[float]) -> N
 
 
 PICTURES: dict[str, tuple[Callable[[ReportData], bool], Callable[[ReportData, Theme], Any]]] = {
-    "win_rate": (lambda data: bool(compared(data)), draw_win_rate),
+    "win_rate": (lambda data: any(model.win for model in data.models), draw_win_rate),
     "frontier": (lambda data: any(data.series(key, against="kl")[1] for key in SCORES), draw_frontier),
     "reward_model": (lambda data: bool(data.reward_model), draw_reward_model),
     "pretraining": (lambda data: any(model.pretraining_loss for model in data.models), draw_pretraining),

@@ -1,4 +1,7 @@
-"""Which checkpoint is complete: every file of it is there, whole, and nothing of it is being written anew."""
+"""Checkpoints: which one is complete, and where inside an iteration a PPO run stands in one.
+
+A checkpoint is complete if every file of it is there, whole, and none is being written anew.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,30 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+import torch
+from trl import GRPOConfig
 
 MANIFEST = "manifest.json"
-STATE = "trainer_state.json"  # what the Trainer writes last
+STATE = "trainer_state.json"  # Trainer writes it last
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """Before anything is written: what lies there from an earlier run is no longer complete."""
+    """Call before anything is written: what lies there from an earlier run is no longer complete."""
     for name in (STATE, MANIFEST):
         (folder / name).unlink(missing_ok=True)
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """After everything but `trainer_state.json` is written, by every process: note each file's size in bytes."""
+    """Note each file's size in bytes; call once every process has written all but `trainer_state.json`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     (folder / MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
 def is_complete(folder: Path) -> bool:
-    """True where `trainer_state.json` can be read and every file of the manifest has its size.
+    """True if `trainer_state.json` can be read and every file of the manifest has its size.
 
     The checkpoints of other trainers have no manifest: there the state, written last, decides.
     """
@@ -48,3 +55,80 @@ def complete_steps(folder: str | os.PathLike[str]) -> list[int]:
 def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The newest complete `checkpoint-N` in `folder`, or None."""
     return next((os.path.join(folder, f"checkpoint-{step}") for step in complete_steps(folder)), None)
+
+
+def checkpoint_to_resume(folder: str) -> str:
+    """The newest complete checkpoint, for `resume_from_checkpoint=True`."""
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"resume_from_checkpoint=True, but {folder} holds no complete checkpoint. Leave it out to start afresh."
+        )
+    return checkpoint
+
+
+# The place of a PPO run inside an iteration ---------------------------------------------------------------------------
+
+
+def save_rollout(checkpoint: str, args: GRPOConfig, step: int, buffered_inputs: Any, pretraining_position: int) -> None:
+    """Write the rollout of this process, its micro-batch `step`, and how many pretraining texts were drawn."""
+    position = {
+        "step": step,
+        "processes": args.world_size,
+        "settings": _settings(args),
+        "micro_batches": _micro_batches(args),
+        "buffered_inputs": buffered_inputs,
+        "pretraining_position": pretraining_position,
+    }
+    torch.save(position, _rollout_file(checkpoint, args))
+
+
+def load_rollout(checkpoint: str, args: GRPOConfig) -> tuple[int, Any, int]:
+    """Read `step`, `buffered_inputs` and `pretraining_position` back.
+
+    Raises:
+        ValueError: the checkpoint is not one of PPO-ptx, or was written under settings that make another trajectory.
+    """
+    path = _rollout_file(checkpoint, args)
+    remedy = "Resume with the number of processes that the run had, or start afresh."
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{checkpoint} holds no {os.path.basename(path)}: it was not written by PPOPtxTrainer on this many "
+            f"processes. {remedy}"
+        )
+    device = args.device  # on two CPU processes it is cpu:0, and torch does not restore to that
+    position = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+    if position["processes"] != args.world_size:
+        raise ValueError(
+            f"{checkpoint} was written by {position['processes']} processes, these are {args.world_size}. {remedy}"
+        )
+    step = position["step"]
+    iterations, inside = divmod(step, position["micro_batches"])
+    before, now = position["settings"], _settings(args)
+    changed = [name for name in now if before[name] != now[name]]
+    if not inside:  # no micro-batch of a rollout is left: they may have another size now
+        step = iterations * _micro_batches(args)
+        changed = [name for name in changed if name != "per_device_train_batch_size"]
+    if changed:
+        was, asked = (", ".join(f"{name}={values[name]}" for name in changed) for values in (before, now))
+        raise ValueError(
+            f"{checkpoint} was written with {was}, and this run has {asked}: it would go on from there with other "
+            "prompts, or with other minibatches of the rollout that it stands in. Resume with the settings that the "
+            "run had, or start a run of its own from the policy that the checkpoint holds."
+        )
+    return step, position["buffered_inputs"], position["pretraining_position"]
+
+
+def _settings(args: GRPOConfig) -> dict[str, Any]:
+    """The settings that a trajectory depends on: how many answers to which prompts a step and an iteration take."""
+    names = ("generation_batch_size", "num_generations", "num_iterations", "seed", "data_seed", "shuffle_dataset")
+    return {name: getattr(args, name) for name in (*names, "minibatch_size", "per_device_train_batch_size")}
+
+
+def _micro_batches(args: Any) -> int:
+    """Micro-batches of one iteration on one process."""
+    return args.steps_per_generation * args.num_iterations
+
+
+def _rollout_file(checkpoint: str, args: GRPOConfig) -> str:
+    return os.path.join(checkpoint, f"rollout_{args.process_index}.pt")

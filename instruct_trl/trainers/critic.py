@@ -1,4 +1,4 @@
-"""The critic of PPO: the value model with its own optimizer, schedule and gradient clip.
+"""The critic of PPO: the value model with its own optimizer, schedule and gradient clip (section 3.5, appendix C).
 
 Legend: B episodes, T completion tokens.
 """
@@ -20,11 +20,11 @@ from instruct_trl.maths.objectives import clipped_value_loss
 from instruct_trl.models.role_adapters import ValueRole
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.engines import prepare_beside_policy, whole_state_dict
+from instruct_trl.trainers.minibatches import Batch, join_rows
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
 SCHEDULE_FILE = "value_scheduler.pt"
 OPTIMIZER_STEM = "value_optimizer"  # a file, or under DeepSpeed a folder
-Batch = dict[str, torch.Tensor]
 
 
 class Critic:
@@ -55,21 +55,16 @@ class Critic:
     def create_scheduler(self, num_training_steps: int) -> None:
         """The policy's schedule, around the value model's own peak."""
         kwargs: Any = self.args.lr_scheduler_kwargs
+        warmup = self.args.get_warmup_steps(num_training_steps)
         self.scheduler = get_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer=self.optimizer,
-            num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-            num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=kwargs,
+            self.args.lr_scheduler_type, self.optimizer, warmup, num_training_steps, scheduler_specific_kwargs=kwargs
         )
 
     def completion_values(self, batch: Batch) -> torch.Tensor:
-        """V (B, T) of the state before each completion token: read one token to its left."""
-        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        """V (B, T) of the state before each completion token."""
         with self.autocast():
-            values = self.model(input_ids, attention_mask, values_to_keep=batch["completion_ids"].size(1) + 1)
-        return values[:, :-1]
+            values = self.model(*join_rows(batch), values_to_keep=batch["completion_ids"].size(1) + 1)
+        return values[:, :-1]  # one token to the left: V must not have seen the token that it is to judge
 
     @torch.no_grad()
     def rollout_values(self, rows: Batch) -> torch.Tensor:
@@ -93,6 +88,7 @@ class Critic:
         with self.unwrapped.active(), nullcontext() if sync else self.engine.accumulating():
             values = self.completion_values(batch)
             mask = batch["loss_mask"]
+            # Clipped around the rollout's values, as PPO clips the ratio; the paper does not publish the value loss.
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
             self.engine.backward((losses * mask).sum() / token_count, sync)
         clipped = (values.detach() - batch["old_values"]).abs() > self.args.value_clip
@@ -103,35 +99,35 @@ class Critic:
         """Clip the gradients of the minibatch; returns their norm before."""
         return self.engine.clip_gradients()
 
-    def step(self) -> None:
-        """Step, advance the schedule, forget the gradients."""
-        self.engine.step()
-        self.scheduler.step()
-
-    def skip_step(self) -> None:
-        """Forget the gradients: weights, moments and schedule stay as they are."""
-        self.engine.skip_step()
+    def step(self, taken: bool) -> None:
+        """Step and advance the schedule, if the step is taken; forget the gradients either way."""
+        if taken:
+            self.engine.step()
+            self.scheduler.step()
+        else:
+            self.engine.skip_step()
 
     @property
     def unwrapped(self) -> ValueModel | ValueRole:
         return self.accelerator.unwrap_model(self.model)
 
-    def save_model(self, folder: str) -> None:
-        """Write the weights as a plain checkpoint; called by every process."""
-        prefix = "classifier."
+    def save_model(self, folder: str, tokenizer: Any = None) -> None:
+        """Write the weights as a plain checkpoint, the tokenizer beside them; called by every process."""
         weights = whole_state_dict(self.accelerator, self.model)
         if self.args.should_save:
-            state = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+            state = {name.removeprefix("classifier."): tensor for name, tensor in weights.items()}
             self.unwrapped.save_pretrained(folder, state_dict=state)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
-    def save(self, checkpoint: str) -> None:
-        """Weights as a plain checkpoint under `value/`, optimizer and schedule beside them; called by every process."""
+    def save(self, checkpoint: str, *_: Any) -> None:
+        """Write the weights under `value/`, optimizer and schedule beside them; called by every process."""
         self.save_model(os.path.join(checkpoint, "value"))
         self.engine.save(os.path.join(checkpoint, OPTIMIZER_STEM), self.args.should_save)
         if self.args.should_save:
             torch.save(self.scheduler.state_dict(), os.path.join(checkpoint, SCHEDULE_FILE))
 
-    def load(self, checkpoint: str) -> None:
+    def load(self, checkpoint: str, *_: Any) -> None:
         """Take up weights, optimizer and schedule from `checkpoint`."""
         self.engine.load(os.path.join(checkpoint, OPTIMIZER_STEM), os.path.join(checkpoint, "value"))
         path = os.path.join(checkpoint, SCHEDULE_FILE)

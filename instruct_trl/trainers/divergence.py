@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from instruct_trl._upstream import mark_step_skipped
 from instruct_trl.trainers.checkpoints import complete_steps
 
 logger = logging.getLogger(__name__)
@@ -195,13 +194,16 @@ class DivergenceMonitor(TrainerCallback):
     """
 
     def __init__(self, args: Any):
-        self.guard = DivergenceGuard.from_config(args)
+        self.args, self.guard = args, DivergenceGuard.from_config(args)
         self.stopped: str | None = None  # the reason, once training has been stopped
         self.good_step = -1  # the newest step whose weights passed a rollout and a minibatch
         self._sums: dict[str, tuple[float, float]] = {}
+        self._scored: float | None = None  # answers of this run that have a score; None before the first rollout
 
     def observe(self, name: str, total: float, count: float) -> None:
         """Add a micro-batch, or a rollout, to the mean that will be judged. Nothing observed is not judged."""
+        if name == "score":
+            self._scored = (self._scored or 0.0) + count
         if count and name in ROLLOUT_METRICS + MINIBATCH_METRICS:
             old_total, old_count = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (old_total + total, old_count + count)
@@ -210,34 +212,30 @@ class DivergenceMonitor(TrainerCallback):
         sums = {name: self._sums.pop(name) for name in names if name in self._sums}
         return {name: total / count for name, (total, count) in sums.items()}
 
-    def judge_rollout(self, trainer: Any) -> None:
+    def judge_rollout(self, state: TrainerState, control: TrainerControl) -> None:
         """Stop before the first step on a rollout that shows a bad policy."""
-        self._obey(trainer, self.guard.judge_rollout(self._take(ROLLOUT_METRICS)))
+        self._obey(state, control, self.guard.judge_rollout(self._take(ROLLOUT_METRICS)))
 
-    def may_step(self, trainer: Any, more: Mapping[str, float]) -> bool:
-        """True where the optimizers may step; `more` are metrics beside the observed ones, gradient norms above all."""
+    def may_step(self, state: TrainerState, control: TrainerControl, more: Mapping[str, float]) -> bool:
+        """True if the optimizers may step; `more` are metrics beside the observed ones, gradient norms above all."""
         verdict = Verdict("stop")
         if self.stopped is None:
             verdict = self.guard.judge_step({**self._take(MINIBATCH_METRICS), **more})
-            self._obey(trainer, verdict)
-        taken = verdict.action in ("go_on", "warn")
+            self._obey(state, control, verdict)
         if verdict == Verdict("go_on"):
-            self.good_step = trainer.state.global_step
-        mark_step_skipped(trainer.optimizer, not taken)
-        metrics = trainer._metrics["train"]
-        metrics["skipped_steps"] = [sum(metrics["skipped_steps"]) + (not taken)]  # since the last log
-        return taken
+            self.good_step = state.global_step
+        return verdict.action in ("go_on", "warn")
 
-    def _obey(self, trainer: Any, verdict: Verdict) -> None:
+    def _obey(self, state: TrainerState, control: TrainerControl, verdict: Verdict) -> None:
         if verdict.action == "go_on":
             return
-        state, args = trainer.state, trainer.args
+        args = self.args
         does = {"warn": "goes on", "skip": "skips this step", "stop": "stops"}[verdict.action]
         where = f"iteration {state.global_step // args.steps_per_iteration + 1}, step {state.global_step + 1}"
         line = f"PPO-ptx {does} in {where}: {verdict.reason}"
         if verdict.action == "stop":
             self.stopped = verdict.reason
-            trainer.control.should_training_stop = True
+            control.should_training_stop = True
             checkpoint = last_good_checkpoint(args.output_dir, self.good_step)
             line += f" Last good checkpoint: {checkpoint}." if checkpoint else (
                 f" No good checkpoint is left in {args.output_dir}: save more often (save_steps), or keep more "
@@ -247,8 +245,15 @@ class DivergenceMonitor(TrainerCallback):
             logger.warning(line)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopped = None
+        self.stopped = self._scored = None
         self._sums.clear()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._scored == 0:
+            raise ValueError(
+                "No answer of this run got a score: every reward function gave None, NaN or infinity for each. Nothing "
+                "was learned. Look at what the reward functions return."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped is not None:
@@ -256,12 +261,13 @@ class DivergenceMonitor(TrainerCallback):
 
     on_epoch_end = on_step_end
 
-    def save(self, checkpoint: str) -> None:
-        """Write what the guard remembers."""
-        with open(os.path.join(checkpoint, STATE_FILE), "w", encoding="utf-8") as file:
-            json.dump({**self.guard.state_dict(), "good_step": self.good_step}, file)
+    def save(self, checkpoint: str, args: TrainingArguments) -> None:
+        """Write what the guard remembers, once."""
+        if args.should_save:
+            with open(os.path.join(checkpoint, STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump({**self.guard.state_dict(), "good_step": self.good_step}, file)
 
-    def load(self, checkpoint: str) -> None:
+    def load(self, checkpoint: str, *_: Any) -> None:
         """Take up what `save` wrote; a checkpoint without it starts the medians afresh."""
         path = os.path.join(checkpoint, STATE_FILE)
         if os.path.isfile(path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from instruct_trl.trainers.engines import local_shards, local_shards_to_write
 
@@ -16,8 +17,8 @@ from instruct_trl.trainers.engines import local_shards, local_shards_to_write
 class EMACallback(TrainerCallback):
     """Keeps θ_ema ← decay·θ_ema + (1 − decay)·θ after every optimizer step taken, over the trainable parameters.
 
-    θ_ema starts at the initial weights, and is kept in float32. Frozen parameters (a LoRA base) are neither copied nor
-    averaged. Under ZeRO-3 and FSDP2 each process averages its own shards.
+    θ_ema starts at the initial weights, in float32 and without bias correction. Frozen parameters (a LoRA base) are
+    neither copied nor averaged. Under ZeRO-3 and FSDP2 each process averages its own shards.
 
     Raises:
         ValueError: `decay` is not in [0, 1).
@@ -26,9 +27,7 @@ class EMACallback(TrainerCallback):
     def __init__(self, model: torch.nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {decay}. Set ema_decay to null to keep no average.")
-        self.decay = decay
-        self.model = model
-        self.is_sharded = False
+        self.decay, self.model, self.is_sharded = decay, model, False
         self.shadow = [shard.float().clone() for shard in local_shards(model)]
         self._average = get_ema_multi_avg_fn(decay)
 
@@ -72,3 +71,14 @@ class EMACallback(TrainerCallback):
     def load_state_dict(self, state: dict[str, list[torch.Tensor]]) -> None:
         for mine, saved in zip(self.shadow, state["shadow"], strict=True):
             mine.copy_(saved)
+
+    def save(self, checkpoint: str, args: TrainingArguments) -> None:
+        """Write the average, or this process's shards of it; called by every process."""
+        if args.should_save or self.is_sharded:
+            torch.save(self.state_dict(), self._file(checkpoint, args))
+
+    def load(self, checkpoint: str, args: TrainingArguments) -> None:
+        self.load_state_dict(torch.load(self._file(checkpoint, args), map_location="cpu", weights_only=True))
+
+    def _file(self, checkpoint: str, args: TrainingArguments) -> str:
+        return os.path.join(checkpoint, f"ema_{args.process_index}.pt" if self.is_sharded else "ema.pt")

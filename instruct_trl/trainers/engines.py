@@ -178,7 +178,7 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 
 def take_over_steps(accelerator: Accelerator) -> None:
-    """Under DeepSpeed, make `accelerator.backward` leave the policy's step to `take_step`.
+    """Under DeepSpeed, make `accelerator.backward` leave the policy's step to `finish_policy_step`.
 
     Accelerate's backward steps the engine, too early for whatever looks at the gradients first.
     """
@@ -186,17 +186,15 @@ def take_over_steps(accelerator: Accelerator) -> None:
         accelerator.deepspeed_engine_wrapped = DeepSpeedSteps(accelerator.deepspeed_engine_wrapped.engine)
 
 
-def take_step(accelerator: Accelerator) -> None:
-    """Under DeepSpeed, step the policy. Elsewhere the Trainer does, a moment later."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_engine_wrapped.step()
+def finish_policy_step(accelerator: Accelerator, model: nn.Module, taken: bool) -> None:
+    """Under DeepSpeed, step the policy if the step is taken (elsewhere Trainer does, a moment later).
 
-
-def skip_step(accelerator: Accelerator, model: nn.Module) -> None:
-    """Forget the policy's gradients. Optimizers pass over a parameter without one: no moment, no decay."""
+    Else forget the gradients. Optimizers pass over a parameter without one: no moment, no decay.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_engine_wrapped.skip_step()
-    else:
+        engine = accelerator.deepspeed_engine_wrapped
+        (engine.step if taken else engine.skip_step)()
+    elif not taken:
         model.zero_grad()
 
 

@@ -14,6 +14,19 @@ from accelerate import Accelerator
 from instruct_trl.data.ranking_batch import fill, rows_cost
 
 Batch = dict[str, Any]
+ROW = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def join_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (B, P + T) each, of prompts and completions."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def split_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> Batch:
+    """What `join_rows` joined, the last `width` tokens being completions."""
+    ids, mask = ((rows[:, :-width], rows[:, -width:]) for rows in (input_ids, attention_mask))
+    return {"prompt_ids": ids[0], "prompt_mask": mask[0], "completion_ids": ids[1], "completion_mask": mask[1]}
 
 
 def arrange_minibatches(micro_batches: list[Batch], accumulation: int, accelerator: Accelerator) -> list[Batch]:

@@ -1,6 +1,6 @@
-"""Evaluation during PPO: how often the policy's answer scores higher than the reference's to the same prompt.
+"""Evaluation during PPO: means over rows, and how often the policy's answer scores higher than the reference's.
 
-Legend: B rows of a batch.
+Legend: B rows of a batch of one process, N rows of the evaluation, on all processes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import logging
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 from transformers import set_seed
@@ -25,19 +27,23 @@ from trl.trainer.utils import use_adapter
 
 from instruct_trl.data.encoding import prompt_key
 from instruct_trl.evaluation.estimates import rate_interval
+from instruct_trl.maths.masking import masked_mean
 from instruct_trl.models.role_adapters import ReferenceRole
-from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics, count_rows, reward_statistics
-from instruct_trl.trainers.ppo_rollout import PPORollout
+from instruct_trl.trainers.minibatches import Batch
+from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
+from instruct_trl.trainers.ppo_rollout import ends_in
 from instruct_trl.trainers.run_checks import metric_and_set
 
 logger = logging.getLogger(__name__)
 
-# The same answer, scored in another batch, differs by the rounding of float32: that is a tie.
+# The same answer, scored in another batch, differs by the rounding of float32. That is a tie.
 ROUNDING = {"rel_tol": 1e-5, "abs_tol": 1e-6}
+Place = tuple[str, int]  # of a row in an evaluation: what it holds, and how often that came before
+Numbers = dict[str, float | None]
 
 
-def check_win_rate(args: Any, eval_dataset: Any, rollout_func: Any) -> bool:
-    """Whether `eval_win_rate` can be logged; where it is wanted and cannot, one line says why.
+def check_win_rate(args: PPOPtxConfig, eval_dataset: Any, rollout_func: Any) -> bool:
+    """True if `eval_win_rate` can be logged; if it is wanted and cannot, one line says why.
 
     Raises:
         ValueError: it cannot, and is the `metric_for_best_model`.
@@ -61,28 +67,188 @@ def check_win_rate(args: Any, eval_dataset: Any, rollout_func: Any) -> bool:
     return possible
 
 
-@contextmanager
-def keep_generators(device: torch.device) -> Iterator[None]:
-    """Put the random generators of Python, NumPy and torch (the CPU's and `device`'s) back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  reward functions may draw from it
-    devices = [] if device.type in ("cpu", "mps") else [device]  # torch.mps has no generator by device
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+# One evaluation -------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """The rows of the evaluation under way, each counted once however they were batched, and the reference's scores.
+
+    Args:
+        accelerator: the trainer's.
+        reward_names: of the reward functions.
+        with_win_rate: compare with the reference's answers.
+    """
+
+    def __init__(self, accelerator: Accelerator, reward_names: list[str], with_win_rate: bool):
+        self.accelerator, self.reward_names = accelerator, reward_names
+        self.reference = ReferenceScores() if with_win_rate else None
+        self._rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._batches: dict[str, list[tuple[float, int]]] = defaultdict(list)
+
+    def start(self) -> None:
+        """Begin an evaluation; the reference's scores are kept for the run."""
+        self._rows.clear()
+        self._batches.clear()
+        if self.reference is not None:
+            self.reference.start()
+
+    def places(self, rows: list[dict[str, Any]]) -> list[Place]:
+        """The places of B rows; none without a win rate."""
+        return [] if self.reference is None else self.reference.places(rows)
+
+    def lacks_reference(self, places: list[Place]) -> bool:
+        """True if a process has no score of the reference's for one of its B rows. All sample then, or none."""
+        if self.reference is None:
+            return False
+        lacking = torch.tensor(float(self.reference.lacks(places)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(lacking, "sum").item())
+
+    def keep_reference(self, places: list[Place], scores: torch.Tensor) -> None:
+        """Keep the reference's scores, (B,), NaN if missing."""
+        if self.reference is not None:
+            self.reference.keep(places, scores)
+
+    def note(self, columns: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
+        """Note a number per row, (B,), in each column; only rows `counted` (B,) count. All processes call it alike."""
+        kept = [column.detach().float() for column in columns.values()]
+        if counted is not None:
+            kept = [column.masked_fill(~counted, float("nan")) for column in kept]
+        everyone = self.accelerator.gather(torch.stack(kept, dim=1)).cpu().double()
+        for name, column in zip(columns, everyone.unbind(dim=1), strict=True):
+            self._rows[name].append(column)
+
+    def note_batch(self, metrics: dict[str, float], rows: int) -> None:
+        """Note numbers of a batch as a whole, of `rows` rows on all processes."""
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                self._batches[name].append((value, rows))
+
+    def note_answers(
+        self, places: list[Place], inputs: Batch, rewards: torch.Tensor, endings: list[int], of_batch: Any
+    ) -> None:
+        """Note who won, length, end and rewards of B answers; and take what GRPO knows of the batch as a whole."""
+        size, mask = len(inputs["completion_ids"]), inputs["completion_mask"]
+        if self.reference is not None:
+            scored = inputs["loss_mask"].any(dim=1)
+            self.reference.compare(places, inputs["scores"].masked_fill(~scored, float("nan")))
+        own = torch.where(inputs["loss_mask"].any(dim=1, keepdim=True), inputs["loss_mask"], mask)  # no tool's words
+        columns = {"_length": own.sum(dim=1), "_ended": ends_in(endings, inputs["completion_ids"], mask)}
+        first = self.accelerator.process_index * size
+        mine = rewards[first : first + size].unbind(dim=1)
+        self.note(columns | {f"_reward/{name}": column for name, column in zip(self.reward_names, mine, strict=True)})
+        self.note_batch({name: values[-1] for name, values in of_batch.items()}, size * self.accelerator.num_processes)
+        of_batch.clear()
+
+    def loss(self, inputs: Batch, beta: float) -> torch.Tensor:
+        """The first bracket of Eq. 2, negated, averaged over the B answers that have a score."""
+        mask = inputs["loss_mask"]
+        objective, scored = inputs["scores"] - beta * (inputs["kl"] * mask).sum(dim=1), mask.any(dim=1)
+        self.note({"loss": -objective}, counted=scored)
+        return -masked_mean(objective, scored)
+
+    def column(self, name: str, count: int | None) -> torch.Tensor:
+        """The first `count` rows, (N,): the others only filled the last batch. None: all."""
+        return torch.cat(self._rows[name])[:count]
+
+    def means(self, count: int | None) -> Numbers:
+        """The mean of each metric over the rows that count, None if none does; not of names that begin with _."""
+        metrics: Numbers = {name: _over_batches(name, values) for name, values in self._batches.items()}
+        return metrics | {name: mean(self.column(name, count)) for name in self._rows if name[0] != "_"}
+
+    def metrics(self, count: int | None, weights: torch.Tensor) -> Numbers:
+        """All metrics over the first `count` rows, None for all; `weights` are the reward functions'."""
+        rewards = {name: self.column(f"_reward/{name}", count) for name in self.reward_names}
+        metrics = self.means(count) | reward_statistics(rewards, weights)
+        metrics |= answer_statistics(self.column("_length", count), self.column("_ended", count))
+        metrics["missing_rewards"] = self.column("unscored_fraction", count).sum().item()
+        if self.reference is not None:
+            metrics |= self.reference.metrics()
+        return metrics
+
+
+def mean(rows: torch.Tensor) -> float | None:
+    """The mean of (N,) without its NaN, None if nothing is left."""
+    return _or_none(rows.nanmean())
+
+
+def answer_statistics(lengths: torch.Tensor, ended: torch.Tensor) -> Numbers:
+    """TRL's `completions/...` over N answers: their tokens, (N,), and which of them ended, (N,) of 0 and 1."""
+    metrics: Numbers = {"completions/clipped_ratio": mean(1 - ended)}
+    terminated = lengths[ended.bool()] if ended.any() else lengths.new_zeros(1)
+    for kind, values in (("", lengths), ("terminated_", terminated)):
+        metrics |= {
+            f"completions/{name}_{kind}length": _or_none(take(values))
+            for name, take in (("mean", torch.mean), ("min", torch.min), ("max", torch.max))
+        }
+    return metrics
+
+
+def reward_statistics(rewards: dict[str, torch.Tensor], weights: torch.Tensor) -> Numbers:
+    """TRL's `rewards/...` and `reward` over N answers, from each function's rewards (N,), NaN if it gave none."""
+    table = torch.stack(list(rewards.values()), dim=1)
+    total = (table * weights.to(table)).nansum(dim=1).masked_fill(table.isnan().all(dim=1), float("nan"))
+    metrics = {"reward": mean(total), "reward_std": _deviation(total)}
+    for name, column in rewards.items():
+        metrics |= {f"rewards/{name}/mean": mean(column), f"rewards/{name}/std": _deviation(column)}
+    return metrics
+
+
+def _over_batches(name: str, values: list[tuple[float, int]]) -> float:
+    if name.endswith(("/min", "/max")):
+        return (min if name.endswith("/min") else max)(value for value, _ in values)
+    return sum(value * rows for value, rows in values) / sum(rows for _, rows in values)
+
+
+def _deviation(rows: torch.Tensor) -> float | None:
+    rows = rows[~rows.isnan()]
+    return _or_none(rows.std()) if len(rows) > 1 else None
+
+
+def _or_none(value: torch.Tensor) -> float | None:
+    return None if value.isnan() else value.item()
+
+
+def count_rows(dataloader: Any, repeats: int) -> Callable[[], int | None]:
+    """A function that tells, after `dataloader` was read, how many rows were the data's own; None: all.
+
+    The others are copies that fill the last batch, so that every process has one.
+    """
+    data = dataloader.dataset
+    if isinstance(data, IterableDatasetShard):
+        data.dataset = counted = _Counted(data.dataset)
+        return lambda: counted.rows
+    size = len(data) * repeats if hasattr(data, "__len__") else None
+    return lambda: size
+
+
+class _Counted:
+    """A stream that counts what is read of it."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.rows = stream, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.rows = 0
+        for row in self._stream:
+            self.rows += 1
+            yield row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+# Against the reference ------------------------------------------------------------------------------------------------
 
 
 class ReferenceScores:
-    """The scores of the reference's answers, kept for the run, and the outcomes of the evaluation under way.
+    """The scores of the reference's answers, kept for the run, and who won in the evaluation under way.
 
-    A row is known by its content and by how often it came before in this evaluation: its place. Prompts may so come in
-    any order, from several datasets, and more than once (`num_generations_eval`).
+    A row's place is its content and how often that came before. So prompts may come in any order, from several
+    datasets, and more than once (`num_generations_eval`).
     """
 
     def __init__(self) -> None:
-        self._scores: dict[tuple[str, int], float] = {}
+        self._scores: dict[Place, float] = {}
         self._outcomes: list[tuple[str, str, float]] = []  # of a row: its digest, its prompt's key, who won
         self._prompts: dict[str, str] = {}
         self._seen: Counter[str] = Counter()
@@ -92,7 +258,7 @@ class ReferenceScores:
         self._outcomes.clear()
         self._seen.clear()
 
-    def places(self, rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    def places(self, rows: list[dict[str, Any]]) -> list[Place]:
         """The places of B rows of a dataset, counted as seen."""
         places = []
         for row in rows:
@@ -102,16 +268,16 @@ class ReferenceScores:
             self._seen[digest] += 1
         return places
 
-    def lacks(self, places: list[tuple[str, int]]) -> bool:
-        """True where one of B places has no score yet."""
+    def lacks(self, places: list[Place]) -> bool:
+        """True if one of B places has no score yet."""
         return not self._scores.keys() >= set(places)
 
-    def keep(self, places: list[tuple[str, int]], scores: torch.Tensor) -> None:
-        """Keep the reference's scores, (B,), NaN where missing."""
+    def keep(self, places: list[Place], scores: torch.Tensor) -> None:
+        """Keep the reference's scores, (B,), NaN if missing."""
         self._scores |= dict(zip(places, scores.tolist(), strict=True))
 
-    def compare(self, places: list[tuple[str, int]], scores: torch.Tensor) -> None:
-        """Note who won: 1 the policy, with scores (B,), 0 the reference, ½ a tie, NaN where a score is missing."""
+    def compare(self, places: list[Place], scores: torch.Tensor) -> None:
+        """Note who won: 1 the policy, with scores (B,), 0 the reference, ½ a tie, NaN if a score is missing."""
         for place, score in zip(places, scores.tolist(), strict=True):
             reference = self._scores[place]
             tie = math.isclose(score, reference, **ROUNDING)
@@ -121,8 +287,8 @@ class ReferenceScores:
     def metrics(self) -> dict[str, float]:
         """Win rate over the rows of all processes, its 95 % interval over prompts, and the rows that it counts.
 
-        A row that came several times counts once, with the mean of its outcomes. Where no row has both scores, there
-        is no rate. The interval is Wilson's; where rows of the dataset share a prompt, that of `rate_interval`.
+        A row that came several times counts once, with the mean of its outcomes. If no row has both scores, there is no
+        rate. The interval is Wilson's, or that of `rate_interval` if rows of the dataset share a prompt.
         """
         rows: dict[tuple[str, str], list[float]] = defaultdict(list)
         for digest, prompt, outcome in gather_object(self._outcomes):
@@ -136,137 +302,38 @@ class ReferenceScores:
         return metrics
 
 
-class PPOEvaluation(PPORollout):
-    """Adds to the evaluation a win rate against the reference; no evaluation changes what training samples.
+@contextmanager
+def own_randomness(device: torch.device, seed: int, *purpose: Any) -> Iterator[None]:
+    """Inside, every generator is seeded by `seed` and `purpose`; afterwards each goes on where it was."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  reward functions may draw from it
+    devices = [] if device.type in ("cpu", "mps") else [device]  # torch.mps has no generator by device
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type):
+            set_seed((seed + int(Hasher.hash(purpose), 16)) % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
-    Subclasses set `evaluation_rows`, and `reference_scores`, None for no win rate.
-    """
 
-    evaluation_rows: EvaluationRows
-    reference_scores: ReferenceScores | None
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # GRPO's evaluation samples from the generators of training. Here it has a noise of its own at each step, which
-        # a resumed run has, too.
-        with keep_generators(self.accelerator.device):
-            self._seed("evaluation", self.state.global_step, self.args.process_index)
-            return super().evaluate(*args, **kwargs)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """GRPO's, with means over rows in place of means over batches, under the names of the set evaluated."""
-        self.evaluation_rows.start()
-        if self.reference_scores is not None:
-            self.reference_scores.start()
-        rows = count_rows(dataloader, self.num_generations_eval or 1)
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        metrics = self._evaluation_metrics(rows())
-        if self.reference_scores is not None:
-            metrics |= self.reference_scores.metrics()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
-        """As Trainer's; a metric that is None, where no answer had a reward, is no better than any."""
-        known = {name: math.nan if value is None else value for name, value in metrics.items()}
-        return super()._determine_best_metric(known, trial)
-
-    def _evaluation_metrics(self, count: int | None) -> dict[str, float | None]:
-        """All metrics over the first `count` rows; None for all."""
-        rows = self.evaluation_rows
-        rewards = {name: rows.column(f"_reward/{name}", count) for name in self.reward_func_names}
-        metrics = rows.means(count)
-        metrics |= answer_statistics(rows.column("_length", count), rows.column("_ended", count))
-        metrics |= reward_statistics(rewards, self.reward_weights)
-        metrics["missing_rewards"] = rows.column("unscored_fraction", count).sum().item()
-        return metrics
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if self.model.training:
-            return super()._prepare_inputs(generation_batch)
-        places = self._places(generation_batch)
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.reference_scores is not None:
-            scored = inputs["loss_mask"].any(dim=1)
-            self.reference_scores.compare(places, inputs["scores"].masked_fill(~scored, float("nan")))
-        self._note_answers(inputs)
-        return inputs
-
-    def _places(self, rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
-        """The places of B rows, whose reference's scores are known from here on; none without a win rate."""
-        if self.reference_scores is None:
-            return []
-        places = self.reference_scores.places(rows)
-        self._score_reference(rows, places)
-        return places
-
-    def _note_answers(self, inputs: dict[str, Any]) -> None:
-        """Note length, end and rewards of each answer; and what GRPO knows of the batch as a whole."""
-        size, ids, mask = len(inputs["completion_ids"]), inputs["completion_ids"], inputs["completion_mask"]
-        first = self.accelerator.process_index * size
-        own = torch.where(inputs["loss_mask"].any(dim=1, keepdim=True), inputs["loss_mask"], mask)  # no tool's words
-        place = (mask.sum(dim=1, keepdim=True) - 1).clamp(min=0)  # a rollout_func may give no token
-        last = ids.gather(1, place).squeeze(1)
-        endings = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=ids.device)
-        columns = {"_length": own.sum(dim=1), "_ended": torch.isin(last, endings)}
-        rewards = self._rewards[first : first + size].unbind(dim=1)
-        columns |= {f"_reward/{name}": column for name, column in zip(self.reward_func_names, rewards, strict=True)}
-        self.evaluation_rows.add(self.accelerator, columns)
-        of_batch, self._metrics["eval"] = self._metrics["eval"], defaultdict(list)
-        self.evaluation_rows.add_batch(
-            {name: values[-1] for name, values in of_batch.items()}, size * self.accelerator.num_processes
-        )
-
-    def _log_means(self, metrics: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
-        if self.model.training:
-            super()._log_means(metrics, counted)
-            return
-        columns = {
-            name: rows if counted is None else rows.float().masked_fill(~counted, float("nan"))
-            for name, rows in metrics.items()
-        }
-        self.evaluation_rows.add(self.accelerator, columns)
-
-    def _score_reference(self, rows: list[dict[str, Any]], places: list[tuple[str, int]]) -> None:
-        """Sample and score the reference's answers to B rows, unless all processes have the scores of theirs."""
-        assert self.reference_scores is not None
-        lacking = torch.tensor(float(self.reference_scores.lacks(places)), device=self.accelerator.device)
-        if not self.accelerator.reduce(lacking, "sum").item():
-            return
-        with keep_generators(self.accelerator.device), self._as_reference():
-            self._seed("reference", places)  # a resumed run, too, compares with the same answers
-            rollout = GRPOTrainer._generate_and_score_completions(self, rows)
-            self.reference_scores.keep(places, self._score_answers(rollout)[0])
-
-    def _seed(self, *purpose: Any) -> None:
-        """Seed every generator by `seed` and by what it is for."""
-        set_seed((self.args.seed + int(Hasher.hash(purpose), 16)) % 2**32)
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        """Inside, GRPO's own rollout samples from the reference, and what it logs is thrown away."""
-        kept = {name: getattr(self, name) for name in ("model_wrapped", "_metrics", "_logs", "beta")}
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._logs, self.beta = copy.deepcopy(self._logs), 0.0
-        adapters: Any = nullcontext()
-        if isinstance(self.ref_model, ReferenceRole):
-            adapters = self.ref_model.active()
-        elif self.ref_model is not None:
-            self.model_wrapped = self.ref_model
-        else:  # as GRPO does for the reference's log-probs
-            policy = self.accelerator.unwrap_model(self.model)
-            adapters = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        try:
-            with adapters:
-                yield
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
+@contextmanager
+def as_reference(trainer: GRPOTrainer) -> Iterator[None]:
+    """Inside, GRPO's own rollout samples from the reference, and what it logs is thrown away."""
+    kept = {name: getattr(trainer, name) for name in ("model_wrapped", "_metrics", "_logs", "beta")}
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    trainer._logs, trainer.beta = copy.deepcopy(trainer._logs), 0.0
+    reference: Any = trainer.ref_model
+    adapters: Any = nullcontext()
+    if isinstance(reference, ReferenceRole):
+        adapters = reference.active()
+    elif reference is not None:
+        trainer.model_wrapped = reference
+    else:  # as GRPO does for the reference's log-probs
+        policy: Any = trainer.accelerator.unwrap_model(trainer.model)
+        adapters = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+    try:
+        with adapters:
+            yield
+    finally:
+        for name, value in kept.items():
+            setattr(trainer, name, value)

@@ -1,70 +1,67 @@
-"""PPO with a critic and pretraining gradients, PPO-ptx (Ouyang et al. 2022, Eq. 2), on TRL's GRPOTrainer.
+"""PPO with a critic and pretraining gradients, PPO-ptx (Ouyang et al. 2022), on TRL's GRPOTrainer.
+
+    objective(φ) = E_{x, y~π_φ}[ r(x, y) − β·log(π_φ(y|x) / π_SFT(y|x)) ] + γ·E_{x~pretrain}[ log π_φ(x) ]      (Eq. 2)
+
+The bracket becomes one reward per token in `_add_advantages`; PPO's clipped loss in `_compute_loss` raises its mean.
+`_pretraining_backward` adds the γ term. Both losses go through `maths.objectives:ppo_ptx_loss`, which is Eq. 2: to try
+another mixture, change that function.
 
 Legend: B rows of a (micro-)batch, P prompt tokens, T completion tokens.
-
-What GRPOTrainer does, stays GRPOTrainer's: sampling (transformers, vLLM), reward functions, log-probs, logging, PEFT,
-checkpoints. Replaced are the advantages (`_generate_and_score_completions`) and the loss (`_compute_loss`); added are
-the critic's step and the pretraining gradient (`training_step`).
 """
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from trl import GRPOTrainer
 
 from instruct_trl._upstream import (
-    keep_4bit_trainable,
-    keep_head_out_of_autocast,
-    match_adapters_to_precision,
-    prepare_reference,
+    EpochSeededRepeatSampler,
+    mark_step_skipped,
+    unchanged_model,
 )
-from instruct_trl.data.encoding import require_eos
-from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.data.rows import filter_prompts
 from instruct_trl.maths.masking import masked_mean
-from instruct_trl.maths.objectives import clipped_policy_loss
-from instruct_trl.models.adapters import has_adapters
-from instruct_trl.models.dropout import switch_off_dropout
+from instruct_trl.maths.objectives import clipped_policy_loss, explained_variance, ppo_ptx_loss
+from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
+from instruct_trl.models.adapters import has_adapters, save_token_rows
+from instruct_trl.models.generation import neutral_generation_config
 from instruct_trl.models.role_adapters import RoleAdapters
-from instruct_trl.models.value import ValueModel
+from instruct_trl.models.rollout_generation import RolloutGenerate
+from instruct_trl.trainers import checkpoints, ppo_evaluation, ppo_ptx_setup, ppo_rollout
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.ema import EMACallback
-from instruct_trl.trainers.engines import before_last_backward, check_engine, skip_step, take_over_steps, take_step
-from instruct_trl.trainers.evaluation_rows import EvaluationRows
-from instruct_trl.trainers.minibatches import trim_padding
-from instruct_trl.trainers.ppo_evaluation import ReferenceScores, check_win_rate
-from instruct_trl.trainers.ppo_policy import load_policy, resolve_reference, settle_policy
-from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
-from instruct_trl.trainers.ppo_ptx_setup import (
-    as_upstream_must_see,
-    check_beside_roles,
-    check_engine_of_roles,
-    check_pretraining,
-    check_read_alike,
-    check_reward_rows,
-    check_whole,
-    load_policy_tokenizer,
-    resolve_value_model,
-    say_estimate,
-    say_plan,
-    say_warmup,
-    wrap_reward_funcs,
+from instruct_trl.trainers.engines import before_last_backward, finish_policy_step, is_sharding, take_over_steps
+from instruct_trl.trainers.minibatches import (
+    ROW,
+    Batch,
+    arrange_minibatches,
+    compute_by_length,
+    split_rows,
+    trim_padding,
 )
-from instruct_trl.trainers.ppo_saving import PPOSaving
+from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 from instruct_trl.trainers.room import check_rollouts, pretraining_length
-from instruct_trl.trainers.starting_model import loading_kwargs, place_reward_models
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
-class PPOPtxTrainer(PPOSaving):
+class PPOPtxTrainer(GRPOTrainer):
     """Trainer for PPO with a critic and, for `ptx_coef > 0`, pretraining gradients: PPO-ptx.
 
+    It reads in the order of an iteration: sample, score, value, advantages, minibatches, pretraining gradient, update,
+    critic, log. GRPOTrainer does the rest: generation, reward functions, PEFT, logging, checkpoints.
+
     Arguments up to `environment_factory` are [`~trl.GRPOTrainer`]'s. Reward models, given as a path or a module, are
-    wrapped as [`RewardScorer`], so that their `reward_bias` counts and what is scored here is what was trained.
+    wrapped as [`RewardScorer`], so that their `reward_bias` counts and they read what they were trained on.
 
     Args:
         model: name or path of a causal language model, or one in memory. The folder of an adapter, or a PeftModel
@@ -90,6 +87,9 @@ class PPOPtxTrainer(PPOSaving):
         "human feedback}, author={Ouyang, Long and others}, booktitle={NeurIPS}, year={2022}}",
     }
 
+    args: Any  # a PPOPtxConfig
+    model: Any
+
     def __init__(
         self,
         model: Any,
@@ -113,136 +113,255 @@ class PPOPtxTrainer(PPOSaving):
         role_adapters: RoleAdapters | None = None,
     ):
         args = args or PPOPtxConfig("PPO-ptx")
-        check_pretraining(args, pretraining_dataset)
-        check_whole(model=model, value_model=value_model, ref_model=ref_model)
-        with_win_rate = check_win_rate(args, eval_dataset, rollout_func)
-        configs = {"peft_config": peft_config, "quantization_config": quantization_config}
-        check_beside_roles(role_adapters, args, model=model, value_model=value_model, ref_model=ref_model, **configs)
-        if role_adapters is not None:
-            model, value_model, ref_model = role_adapters.policy, role_adapters.value, role_adapters.reference
-            reward_funcs = role_adapters.reward if reward_funcs is None else reward_funcs
-        processing_class = processing_class or load_policy_tokenizer(model, role_adapters, **loading_kwargs(args))
-        require_eos(processing_class)
-        reward_funcs = wrap_reward_funcs(reward_funcs, reward_processing_classes, args)
-        check_read_alike(processing_class, value_model=value_model, ref_model=ref_model)
-        value_model = resolve_value_model(value_model, reward_funcs, processing_class, args)
-        check_reward_rows(reward_funcs)
-        policy = load_policy(model, args, quantization_config, peft_config)
-        with_peft = has_adapters(policy, peft_config)
-        ref_model = resolve_reference(policy, ref_model, with_peft, args)
-        train_dataset = filter_prompts(train_dataset, processing_class, args.max_prompt_length, "train_dataset")
-        eval_dataset = filter_prompts(eval_dataset, processing_class, args.max_prompt_length, "eval_dataset")
-        with as_upstream_must_see(args, with_peft, role_adapters, loaded=policy is not model):
+        ppo_ptx_setup.check_pretraining(args, pretraining_dataset)
+        with_win_rate = ppo_evaluation.check_win_rate(args, eval_dataset, rollout_func)
+        given = ppo_ptx_setup.Given(model, value_model, ref_model, role_adapters, peft_config, quantization_config)
+        models = ppo_ptx_setup.build_models(given, reward_funcs, processing_class, reward_processing_classes, args)
+        tokenizer, limit = models.tokenizer, args.max_prompt_length
+        with ppo_ptx_setup.as_upstream_must_see(args, models):
             super().__init__(
-                policy,
-                reward_funcs,
+                models.policy,
+                models.reward_funcs,
                 args,
-                train_dataset,
-                eval_dataset,
-                processing_class,
+                filter_prompts(train_dataset, tokenizer, limit, "train_dataset"),
+                filter_prompts(eval_dataset, tokenizer, limit, "eval_dataset"),
+                tokenizer,
                 callbacks=callbacks,
                 optimizers=optimizers,
-                quantization_config=quantization_config if policy is model else None,
+                quantization_config=None if models.loaded else quantization_config,
                 peft_config=peft_config,
                 tools=tools,
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
         self.beta, self.role_adapters = args.beta, role_adapters
-        self._add_ppo_parts(value_model, ref_model, pretraining_dataset)
-        self.reference_scores = ReferenceScores() if with_win_rate else None
-        say_plan(self)
+        self._add_ppo_parts(models, pretraining_dataset)
+        self.evaluation = ppo_evaluation.Evaluation(self.accelerator, self.reward_func_names, with_win_rate)
+        ppo_ptx_setup.say_plan(args, self.pretraining, self.accelerator.print)
 
-    def _add_ppo_parts(self, value_model: ValueModel, ref_model: Any, pretraining_dataset: Any) -> None:
-        """What PPO-ptx has and GRPO has not: an own reference, the critic, the pretraining gradient, the average."""
-        args, roles = self.args, self.role_adapters
-        self._settle_endings()
-        self._settle_scorers()
-        check_rollouts(self, value_model, ref_model)
-        check_engine(self.accelerator)
-        keep_4bit_trainable(self.model)
-        settle_policy(self.model, self._tokenizer, roles)
-        place_reward_models(self.reward_funcs, self.accelerator.device)
-        if args.cast_lm_head_to_fp32:
-            keep_head_out_of_autocast(self, self.model)
-        match_adapters_to_precision(self.model, args.bf16)
-        if roles is not None:
-            check_engine_of_roles(self.accelerator)
-            roles.to(self.accelerator.device)
-            self.ref_model = ref_model
-        else:
-            self.ref_model = None if ref_model is None else prepare_reference(self, ref_model)
-        if args.old_logps_from_sampler and self.ref_model is None:
-            raise ValueError(
-                "old_logps_from_sampler needs a reference model of its own; with PEFT it is the policy without its "
-                "adapter. Pass ref_model= or leave the option off."
-            )
-        if args.disable_dropout:
-            switch_off_dropout(self.model)
-            switch_off_dropout(value_model)
+    def _add_ppo_parts(self, models: ppo_ptx_setup.Models, pretraining_dataset: Any) -> None:
+        """Add to GRPO: a reference of its own, the critic, the pretraining gradient, the guards and the average."""
+        args, autocast = self.args, self.compute_loss_context_manager
+        self.eos_token_ids = ppo_rollout.settle_endings(self)
+        self._hands_over_prompt_ids = ppo_rollout.reads_prompt_ids(self)
+        check_rollouts(self, models.value_model, models.ref_model)
+        self.ref_model: Any = ppo_ptx_setup.settle_models(self, models)
+        roles = self.role_adapters
         with nullcontext() if roles is None else roles.active("value"):  # its parameters then are those that train
-            self.critic = Critic(value_model, args, self.accelerator, self.compute_loss_context_manager)
-        self.pretraining = self._pretraining_gradient(pretraining_dataset) if args.ptx_coef > 0 else None
+            self.critic = Critic(models.value_model, args, self.accelerator, autocast)
+        self.pretraining = None
+        if args.ptx_coef > 0:
+            length = pretraining_length(args, self.model)
+            texts = ppo_ptx_setup.pretraining_stream(pretraining_dataset, self._tokenizer, length, args)
+            self.pretraining = PretrainingGradient(texts, args, self.accelerator, autocast)
         self.divergence = DivergenceMonitor(args)
-        self.add_callback(self.divergence)
-        self.ema = None
-        if args.ema_decay is not None:
-            self.ema = EMACallback(self.model, args.ema_decay)
-            self.add_callback(self.ema)
-        self.evaluation_rows = EvaluationRows()
+        self.ema = None if args.ema_decay is None else EMACallback(self.model, args.ema_decay)
+        self._kept_parts: list[Any] = [part for part in (self.critic, self.ema, self.divergence) if part is not None]
+        for callback in self._kept_parts[1:]:
+            self.add_callback(callback)
         self.stopwatch = Stopwatch(self.accelerator.device)
-        self._minibatch = {}
-        self._paced = False
+        self._own_randomness = partial(ppo_evaluation.own_randomness, self.accelerator.device, args.seed)
+        self._prompt_ids: list[list[int]] | None = None  # of the answers that are scored next
+        self._minibatch: Batch = {}
 
-    def _pretraining_gradient(self, dataset: Any) -> PretrainingGradient:
-        args = self.args
-        with args.main_process_first(desc="tokenizing the pretraining texts"):  # the others then read its cache
-            stream = PretrainingStream(
-                dataset,
-                self._tokenizer,
-                max_length=pretraining_length(args, self.model),
-                seed=args.seed if args.data_seed is None else args.data_seed,
-                rank=args.process_index,
-                world_size=args.world_size,
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        ppo_ptx_setup.say_warmup(self.args, num_training_steps, self.accelerator.print)
+        take_over_steps(self.accelerator)  # the policy is prepared by now, and no checkpoint is loaded yet
+        if self.ema is not None:
+            self.ema.follow_layout()
+        self.critic.create_scheduler(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # 1. Sample: x from the prompts, y from the policy ----------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler: Any = super()._get_train_sampler(dataset)
+        return EpochSeededRepeatSampler.like(sampler)
+
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        """Tokenise as `encode_prompt` does everywhere; images and environments go upstream's way."""
+        if self._is_vlm or self.environment_factories is not None:
+            return super()._tokenize_prompts(prompts)
+        return ppo_rollout.encode_prompts(self, prompts), None, {}
+
+    def _generate(self, prompts: list) -> Any:
+        generated = super()._generate(prompts)
+        self._prompt_ids = generated[0]
+        return generated
+
+    def _generate_single_turn(
+        self, prompt_ids: list, images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        policy, sample = self.accelerator.unwrap_model(self.model_wrapped), super()._generate_single_turn
+        # π_old must be what draws. transformers would otherwise add the checkpoint's own top_k, min_p and the like.
+        with self.stopwatch("generate"), neutral_generation_config(policy):
+            continuous = self.use_transformers_continuous_batching
+            if continuous or self.use_vllm or images or multimodal_fields:
+                with unchanged_model(self.model) if continuous else nullcontext():
+                    return sample(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            generate = RolloutGenerate(
+                policy,
+                self.eos_token_ids,
+                drop_ended=not is_sharding(self.accelerator),  # processes must call `generate` equally often
+                temperature=self.temperature if self.args.old_logps_from_sampler else None,
             )
-        return PretrainingGradient(stream, args, self.accelerator, self.compute_loss_context_manager)
+            size = self.args.local_rollout_forward_batch_size
+            return ppo_rollout.sample_by_length(
+                prompt_ids, size, lambda chunk: sample(chunk, images, {}, *args, **kwargs)[0], generate
+            )
 
-    # Update: the clipped objective, the pretraining gradient, the critic ---------------------------------------------
+    # 2. Score: r(x, y) ------------------------------------------------------------------------------------------------
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """This micro-batch's share of the clipped policy loss, averaged over the minibatch's completion tokens."""
-        if not self.model.training:
-            objective = inputs["scores"] - self.beta * (inputs["kl"] * inputs["loss_mask"]).sum(dim=1)
-            scored = inputs["loss_mask"].any(dim=1)
-            self._log_means({"loss": -objective}, counted=scored)
-            return -masked_mean(objective, scored)
-        inputs = trim_padding(inputs)
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        width, mask = inputs["completion_ids"].size(1), inputs["loss_mask"]
-        logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, width, compute_entropy=True, scored=mask
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
+        prompt_ids, self._prompt_ids = self._prompt_ids if self._hands_over_prompt_ids else None, None
+        # Reward models read what was drawn, the special tokens too, not the text that upstream decoded.
+        inputs, completions = ppo_rollout.as_drawn(
+            inputs, completions, completion_ids, prompt_ids, self._tokenizer, self.eos_token_ids
         )
-        old_logps = inputs["old_per_token_logps"].masked_fill(mask == 0, 0.0)  # as the log-probs that are not scored
-        losses, ratio = clipped_policy_loss(logps, old_logps, inputs["advantages"], self.epsilon_low, self.epsilon_high)
-        if "importance_sampling_ratio" in inputs:
-            losses = losses * inputs["importance_sampling_ratio"]
-        outside = (ratio < 1 - self.epsilon_low) | (ratio > 1 + self.epsilon_high)
-        metrics = {"policy_loss": losses, "ratio": ratio, "clip_fraction": outside.float(), "entropy": entropies}
-        if self.args.old_logps_from_sampler and self._in_first_minibatch():
-            self._log_means({"sampler_gap": (logps - old_logps).detach()[mask.bool()].abs()})
-        scored = mask.any(dim=1)
-        self._log_means({name: masked_mean(value, mask, dim=1)[scored] for name, value in metrics.items()})
-        return (losses * mask).sum() / inputs["minibatch_tokens"]
+        with self.stopwatch("score"), ppo_rollout.computing_under(self.accelerator.autocast, self.reward_funcs):
+            self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        return self._rewards
 
-    def _in_first_minibatch(self) -> bool:
-        """True while the policy is still the one that sampled the rollout."""
-        rollout = self.args.steps_per_generation * self.num_iterations
-        return self._step % rollout < self.args.gradient_accumulation_steps
+    def _score_answers(self, rollout: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """r(x, y) of each answer, (B,), NaN if no reward function scored it; and whether it ends with an EOS, (B,)."""
+        scores = ppo_rollout.answer_scores(self._rewards, self.reward_weights)
+        mine = scores.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        ended = ppo_rollout.ends_in(self.eos_token_ids, rollout["completion_ids"], rollout["completion_mask"])
+        return mine - (self.args.missing_eos_penalty or 0.0) * ~ended, ended
+
+    # 3. log π_old and log π_ref, by the same forward as the loss: so the first minibatch's ratio is 1 -----------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Upstream's question, asked of whole rollouts without gradient; `_compute_loss` asks `_logps` itself."""
+        more = (value for name, value in kwargs.items() if name != "batch_size")
+        if any(value is not None and value is not False for value in more):  # images, mixtures of experts
+            ask = super()._get_per_token_logps_and_entropies
+            return ask(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if self.args.old_logps_from_sampler and model is self.model:  # the sampler's numbers take their place
+            return torch.zeros(attention_mask[:, -logits_to_keep:].shape, device=input_ids.device), None, None
+        return self._rollout_logps(model, split_rows(input_ids, attention_mask, logits_to_keep)), None, None
+
+    @torch.no_grad()
+    def _rollout_logps(self, model: Any, rollout: Batch) -> torch.Tensor:
+        """log π (B, T) of a rollout, without gradient."""
+        return self._by_length(rollout, lambda rows: self._logps(model, rows)[0])
+
+    def _by_length(self, rollout: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+        """`compute`, (B, T), on the rows of a rollout, a few of similar length at a time."""
+        rows = {name: rollout[name] for name in ROW} | {"loss_mask": rollout["completion_mask"]}
+        size, by_count = self.args.local_rollout_forward_batch_size, is_sharding(self.accelerator)
+        return compute_by_length(rows, size, compute, by_count=by_count)
+
+    def _logps(self, model: Any, rows: Batch, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """log π (B, T) of one forward, and entropies (B, T) or None; by TRL's fused head if that one is compact."""
+        return ppo_rollout.forward_logps(self, model, rows, entropy, super()._get_per_token_logps_and_entropies)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The rollout: answers, scores, log-probs, values and advantages, each row padded on the right.
+
+        Adds to GRPO's: `loss_mask` (B, T), `scores` (B,), `kl`, `old_values`, `returns` and `advantages` (B, T).
+        """
+        # GRPO computes log π_ref for beta > 0 only. We report the KL always, so it sees 1 here.
+        beta, self.beta = self.beta, 1.0
+        try:
+            rollout = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
+        rollout["loss_mask"] = rollout["completion_mask"] * rollout.pop("tool_mask", 1)
+        if self.args.old_logps_from_sampler:
+            again = partial(self._rollout_logps, self.model)
+            rollout["old_per_token_logps"] = ppo_rollout.sampler_logps(rollout, self.accelerator, again)
+        elif "old_per_token_logps" not in rollout:  # GRPO leaves them out if a rollout is one optimizer step
+            rollout["old_per_token_logps"] = self._rollout_logps(self.model, rollout)
+        self._score_rollout(rollout)
+        if self.model.training:
+            self.divergence.judge_rollout(self.state, self.control)
+            self._add_advantages(rollout)
+        return rollout
+
+    def _score_rollout(self, rollout: dict[str, Any]) -> None:
+        """Add `scores` (B,) and `kl` (B, T). Rows that no reward function scored leave `loss_mask` and are counted."""
+        mask = rollout["loss_mask"]
+        scores, ended = self._score_answers(rollout)
+        scored = ~scores.isnan()
+        rollout["scores"] = scores.masked_fill(~scored, 0.0)
+        rollout["loss_mask"] = mask * scored.unsqueeze(1)
+        logps, ref_logps = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
+        # The penalty of Eq. 2, per token: log(π/π_SFT) of the token that was drawn (k1), or another estimate of the KL.
+        rollout["kl"] = kl_estimate(logps, ref_logps, self.args.kl_estimator)
+        sequence_kl = (kl_estimate(logps, ref_logps) * mask).sum(dim=1)
+        objective = rollout["scores"] - self.beta * sequence_kl  # the first bracket of Eq. 2
+        metrics = {"score": rollout["scores"], "kl": sequence_kl, "objective": objective, "eos_rate": ended}
+        self._log_means(metrics, counted=scored)
+        self._log_means({"unscored_fraction": ~scored})
+        if self.model.training:
+            missing = self.accelerator.reduce((~scored).sum(), "sum")
+            self._metrics["train"]["missing_rewards"].append(float(missing))
+
+    # 4. Value and advantages ------------------------------------------------------------------------------------------
+
+    def _add_advantages(self, rollout: dict[str, Any]) -> None:
+        """Replace GRPO's `advantages` by GAE's, (B, T); add `old_values` and `returns`, (B, T)."""
+        args, mask, loss_mask = self.args, rollout["completion_mask"], rollout["loss_mask"]
+        with self.stopwatch("value"):
+            values = self._by_length(rollout, self.critic.rollout_values)
+        # Eq. 2's reward, token by token: −β·KL_t at each, r(x, y) at the last. No KL term is left for the loss.
+        kl = rollout["kl"] * loss_mask  # a tool's words are not the policy's choice
+        rewards = token_rewards(rollout["scores"], kl, mask, self.beta)
+        # An answer is one episode (section 3.5: a bandit). No discount; λ is not published.
+        advantages, returns = generalized_advantages(rewards, values, mask, args.discount, args.gae_lambda)
+        scored = loss_mask.any(dim=1)
+        means = {"value": values, "return": returns}
+        self._log_means({name: masked_mean(value, mask, dim=1)[scored] for name, value in means.items()})
+        variance = explained_variance(*ppo_rollout.of_all_processes(self.accelerator, values, returns, loss_mask))
+        self._metrics["train"]["explained_variance"].append(variance.item())
+        if args.whiten_advantages:
+            # Over the whole rollout on all processes, so that who shares a minibatch changes no advantage. The returns
+            # stay in reward units: the critic learns those.
+            advantages = ppo_rollout.whiten(self.accelerator, advantages, loss_mask)
+        # For `log_completions`: GRPO's advantages are 0 without a group.
+        mine = self.accelerator.gather(masked_mean(advantages, loss_mask, dim=1))
+        ppo_rollout.replace_last(self._logs["advantages"], mine.tolist())
+        rollout |= {"advantages": advantages, "old_values": values, "returns": returns}
+
+    # 5. Minibatches: 512 episodes make 8 of 64 (appendix C) -----------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """The next micro-batch; a new rollout first, when the last one is used up."""
+        if not self.model.training:
+            return self._prepare_evaluation(generation_batch)
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:  # a rollout, shuffled and split by GRPO
+            self._buffered_inputs = arrange_minibatches(
+                self._buffered_inputs, self.args.gradient_accumulation_steps, self.accelerator
+            )
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        self._minibatch = inputs
+        # The γ term goes here, between sampling and the policy's loss: sampling needs the room that gradients take, and
+        # a model checkpoints its activations in train mode only.
+        if self.pretraining is not None:
+            self._pretraining_backward(self.pretraining)
+        return inputs
+
+    # 6. Pretraining gradient: γ·E[log π(x)], the second term of Eq. 2 -------------------------------------------------
+
+    def _pretraining_backward(self, pretraining: PretrainingGradient) -> None:
+        # "Computed one after the other and both accumulated" (appendix C). PPO's backward follows and is the
+        # minibatch's last: there the processes exchange both gradients at once.
+        with self.stopwatch("pretraining"), before_last_backward(self.accelerator, self.model_wrapped):
+            if self._step % self.args.gradient_accumulation_steps == 0:
+                pretraining.start_minibatch()
+                self._metrics["train"]["ptx_loss"].append(0.0)
+            self._metrics["train"]["ptx_loss"][-1] += pretraining.backward(self.model_wrapped)
+
+    # 7. Update: PPO's clipped loss, the first term of Eq. 2 -----------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch: pretraining gradient, then PPO's, then the critic's; the critic steps with the policy."""
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+        """Accumulate one micro-batch: the pretraining gradient (see `_prepare_inputs`), PPO's, then the critic's."""
+        if self._place_in_iteration() == 0:
             self.stopwatch.start_iteration()
         sync = self.accelerator.sync_gradients
         with self.stopwatch("update"):
@@ -252,30 +371,39 @@ class PPOPtxTrainer(PPOSaving):
             self._log_means(self.critic.backward(batch, batch["minibatch_tokens"], sync))
         return loss
 
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        # Here, between sampling and the policy's loss: sampling needs the room that gradients take, and the model is in
-        # train mode, in which alone it checkpoints.
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self.pretraining is not None:
-            self._pretraining_backward(self.pretraining)
-        return inputs
+    def _place_in_iteration(self) -> int:
+        return self._step % (self.args.steps_per_generation * self.num_iterations)
 
-    def _pretraining_backward(self, pretraining: PretrainingGradient) -> None:
-        with self.stopwatch("pretraining"), before_last_backward(self.accelerator, self.model_wrapped):
-            if self._step % self.args.gradient_accumulation_steps == 0:
-                pretraining.start_minibatch()
-                self._metrics["train"]["ptx_loss"].append(0.0)
-            self._metrics["train"]["ptx_loss"][-1] += pretraining.backward(self.model_wrapped)
+    def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        """This micro-batch's share of the clipped policy loss, averaged over the minibatch's completion tokens."""
+        if not self.model.training:
+            return self.evaluation.loss(inputs, self.beta)
+        inputs = trim_padding(inputs)
+        mask = inputs["loss_mask"]
+        logps, entropies = self._logps(model, inputs, entropy=True)
+        old_logps = inputs["old_per_token_logps"].masked_fill(mask == 0, 0.0)  # as `logps` are where nothing is scored
+        losses, ratio = clipped_policy_loss(logps, old_logps, inputs["advantages"], self.epsilon_low, self.epsilon_high)
+        if "importance_sampling_ratio" in inputs:  # vLLM draws from slightly other weights; TRL corrects for it
+            losses = losses * inputs["importance_sampling_ratio"]
+        metrics = ppo_rollout.update_metrics(losses, ratio, entropies, mask, self.epsilon_low, self.epsilon_high)
+        if self.args.old_logps_from_sampler and self._place_in_iteration() < self.args.gradient_accumulation_steps:
+            metrics["sampler_gap"] = (logps - old_logps).detach()[mask.bool()].abs()
+        self._log_means(metrics)
+        # Divided by the tokens of the whole minibatch on all processes, not of this micro-batch: 8 × 1 equals 1 × 8.
+        policy_loss = (losses * mask).sum() / inputs["minibatch_tokens"]
+        return ppo_ptx_loss(policy_loss, torch.zeros_like(policy_loss), self.args.ptx_coef)  # Eq. 2, first term
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        return super()._clip_grad_norm(self._trained(model))
+    # 8. Critic and step -----------------------------------------------------------------------------------------------
 
     def _trained(self, model: Any) -> Any:
-        """What the policy's norm and clip are about: on a shared base the critic's gradients lie there, too."""
+        """The module whose gradients are the policy's: on a shared base the critic's lie there, too."""
         return model if self.role_adapters is None else self.role_adapters.policy_adapter
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(self._trained(model))  # PPO and γ term together: one clip, one step
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called just before the optimizer steps: the critic steps here, or neither does (see `DivergenceMonitor`)."""
+        """Step the critic. Trainer asks just before it steps the policy: both step, or neither does."""
         grad_norm = super()._get_grad_norm(self._trained(model), grad_norm)
         metrics = self._metrics["train"]
         with self.stopwatch("value_update"):
@@ -285,33 +413,142 @@ class PPOPtxTrainer(PPOSaving):
                 norms["grad_norm"] = float(grad_norm)
             if self.pretraining is not None:
                 norms["ptx_loss"] = metrics["ptx_loss"][-1]
-            if self.divergence.may_step(self, norms):
-                self.critic.step()
-                take_step(self.accelerator)
-            else:
-                self.critic.skip_step()
-                skip_step(self.accelerator, model)
+            taken = self.divergence.may_step(self.state, self.control, norms)
+            mark_step_skipped(self.optimizer, not taken)
+            metrics["skipped_steps"] = [sum(metrics["skipped_steps"]) + (not taken)]  # since the last log
+            self.critic.step(taken)
+            finish_policy_step(self.accelerator, model, taken)
         if (self.state.global_step + 1) % self.args.steps_per_iteration == 0:
             self._log_iteration()
         return grad_norm
 
-    # Logging ---------------------------------------------------------------------------------------------------------
+    # 9. Log -----------------------------------------------------------------------------------------------------------
+
+    def _log_means(self, metrics: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
+        """Log the mean over all processes of each tensor (B,), of the rows `counted` (B,); show it to the guards."""
+        if not self.model.training:
+            self.evaluation.note(metrics, counted)
+            return
+        for name, values in metrics.items():
+            rows = values if counted is None else values[counted]
+            totals = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
+            total, count = self.accelerator.reduce(totals, "sum").tolist()
+            self._metrics["train"][name].append(total / count if count else float("nan"))
+            self.divergence.observe(name, total, count)
 
     def _log_iteration(self) -> None:
-        metrics = self._metrics["train"]
-        metrics["episodes"] = [float((self.state.global_step + 1) * self.args.minibatch_size // self.num_iterations)]
+        metrics, args, step = self._metrics["train"], self.args, self.state.global_step + 1
+        metrics["episodes"] = [float(step * args.minibatch_size // self.num_iterations)]
         seconds = self.stopwatch.finish_iteration()
-        for name, value in seconds.items():
-            metrics[f"time/{name}"].append(value)
-        if not self._paced:
-            self._paced = True
-            say_estimate(self, seconds["iteration"])
-        metrics["episodes_per_second"].append(self.args.generation_batch_size / metrics["time/iteration"][-1])
+        rate = {"episodes_per_second": args.generation_batch_size / seconds["iteration"]}
+        for name, value in (rate | {f"time/{stage}": spent for stage, spent in seconds.items()}).items():
+            metrics[name].append(value)
+        if self.stopwatch.iterations == 1:
+            ppo_ptx_setup.say_estimate(args, step, seconds["iteration"], self.accelerator.print)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        say_warmup(self, num_training_steps)
-        take_over_steps(self.accelerator)  # the policy is prepared by now, and no checkpoint is loaded yet
-        if self.ema is not None:
-            self.ema.follow_layout()
-        self.critic.create_scheduler(num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
+    # Evaluation: on held-out prompts, against the reference; it changes nothing that training samples -----------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # GRPO's samples from the generators of training. Here each step has a noise of its own, also in a resumed run.
+        with self._own_randomness("evaluation", self.state.global_step, self.args.process_index):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """GRPO's, with means over rows in place of means over batches, under the names of the set evaluated."""
+        self.evaluation.start()
+        rows = ppo_evaluation.count_rows(dataloader, self.num_generations_eval or 1)
+        output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
+        metrics, prefix = self.evaluation.metrics(rows(), self.reward_weights), kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def _prepare_evaluation(self, rows: list[dict[str, Any]]) -> Batch:
+        places = self.evaluation.places(rows)
+        if self.evaluation.lacks_reference(places):
+            # Seeded by the prompts: a resumed run, too, compares with the same answers.
+            with self._own_randomness("reference", places), ppo_evaluation.as_reference(self):
+                rollout = super()._generate_and_score_completions(rows)
+                self.evaluation.keep_reference(places, self._score_answers(rollout)[0])
+        inputs = super()._prepare_inputs(rows)  # type: ignore[arg-type]
+        endings = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        self.evaluation.note_answers(places, inputs, self._rewards, endings, self._metrics["eval"])
+        return inputs
+
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        """Trainer's; a metric that is None, because no answer had a reward, is no better than any."""
+        known = {name: math.nan if value is None else value for name, value in metrics.items()}
+        return super()._determine_best_metric(known, trial)
+
+    # Save and resume --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:  # upstream takes the highest number, also of a torn checkpoint
+            resume_from_checkpoint = checkpoints.checkpoint_to_resume(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, steps_an_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
+        """A finished run has no epoch left. Upstream would take one step more if it ended inside an epoch."""
+        position = super()._init_training_state(max_steps, steps_an_epoch, epochs, *args)
+        return (epochs, 0) if self.state.global_step >= max_steps else position
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write `policy/`, `value/` and `ema/` under `output_dir`, each readable by plain transformers.
+
+        A push has all three, and the policy at the root too: the hub and the model card look for it there.
+        """
+        root = output_dir or self.args.output_dir
+        save = partial(super().save_model, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call and root == self.args.output_dir:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # which comes back here
+            return
+        if _internal_call:
+            save(root)
+        if (
+            not _internal_call or output_dir is None
+        ):  # a checkpoint has its critic and average from `_save_optimizer...`
+            save(os.path.join(root, "policy"))
+            self.critic.save_model(os.path.join(root, "value"), self._tokenizer)
+            if self.ema is not None:
+                with self.ema.applied():
+                    save(os.path.join(root, "ema"))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and self.role_adapters is None and has_adapters(self.model):
+            save_token_rows(self.model, str(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            checkpoints.begin_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        os.makedirs(output_dir, exist_ok=True)  # on each machine
+        for part in self._kept_parts:
+            part.save(output_dir, self.args)
+        text = 0 if self.pretraining is None else self.pretraining.stream.position
+        checkpoints.save_rollout(output_dir, self.args, self._step, self._buffered_inputs, text)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that each process writes before the main one writes `trainer_state.json`: seal the checkpoint."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal_checkpoint(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.role_adapters is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # upstream would take `value/` for another adapter of the policy
+            self.role_adapters.load_policy(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._step, self._buffered_inputs, text = checkpoints.load_rollout(checkpoint, self.args)
+            for part in self._kept_parts:
+                part.load(checkpoint, self.args)
+            if self.pretraining is not None:
+                self.pretraining.stream.position = text

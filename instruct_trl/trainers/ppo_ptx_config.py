@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from instruct_trl.models.precision import one_dtype
 from instruct_trl.trainers.divergence import DivergenceGuard
 from instruct_trl.trainers.run_checks import check_training_numbers
 
-# Inherited knobs that would change the objective of Eq. 2 behind the user's back → the only value they may have.
+# Inherited settings that would change the objective of Eq. 2 unseen, and the only value that each may have.
 FIXED: dict[str, Any] = {
     "loss_type": "dapo",
     "importance_sampling_level": "token",
@@ -46,72 +47,81 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass
 class PPOPtxConfig(GRPOConfig):
-    """Configuration of [`PPOPtxTrainer`]: every default is the paper's, or says that the paper publishes none.
+    """Configuration of [`PPOPtxTrainer`]: every default is the paper's, or its help says that none is published.
 
-    With the defaults, 512 episodes are sampled an iteration and split into 8 minibatches of 64, one optimizer step
-    each, once over the data. Knobs of `GRPOConfig` that would change the objective are refused by name.
+    With the defaults, each iteration samples 512 episodes and goes over them once, in 8 minibatches of 64, with one
+    optimizer step each. Settings of `GRPOConfig` that would change the objective are refused by name.
 
     Raises:
         ValueError: batch sizes that do not divide, an option out of range, or a refused inherited knob.
     """
 
-    beta: float = _setting(0.02, "β of Eq. 2: coefficient of the per-token KL penalty against the starting policy.")
+    beta: float = _setting(0.02, "β of Eq. 2: weight of the KL penalty per token against the starting policy (0.02).")
     epsilon: float = _setting(0.2, "Clip range of the policy ratio (paper: 0.2).")
     num_iterations: int = _setting(1, "Inner epochs over each rollout batch (paper: 1).")
-    num_generations: int = _setting(1, "Answers sampled for each prompt (paper: 1).")
-    generation_batch_size: int = _setting(512, "Rollout batch: episodes an iteration, all processes (512).")
-    per_device_train_batch_size: int = _setting(8, "Episodes of one forward and backward on one device.")
-    gradient_accumulation_steps: int = _setting(8, "Micro-batches an optimizer step: 8 × 8 is the paper's 64.")
+    num_generations: int = _setting(1, "Answers sampled per prompt (paper: 1).")
+    generation_batch_size: int = _setting(512, "Rollout batch: episodes per iteration on all processes (paper: 512).")
+    per_device_train_batch_size: int = _setting(8, "Episodes per forward and backward on one device.")
+    gradient_accumulation_steps: int = _setting(8, "Micro-batches per optimizer step. 8 × 8 is the paper's 64.")
     temperature: float = _setting(1.0, "Sampling temperature (paper: 1).")
     max_prompt_length: int | None = _setting(1024, "Longer prompts are dropped and counted (paper: 1k tokens).")
-    max_completion_length: int | None = _setting(1024, "Longest answer in tokens (paper: 1k).")
-    total_episodes: int | None = _setting(256_000, "Episodes of the run, unless max_steps is set (paper: 256k).")
+    max_completion_length: int | None = _setting(1024, "Longest answer, in tokens (paper: 1k).")
+    total_episodes: int | None = _setting(256_000, "Episodes of the run (paper: 256k). max_steps overrides it.")
     loss_type: str = _setting("dapo", "Fixed: the mean over the minibatch's completion tokens.")
-    learning_rate: float = _setting(8e-6, "Peak LR of the policy (n.p.; above 8.05e-6 the paper saw divergence).")
-    lr_scheduler_type: str = _setting("warmup_stable_decay", "Constant after the warm-up (paper).")
-    lr_scheduler_kwargs: dict | str | None = _setting(None, "Default: start at a tenth of the peak, never decay.")
-    warmup_iterations: int = _setting(10, "Iterations of warm-up (paper: 10), unless warmup_steps is set.")
+    learning_rate: float = _setting(8e-6, "Peak LR of the policy (not published; the paper diverged above 8.05e-6).")
+    lr_scheduler_type: str = _setting("warmup_stable_decay", "The LR is constant after the warm-up (paper).")
+    lr_scheduler_kwargs: dict | str | None = _setting(None, "Default: the LR starts at a tenth and never decays.")
+    warmup_iterations: int = _setting(10, "Iterations of warm-up (paper: 10). warmup_steps overrides it.")
     adam_beta2: float = _setting(0.95, "β2 of Adam (paper: 0.95).")
-    disable_dropout: bool = _setting(True, "No dropout in RL (policy, reference, value).")
-    logging_steps: float | None = _setting(None, "Steps between logs; default: one line an iteration.")  # type: ignore[assignment]
+    disable_dropout: bool = _setting(True, "Switch dropout off in policy, reference and value model.")
+    logging_steps: float | None = _setting(None, "Steps between logs. Default: log once per iteration.")  # type: ignore[assignment]
 
-    ptx_coef: float = _setting(27.8, "γ of Eq. 2: coefficient of the pretraining loss (27.8); 0 is plain PPO.")
-    ptx_ratio: int = _setting(8, "Pretraining examples for each episode (paper: 8).")
-    ptx_max_length: int = _setting(2048, "Tokens a pretraining example keeps (paper: 2k context).")
-    discount: float = _setting(1.0, "Discount of GAE (paper: none).")
-    gae_lambda: float = _setting(0.95, "λ of GAE (n.p.; 0.95).")
+    ptx_coef: float = _setting(27.8, "γ of Eq. 2: weight of the pretraining loss (paper: 27.8). 0 is plain PPO.")
+    ptx_ratio: int = _setting(8, "Pretraining examples per episode (paper: 8).")
+    ptx_max_length: int = _setting(2048, "Pretraining examples are cut to this many tokens (paper: 2k).")
+    discount: float = _setting(1.0, "Discount of GAE (paper: 1, no discount).")
+    gae_lambda: float = _setting(0.95, "λ of GAE (not published).")
     kl_estimator: str = _setting("k1", "Estimator of the KL penalty: 'k1' (paper), 'k2' or 'k3'.")
-    whiten_advantages: bool = _setting(True, "Whiten advantages over the whole rollout batch (n.p.).")
-    missing_eos_penalty: float | None = _setting(None, "Subtracted from the score of an answer cut at the limit.")
-    value_clip: float = _setting(0.2, "Clip range of the value update (n.p.; as the policy's).")
+    whiten_advantages: bool = _setting(True, "Whiten advantages over the whole rollout batch (not published).")
+    missing_eos_penalty: float | None = _setting(
+        None, "Subtract this from the score of an answer without an EOS, cut at max_completion_length."
+    )
+    value_clip: float = _setting(0.2, "Clip range of the value update (not published; the policy's).")
     value_learning_rate: float = _setting(9e-6, "Peak LR of the value model (paper: 9e-6).")
-    value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (n.p.); 0 for none.")
-    ema_decay: float | None = _setting(0.992, "Decay of the average of the policy's weights, a step (paper).")
-    local_rollout_forward_batch_size: int = _setting(64, "Rows generated, or scored, at once on one device.")
+    value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (not published). 0 is no clip.")
+    ema_decay: float | None = _setting(0.992, "Decay per step of the average of the policy's weights (paper: 0.992).")
+    local_rollout_forward_batch_size: int = _setting(64, "Rows generated or scored at once on one device.")
     old_logps_from_sampler: bool = _setting(
         False,
-        "Take log π_old from the sampler and save a forward. The ratio then starts at 1 up to the sampler's rounding "
-        "(logged as sampler_gap), not exactly. Needs transformers' generate, or vLLM without its correction.",
+        "Take log π_old from the sampler and save a forward. The ratio then starts at 1 only up to the sampler's "
+        "rounding, which is logged as sampler_gap. Needs transformers' generate, or vLLM without its correction.",
     )
     eval_win_rate: bool = _setting(
         True,
-        "With eval_dataset, log eval_win_rate: the share of its prompts where the policy's answer scores higher than "
-        "the reference's. Costs one generation and scoring of its prompts a run, for the reference.",
+        "With eval_dataset, log eval_win_rate: the share of its prompts to which the policy's answer scores higher "
+        "than the reference's. The reference's answers are generated and scored once per run.",
     )
 
     kl_stop: float | None = _setting(
-        None, "Stop at a rollout whose mean KL from the reference, nats an answer, is above."
+        None, "Stop training if the mean KL from the reference, in nats per answer, exceeds this in a rollout."
     )
-    value_loss_stop: float | None = _setting(None, "A step is bad above this many times the running median value loss.")
-    entropy_stop: float | None = _setting(None, "Stop where the policy's entropy, nats a token, is below: collapse.")
+    value_loss_stop: float | None = _setting(
+        None, "A step is bad if its value loss exceeds this many times the running median."
+    )
+    entropy_stop: float | None = _setting(
+        None, "Stop training if the policy's entropy, in nats per token, falls below this: it has collapsed."
+    )
     eos_rate_stop: float | None = _setting(
-        None, "Stop where no larger share of answers ends with EOS (0: none ends) ..."
+        None,
+        "Stop training if the share of answers that end with an EOS stays at or below this for eos_rate_patience "
+        "rollouts. 0 stops only if no answer ends.",
     )
-    eos_rate_patience: int = _setting(3, "... in this many rollouts in a row.")
+    eos_rate_patience: int = _setting(3, "Consecutive rollouts that eos_rate_stop needs before it stops training.")
     divergence_action: str = _setting(
         "stop",
-        "At a step that is not finite or above value_loss_stop: 'stop' training, 'skip' the step, or 'ignore' it (warn "
-        "once). KL, entropy and EOS limits stop training unless 'ignore'. A skipped step changes no weight.",
+        "What to do at a bad step, one that is not finite or exceeds value_loss_stop: 'stop' training, 'skip' the step "
+        "and change no weight, or 'ignore' it and warn once. The limits on KL, entropy and EOS stop training under "
+        "'skip', too; under 'ignore' they warn.",
     )
 
     def __post_init__(self) -> None:
@@ -126,7 +136,6 @@ class PPOPtxConfig(GRPOConfig):
             self.lr_scheduler_kwargs = {"min_lr_ratio": 0.1, "num_decay_steps": 0}
         self._check_generation_kwargs()
         self._check_ranges()
-        self._check_episodes()
         log_each_iteration = self.logging_steps is None
         if log_each_iteration:
             self.logging_steps = 1
@@ -147,7 +156,7 @@ class PPOPtxConfig(GRPOConfig):
             self.warmup_steps = self.warmup_iterations * self.steps_per_iteration
 
     def _upstream_post_init(self) -> None:
-        """GRPO refuses one answer a prompt, for its group baseline; PPO has a critic. Show it a legal number."""
+        """GRPO refuses one answer per prompt, for its group baseline; PPO has a critic. Show it a legal number."""
         num_generations = self.num_generations or 1
         if num_generations == 1:
             self.num_generations_eval = self.num_generations_eval or 1
@@ -158,7 +167,7 @@ class PPOPtxConfig(GRPOConfig):
             self.num_generations = num_generations
 
     def _check_generation_kwargs(self) -> None:
-        """Answers must be drawn from the distribution whose log-probs are computed: the policy's at `temperature`."""
+        """Refuse what would draw answers from another distribution than the one whose log-probs are computed."""
         given = self.generation_kwargs or {}
         names = sorted(set(json.loads(given) if isinstance(given, str) else given) - ALLOWED_GENERATION_KWARGS)
         if names:
@@ -169,15 +178,21 @@ class PPOPtxConfig(GRPOConfig):
             )
 
     def _check_ranges(self) -> None:
-        for name in ("ptx_coef", "beta", "value_clip", "value_max_grad_norm", "warmup_iterations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("ptx_ratio", "num_iterations", "local_rollout_forward_batch_size", "ptx_max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("discount", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        not_negative = ("ptx_coef", "beta", "value_clip", "value_max_grad_norm", "warmup_iterations")
+        at_least_1 = ("ptx_ratio", "num_iterations", "local_rollout_forward_batch_size", "ptx_max_length")
+        for names, low, high, must in (
+            (not_negative, 0, math.inf, "must not be negative"),
+            (at_least_1, 1, math.inf, "must be at least 1"),
+            (("discount", "gae_lambda"), 0, 1, "must be in [0, 1]"),
+        ):
+            for name in names:
+                if not low <= getattr(self, name) <= high:
+                    raise ValueError(f"{name} {must}, got {getattr(self, name)}.")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise ValueError(
+                f"total_episodes must be at least 1, got {self.total_episodes}: nothing would be trained. For a number "
+                "of optimizer steps set max_steps, for epochs total_episodes=None."
+            )
         if self.kl_estimator not in ("k1", "k2", "k3"):
             raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', got {self.kl_estimator!r}.")
         if self.old_logps_from_sampler and self.use_transformers_continuous_batching:
@@ -188,13 +203,6 @@ class PPOPtxConfig(GRPOConfig):
                 "vllm_importance_sampling_correction=False, which compares them with a forward's, or leave it off."
             )
         DivergenceGuard.from_config(self)  # checks its settings
-
-    def _check_episodes(self) -> None:
-        if self.total_episodes is not None and self.total_episodes < 1:
-            raise ValueError(
-                f"total_episodes must be at least 1, got {self.total_episodes}: nothing would be trained. For a number "
-                "of optimizer steps set max_steps, for epochs total_episodes=None."
-            )
 
     def _check_batches(self) -> None:
         if self.generation_batch_size % self.minibatch_size:
@@ -207,7 +215,7 @@ class PPOPtxConfig(GRPOConfig):
 
     @property
     def minibatch_size(self) -> int:
-        """Episodes an optimizer step, all processes."""
+        """Episodes per optimizer step on all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property

@@ -1,42 +1,101 @@
-"""What `PPOPtxTrainer` checks and builds before any training: policy, reference, reward functions, value model."""
+"""Before `PPOPtxTrainer` trains: checks, models made from what was handed in, and lines that say what will run."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from trl import GRPOTrainer
 
-from instruct_trl._upstream import without_init_kwargs
-from instruct_trl.data.encoding import encode_prompt
-from instruct_trl.models.adapters import has_adapters
-from instruct_trl.models.loading import check_token_rows
+from instruct_trl._upstream import (
+    keep_4bit_trainable,
+    keep_head_out_of_autocast,
+    match_adapters_to_precision,
+    prepare_reference,
+    without_init_kwargs,
+)
+from instruct_trl.data.encoding import require_eos
+from instruct_trl.data.pretraining import PretrainingStream
+from instruct_trl.models.adapters import adapter_parameters, has_adapters
+from instruct_trl.models.dropout import switch_off_dropout
+from instruct_trl.models.loading import check_token_rows, load_causal_model
 from instruct_trl.models.model_files import check_model_path, has_tokenizer, load_tokenizer, tokenizer_source
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.reward_functions import checked
 from instruct_trl.models.role_adapters import ReferenceRole, RewardRole, RoleAdapters, ValueRole
-from instruct_trl.models.value import ValueModel, value_model_from_reward_model
-from instruct_trl.trainers.engines import is_sharding
+from instruct_trl.models.value import ValueModel, merged, value_model_from_reward_model
+from instruct_trl.trainers import starting_model
+from instruct_trl.trainers.engines import check_engine, is_sharding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
-from instruct_trl.trainers.starting_model import (
-    check_something_trains,
-    train_in_float32,
-)
+from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 
-logger = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+@dataclass
+class Given:
+    """The models as a user hands them to `PPOPtxTrainer`, and the configs to make them with."""
+
+    model: Any
+    value_model: Any = None
+    ref_model: Any = None
+    roles: RoleAdapters | None = None
+    peft_config: Any = None
+    quantization_config: Any = None
+
+
+@dataclass
+class Models:
+    """The models that train, and those that judge them."""
+
+    policy: Any
+    value_model: ValueModel | ValueRole
+    ref_model: Any  # None: the policy with its adapters off, or as they were
+    reward_funcs: list[Any]
+    tokenizer: Any
+    roles: RoleAdapters | None
+    with_peft: bool
+    loaded: bool  # the policy was given as a path
+
+
+def build_models(given: Given, reward_funcs: Any, tokenizer: Any, reward_tokenizers: Any, args: PPOPtxConfig) -> Models:
+    """Policy, reference, reward functions and critic, checked against each other.
+
+    Raises:
+        ValueError: naming the argument and the remedy.
+    """
+    check_whole(model=given.model, value_model=given.value_model, ref_model=given.ref_model)
+    check_beside_roles(given, args)
+    model, value_model, ref_model, roles = given.model, given.value_model, given.ref_model, given.roles
+    if roles is not None:
+        model, value_model, ref_model = roles.policy, roles.value, roles.reference
+        reward_funcs = roles.reward if reward_funcs is None else reward_funcs
+    tokenizer = tokenizer or load_policy_tokenizer(model, roles, **starting_model.loading_kwargs(args))
+    require_eos(tokenizer)
+    reward_funcs = wrap_reward_funcs(reward_funcs, reward_tokenizers, args)
+    check_read_alike(tokenizer, value_model=value_model, ref_model=ref_model)
+    value_model = resolve_value_model(value_model, reward_funcs, tokenizer, args)
+    for scorer in (func for func in reward_funcs if isinstance(func, RewardScorer)):
+        is_role = isinstance(scorer.model, RewardRole)  # it masks the pad token away
+        check_token_rows(scorer.model, scorer.processing_class, "The reward model", pad=not is_role)
+    policy = load_policy(model, args, given.quantization_config, given.peft_config)
+    with_peft = has_adapters(policy, given.peft_config)
+    ref_model = resolve_reference(policy, ref_model, with_peft, args)
+    loaded = policy is not model
+    return Models(policy, value_model, ref_model, reward_funcs, tokenizer, roles, with_peft, loaded)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
 
 
 def check_pretraining(args: PPOPtxConfig, pretraining_dataset: Any) -> None:
-    """Refuse γ > 0 without text.
-
-    Raises:
-        ValueError: `ptx_coef` is above 0 and there is no pretraining dataset.
-    """
+    """Refuse γ > 0 without text."""
     if args.ptx_coef > 0 and pretraining_dataset is None:
         raise ValueError(
             f"ptx_coef={args.ptx_coef} needs pretraining_dataset= (a `text` or an `input_ids` column). For plain PPO "
@@ -45,11 +104,7 @@ def check_pretraining(args: PPOPtxConfig, pretraining_dataset: Any) -> None:
 
 
 def check_whole(**models: Any) -> None:
-    """Refuse models that lie in ZeRO-3 shards already.
-
-    Raises:
-        ValueError: one of `models` does.
-    """
+    """Refuse models that lie in ZeRO-3 shards already."""
     for name, model in models.items():
         if isinstance(model, torch.nn.Module) and any(hasattr(p, "ds_id") for p in model.parameters()):
             raise ValueError(
@@ -58,31 +113,9 @@ def check_whole(**models: Any) -> None:
             )
 
 
-def load_policy_tokenizer(model: Any, roles: RoleAdapters | None, **kwargs: Any) -> Any:
-    """The tokenizer that was saved with the policy, or with the adapters of `roles`, padding on the left.
-
-    `kwargs` are those that a policy by path is going to be loaded with.
-
-    Raises:
-        ValueError: the policy is a path that does not exist, or a base of `roles` that has no name.
-    """
-    if roles is not None:
-        path = roles.tokenizer_path
-    else:
-        path = model if isinstance(model, str) else model.config._name_or_path
-        check_model_path(path, weights=isinstance(model, str), **kwargs)
-    if not path:
-        raise ValueError("The base of role_adapters was built in memory: pass its tokenizer as processing_class.")
-    return load_tokenizer(path, padding_side="left", truncation_side="left")
-
-
-def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: Any) -> None:
-    """Refuse models, and configs to make them, beside `role_adapters`; and what would change the base under them.
-
-    Raises:
-        ValueError: one of `given` is not None (nor, as the policy, that of `roles`), vLLM on a base that is not in
-            float32, or `cast_lm_head_to_fp32`.
-    """
+def check_beside_roles(given: Given, args: PPOPtxConfig) -> None:
+    """Refuse models, and configs to make them, beside `role_adapters`; and what would change the base under them."""
+    roles = given.roles
     if roles is None:
         return
     if args.cast_lm_head_to_fp32:
@@ -92,170 +125,21 @@ def check_beside_roles(roles: RoleAdapters | None, args: PPOPtxConfig, **given: 
         )
     if args.use_vllm and (getattr(roles.model, "is_quantized", False) or roles.model.dtype != torch.float32):
         raise ValueError(
-            "use_vllm merges the policy's adapter into the base and takes it out again at each iteration, which rounds "
+            "use_vllm merges the policy's adapter into the base at each iteration and takes it out again. This rounds "
             "a base that is not in float32, and all roles stand on it. Load it in float32, or leave vLLM off."
         )
-    beside = [name for name, value in given.items() if value is not None and value is not roles.policy]
-    if beside:
+    names = [
+        name for name, value in vars(given).items() if not any(value is own for own in (None, roles, roles.policy))
+    ]
+    if names:
         raise ValueError(
-            f"{', '.join(beside)}= and role_adapters= are given: policy, reference and critic are those of "
+            f"{', '.join(names)}= and role_adapters= are given: policy, reference and critic are those of "
             "role_adapters. Leave it out (model=None), and give configs to RoleAdapters."
         )
 
 
-@contextmanager
-def as_upstream_must_see(
-    args: PPOPtxConfig, with_peft: bool, roles: RoleAdapters | None, loaded: bool
-) -> Iterator[None]:
-    """The state in which GRPOTrainer's constructor leaves the models as they are.
-
-    Where beta is not 0, it reloads the reference from the policy's path, which is the wrong model for a policy held in
-    memory; and it keeps the adapters of a PEFT policy only where beta is not 0. On a 4-bit base it also rounds what is
-    trained to bf16, by which a policy would differ from the reference that it is a copy of. `loaded` says that the
-    policy was a path and is a model now.
-    """
-    beta, args.beta = args.beta, 1.0 if with_peft and roles is None else 0.0
-    try:
-        with without_init_kwargs(args, loaded), nullcontext() if roles is None else roles.frozen():
-            yield
-    finally:
-        args.beta = beta
-
-
-def check_engine_of_roles(accelerator: Accelerator) -> None:
-    """Refuse roles where the shared base would be cut into shards.
-
-    Raises:
-        ValueError: DeepSpeed or FSDP.
-    """
-    if is_sharding(accelerator):
-        raise ValueError(
-            "role_adapters run on one process or several under DDP: DeepSpeed and FSDP would each take the shared base "
-            "for two models. Launch with DDP, or give four models."
-        )
-
-
-def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxConfig) -> list[Any]:
-    """Reward models, by path or in memory, become `RewardScorer`s; what other functions give is checked.
-
-    Raises:
-        ValueError: there is no reward function, or the tokenizers do not match them one to one.
-    """
-    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    funcs = [func for func in funcs if func is not None]
-    if not funcs:
-        raise ValueError("reward_funcs is empty. Pass a reward model, its path, or a function (prompts, completions).")
-    tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
-    if len(tokenizers) != len(funcs):
-        raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions.")
-    kinds = (str, Path, PreTrainedModel, RewardRole)
-    wrapped = [
-        RewardScorer(
-            func,
-            tokenizer,
-            batch_size=args.local_rollout_forward_batch_size,
-            prefix_sharing="off" if isinstance(func, RewardRole) else "auto",  # what it attends by is not its own
-        )
-        if isinstance(func, kinds) or has_adapters(func)
-        else func
-        if isinstance(func, (RewardScorer, torch.nn.Module))
-        else checked(func)
-        for func, tokenizer in zip(funcs, tokenizers, strict=True)
-    ]
-    scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
-    for scorer in scorers:
-        check_whole(reward_funcs=scorer.model)
-    if len(scorers) > 1:  # metrics are logged by name
-        for number, scorer in enumerate(scorers, start=1):
-            scorer.__name__ = f"reward_model_{number}"
-    return wrapped
-
-
-def resolve_value_model(
-    value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any, args: PPOPtxConfig
-) -> ValueModel | ValueRole:
-    """The critic: the one passed in, by path or in memory, or a copy of the one reward model among `reward_funcs`.
-
-    Raises:
-        ValueError: no reward model to copy, more than one, or one whose tokenizer is not the policy's; a value model
-            that is frozen, carries adapters, or lacks rows for the policy's tokens.
-    """
-    scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
-    if isinstance(value_model, ValueRole):
-        scorers = [scorer for scorer in scorers if isinstance(scorer.model, RewardRole)]
-        for scorer in scorers:
-            _check_tokens(scorer, policy_tokenizer)
-        return value_model
-    if value_model is not None:
-        value_model = _as_value_model(value_model, args)
-        check_token_rows(value_model.classifier, policy_tokenizer, "The value model")
-        return value_model
-    if len(scorers) != 1:
-        raise ValueError(
-            f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
-            "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
-        )
-    _check_tokens(scorers[0], policy_tokenizer)
-    value_model = value_model_from_reward_model(scorers[0].model)
-    check_token_rows(value_model.classifier, policy_tokenizer, "The reward model, of which the critic is a copy,")
-    return value_model
-
-
-def check_reward_rows(reward_funcs: list[Any]) -> None:
-    """Refuse reward models that lack rows for their tokenizer's tokens.
-
-    Raises:
-        ValueError: one does.
-    """
-    for func in reward_funcs:
-        if isinstance(func, RewardScorer):
-            is_role = isinstance(func.model, RewardRole)  # which masks the pad token away
-            check_token_rows(func.model, func.processing_class, "The reward model", pad=not is_role)
-
-
-def _as_value_model(given: Any, args: PPOPtxConfig) -> ValueModel:
-    """A path, a classifier or a [`ValueModel`], all of it to be trained, in float32."""
-    if isinstance(given, (str, Path)):
-        return ValueModel.from_pretrained(given, trust_remote_code=args.trust_remote_code)
-    value_model = given if isinstance(given, ValueModel) else ValueModel(given)
-    check_something_trains(value_model, "value_model")
-    return train_in_float32(value_model, "value_model", args)
-
-
-def _check_tokens(scorer: RewardScorer, policy_tokenizer: Any) -> None:
-    if not same_tokens(scorer.processing_class, policy_tokenizer):
-        raise ValueError(
-            f"The reward model's tokenizer ({scorer.processing_class.name_or_path}) differs from the policy's "
-            f"({policy_tokenizer.name_or_path}), so its copy cannot read the policy's tokens. Pass value_model= "
-            "with the policy's tokenizer."
-        )
-
-
-def same_tokens(first: Any, second: Any) -> bool:
-    """True where every token that both tokenizers know has the same id, and they share all but added special ones."""
-    one, two = first.get_vocab(), second.get_vocab()
-    if first.pad_token_id == second.pad_token_id is not None:  # by whatever name, it is never read
-        for vocabulary, tokenizer in ((one, first), (two, second)):
-            vocabulary.pop(tokenizer.pad_token, None)
-    small, large = sorted((one, two), key=len)
-    return all(large.get(token) == index for token, index in small.items()) and len(large) - len(small) <= 16
-
-
-def begins_alike(first: Any, second: Any) -> bool:
-    """True where both tokenizers put the same special tokens, a BOS or none, before a text."""
-    return encode_prompt(first, "x") == encode_prompt(second, "x")
-
-
 def check_read_alike(policy_tokenizer: Any, **models: Any) -> None:
-    """Refuse models that read the policy's tokens, and were saved beside a tokenizer of other ids.
-
-    Args:
-        policy_tokenizer: the policy's.
-        models: by the name of their argument: a path, a model, or None.
-
-    Raises:
-        ValueError: naming the model, and a token whose id differs.
-    """
+    """Refuse models, by path or in memory, that were saved beside a tokenizer of other ids than the policy's."""
     for name, model in models.items():
         if model is None or isinstance(model, (ValueRole, ReferenceRole)):
             continue
@@ -269,44 +153,255 @@ def check_read_alike(policy_tokenizer: Any, **models: Any) -> None:
             )
 
 
-def say_plan(trainer: Any) -> None:
-    """One line with the sizes that follow from the settings, before training starts."""
-    args = trainer.args
+def same_tokens(first: Any, second: Any) -> bool:
+    """True if every token that both tokenizers know has the same id, and they share all but added special ones."""
+    one, two = first.get_vocab(), second.get_vocab()
+    if first.pad_token_id == second.pad_token_id is not None:  # by whatever name, it is never read
+        for vocabulary, tokenizer in ((one, first), (two, second)):
+            vocabulary.pop(tokenizer.pad_token, None)
+    small, large = sorted((one, two), key=len)
+    return all(large.get(token) == index for token, index in small.items()) and len(large) - len(small) <= 16
+
+
+# Policy and reference -------------------------------------------------------------------------------------------------
+
+
+def load_policy_tokenizer(model: Any, roles: RoleAdapters | None, **kwargs: Any) -> Any:
+    """The tokenizer that was saved with the policy, or with the adapters of `roles`; it pads on the left.
+
+    `kwargs` are those that a policy by path is going to be loaded with.
+    """
+    if roles is not None:
+        path = roles.tokenizer_path
+    else:
+        path = model if isinstance(model, str) else model.config._name_or_path
+        check_model_path(path, weights=isinstance(model, str), **kwargs)
+    if not path:
+        raise ValueError("The base of role_adapters was built in memory: pass its tokenizer as processing_class.")
+    return load_tokenizer(path, padding_side="left", truncation_side="left")
+
+
+def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_config: Any) -> Any:
+    """A path becomes a float32 model here, so that the reference can be its copy; new adapters are put on by upstream.
+
+    Raises:
+        ValueError: the path does not exist, or nothing of the policy would train.
+    """
+    starting_model.settle_model_kwargs(args, has_adapters(model, peft_config))
+    starting_model.check_adapters(model, peft_config, "The policy")
+    policy = starting_model.load_adapter_to_train(model, args, quantization_config)
+    if args.cast_lm_head_to_fp32 and has_adapters(policy, peft_config):
+        config = AutoConfig.from_pretrained(policy) if isinstance(policy, str) else policy.config
+        if config.tie_word_embeddings:
+            raise ValueError(
+                "cast_lm_head_to_fp32=True does not work with adapters on a model whose head is its embedding "
+                "(tie_word_embeddings): upstream does not find the embedding below them. Leave it off."
+            )
+    if isinstance(policy, str) and peft_config is None:
+        if quantization_config is not None:
+            raise ValueError(
+                "quantization_config needs peft_config: quantised weights do not train, adapters on them do."
+            )
+        return load_causal_model(policy, **starting_model.loading_kwargs(args))
+    return starting_model.train_in_float32(policy, "The policy", args, peft_config)
+
+
+def resolve_reference(policy: Any, ref_model: Any, with_peft: bool, args: PPOPtxConfig) -> Any:
+    """The reference of the KL: the one passed in, or a frozen copy of the policy, made before TRL patches its forward.
+
+    None with PEFT: the reference is then the base, with the adapters off or as they were.
+    """
+    if ref_model is policy:
+        raise ValueError("ref_model is the policy itself. Leave it out: a frozen copy of the policy is made.")
+    if isinstance(ref_model, (str, Path)):
+        return merged(load_causal_model(ref_model, **starting_model.loading_kwargs(args)))
+    if ref_model is None and not with_peft:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        # A trainer before may have set a forward of its own on the policy; copied, it would go on calling the policy.
+        vars(reference).pop("forward", None)
+        return reference
+    return ref_model
+
+
+@contextmanager
+def as_upstream_must_see(args: PPOPtxConfig, models: Models) -> Iterator[None]:
+    """Inside, GRPOTrainer's constructor leaves the models as they are.
+
+    With beta > 0 it reloads the reference from the policy's path, which is the wrong model for a policy held in memory;
+    but it keeps the adapters of a PEFT policy only with beta > 0. On a 4-bit base it also rounds what is trained to
+    bf16, and the policy would differ from the reference that it is a copy of.
+    """
+    beta, args.beta = args.beta, 1.0 if models.with_peft and models.roles is None else 0.0
+    try:
+        with without_init_kwargs(args, models.loaded), nullcontext() if models.roles is None else models.roles.frozen():
+            yield
+    finally:
+        args.beta = beta
+
+
+def settle_models(trainer: GRPOTrainer, models: Models) -> Any:
+    """Place, cast and check the models once upstream has put adapters on the policy; returns the reference.
+
+    Raises:
+        ValueError: a launcher or tokens that a model does not go with.
+    """
+    args: Any = trainer.args
+    policy: Any = trainer.model
+    roles, reference = models.roles, models.ref_model
+    check_engine(trainer.accelerator)
+    keep_4bit_trainable(policy)
+    check_token_rows(policy, trainer._tokenizer, "The policy")
+    if roles is None:  # roles keep their own weights
+        starting_model.keep_adapters_in_float32(policy)
+        if "ref" in getattr(policy, "peft_config", {}):
+            # Upstream copies weights whose names hold the adapter's between dots, so not those of single tokens.
+            own, copies = adapter_parameters(policy, "default"), adapter_parameters(policy, "ref")
+            for (_, source), (_, target) in zip(own.items(), copies.items(), strict=True):
+                target.data.copy_(source.data)
+    starting_model.place_reward_models(trainer.reward_funcs, trainer.accelerator.device)
+    if args.cast_lm_head_to_fp32:
+        keep_head_out_of_autocast(trainer, policy)
+    match_adapters_to_precision(policy, args.bf16)
+    if roles is not None:
+        if is_sharding(trainer.accelerator):
+            raise ValueError(
+                "role_adapters run on one process or several under DDP: DeepSpeed and FSDP would each take the shared "
+                "base for two models. Launch with DDP, or give four models."
+            )
+        roles.to(trainer.accelerator.device)
+    elif reference is not None:
+        reference = prepare_reference(trainer, reference)
+    if args.old_logps_from_sampler and reference is None:
+        raise ValueError(
+            "old_logps_from_sampler needs a reference model of its own; with PEFT it is the policy without its "
+            "adapter. Pass ref_model= or leave the option off."
+        )
+    if args.disable_dropout:
+        switch_off_dropout(policy)
+        switch_off_dropout(models.value_model)
+    return reference
+
+
+# Reward functions, critic, pretraining texts --------------------------------------------------------------------------
+
+
+def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxConfig) -> list[Any]:
+    """Reward models, by path or in memory, become `RewardScorer`s; what other functions give is checked."""
+    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    funcs = [func for func in funcs if func is not None]
+    if not funcs:
+        raise ValueError("reward_funcs is empty. Pass a reward model, its path, or a function (prompts, completions).")
+    tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
+    if len(tokenizers) != len(funcs):
+        raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions.")
+    wrapped = [_wrap(func, tokenizer, args) for func, tokenizer in zip(funcs, tokenizers, strict=True)]
+    scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
+    for scorer in scorers:
+        check_whole(reward_funcs=scorer.model)
+    if len(scorers) > 1:  # metrics are logged by name
+        for number, scorer in enumerate(scorers, start=1):
+            scorer.__name__ = f"reward_model_{number}"
+    return wrapped
+
+
+def _wrap(func: Any, tokenizer: Any, args: PPOPtxConfig) -> Any:
+    if isinstance(func, (str, Path, PreTrainedModel, RewardRole)) or has_adapters(func):
+        sharing = "off" if isinstance(func, RewardRole) else "auto"  # a role attends as its base does
+        size = args.local_rollout_forward_batch_size
+        return RewardScorer(func, tokenizer, batch_size=size, prefix_sharing=sharing)
+    return func if isinstance(func, (RewardScorer, torch.nn.Module)) else checked(func)
+
+
+def resolve_value_model(
+    value_model: Any, reward_funcs: list[Any], policy_tokenizer: Any, args: PPOPtxConfig
+) -> ValueModel | ValueRole:
+    """The critic: the one passed in, by path or in memory, or a copy of the one reward model among `reward_funcs`.
+
+    Raises:
+        ValueError: it is not clear which reward model to copy; or the critic could not read the policy's tokens.
+    """
+    scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
+    if isinstance(value_model, ValueRole):
+        for scorer in scorers:
+            if isinstance(scorer.model, RewardRole):
+                _check_tokens(scorer, policy_tokenizer)
+        return value_model
+    if value_model is not None:
+        if isinstance(value_model, (str, Path)):
+            critic = ValueModel.from_pretrained(value_model, trust_remote_code=args.trust_remote_code)
+        else:
+            critic = value_model if isinstance(value_model, ValueModel) else ValueModel(value_model)
+            starting_model.check_something_trains(critic, "value_model")
+            critic = starting_model.train_in_float32(critic, "value_model", args)
+        check_token_rows(critic.classifier, policy_tokenizer, "The value model")
+        return critic
+    if len(scorers) != 1:
+        raise ValueError(
+            f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
+            "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
+        )
+    _check_tokens(scorers[0], policy_tokenizer)
+    critic = value_model_from_reward_model(scorers[0].model)
+    check_token_rows(critic.classifier, policy_tokenizer, "The reward model, of which the critic is a copy,")
+    return critic
+
+
+def _check_tokens(scorer: RewardScorer, policy_tokenizer: Any) -> None:
+    if not same_tokens(scorer.processing_class, policy_tokenizer):
+        raise ValueError(
+            f"The reward model's tokenizer ({scorer.processing_class.name_or_path}) differs from the policy's "
+            f"({policy_tokenizer.name_or_path}), so its copy cannot read the policy's tokens. Pass value_model= "
+            "with the policy's tokenizer."
+        )
+
+
+def pretraining_stream(dataset: Any, tokenizer: Any, max_length: int, args: PPOPtxConfig) -> PretrainingStream:
+    """The texts of the γ term, of at most `max_length` tokens."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    with args.main_process_first(desc="tokenizing the pretraining texts"):  # the others then read its cache
+        return PretrainingStream(
+            dataset, tokenizer, max_length=max_length, seed=seed, rank=args.process_index, world_size=args.world_size
+        )
+
+
+# What is printed ------------------------------------------------------------------------------------------------------
+
+
+def say_plan(args: PPOPtxConfig, pretraining: PretrainingGradient | None, say: Say) -> None:
+    """Print the sizes that follow from the settings, before training starts."""
     steps = args.steps_per_iteration
-    iterations = args.max_steps // steps if args.max_steps > 0 else None
     plan = (
         f"PPO-ptx: rollout batch {args.generation_batch_size}, minibatch {args.minibatch_size}, "
-        f"{steps} optimizer steps an iteration"
+        f"{steps} optimizer steps per iteration"
     )
-    if iterations is not None:
+    if args.max_steps > 0:
+        iterations = args.max_steps // steps
         episodes = iterations * args.generation_batch_size
         plan += f", {iterations} iterations = {args.max_steps} steps = {episodes} episodes"
     plan += f"; γ = {args.ptx_coef}"
-    if trainer.pretraining is not None:
-        stream = trainer.pretraining.stream
-        plan += f" on {stream.size or 'streamed'} pretraining texts, {args.ptx_ratio} an episode"
-        if stream.truncated:
+    if pretraining is not None:
+        texts = pretraining.stream
+        plan += f" on {texts.size or 'streamed'} pretraining texts, {args.ptx_ratio} per episode"
+        if texts.truncated:
             limit = f"ptx_max_length={args.ptx_max_length}"
-            if stream.max_length < args.ptx_max_length:
-                limit = f"the policy's context of {stream.max_length}, below {limit}"
-            plan += f" ({stream.truncated} cut at {limit} tokens)"
-    trainer.accelerator.print(plan + ".")
+            if texts.max_length < args.ptx_max_length:
+                limit = f"the policy's context of {texts.max_length}, below {limit}"
+            plan += f" ({texts.truncated} cut at {limit} tokens)"
+    say(plan + ".")
 
 
-def say_warmup(trainer: Any, steps: int) -> None:
-    """One line where a run of `steps` ends before its warm-up does, so that no learning rate reaches its peak."""
-    warmup = trainer.args.get_warmup_steps(steps)
+def say_warmup(args: PPOPtxConfig, steps: int, say: Say) -> None:
+    """Print a warning if a run of `steps` ends before its warm-up does."""
+    warmup = args.get_warmup_steps(steps)
     if warmup > steps:
-        trainer.accelerator.print(
+        say(
             f"PPO-ptx: the warm-up of {warmup} steps is longer than the run of {steps}: the learning rates end at "
             f"{steps / warmup:.0%} of their way up. Lower warmup_iterations (or warmup_steps), or train longer."
         )
 
 
-def say_estimate(trainer: Any, seconds: float) -> None:
-    """One line after the run's first iteration: how long the rest will take at its pace."""
-    left = (trainer.args.max_steps - trainer.state.global_step - 1) // trainer.args.steps_per_iteration
+def say_estimate(args: PPOPtxConfig, steps: int, seconds: float, say: Say) -> None:
+    """Print how long the rest will take, at the pace of the run's first iteration, which ended after `steps`."""
+    left = (args.max_steps - steps) // args.steps_per_iteration
     if left > 0:
-        trainer.accelerator.print(
-            f"PPO-ptx: the first iteration took {seconds:.0f} s; {left} to go, about {seconds * left / 60:.0f} min."
-        )
+        say(f"PPO-ptx: the first iteration took {seconds:.0f} s; {left} to go, about {seconds * left / 60:.0f} min.")

@@ -34,16 +34,18 @@ class PretrainingGradient:
         self._tokens = torch.tensor(0.0)
 
     def start_minibatch(self) -> None:
-        """Draw the minibatch's examples and count their tokens."""
+        """Draw the minibatch's examples, 8 for each episode (appendix C), and count their tokens."""
         chunk = self.args.per_device_train_batch_size
         count = self.args.gradient_accumulation_steps * self.args.ptx_ratio
+        # Sorted, so that a batch has little padding. The longest are popped first: too little memory shows at once.
         rows = sorted(self.stream.draw(chunk * count), key=len)
         self._window = [rows[i * chunk : (i + 1) * chunk] for i in range(count)]
         tokens = torch.tensor(float(sum(len(row) - 1 for row in rows)), device=self.accelerator.device)
+        # Divided by the processes, because DDP averages the gradients that it sums up.
         self._tokens = self.accelerator.reduce(tokens, "sum") / self.accelerator.num_processes
 
     def backward(self, model: Any) -> float:
-        """One micro-batch's share; returns its part of the minibatch's loss, before γ."""
+        """Accumulate one micro-batch's share; returns its part of the minibatch's loss, before γ."""
         total = 0.0
         # TRL's fused head spares the logits, but divides them by the sampling temperature, which text must not see.
         fused = self.args.temperature == 1 and fused_head_is_compact(self.accelerator.device)
@@ -52,7 +54,7 @@ class PretrainingGradient:
             batch = self.stream.collate(self._window.pop(), self.accelerator.device)
             with self.autocast():
                 loss = model(**batch, num_items_in_batch=self._tokens, use_cache=False, **head).loss
-            ptx_loss = ppo_ptx_loss(torch.zeros_like(loss), loss, self.args.ptx_coef)
+            ptx_loss = ppo_ptx_loss(torch.zeros_like(loss), loss, self.args.ptx_coef)  # Eq. 2, second term
             self.accelerator.backward(ptx_loss, **backward_arguments(self.accelerator))
             total += self.accelerator.reduce(loss.detach(), "mean").item()
         return total

@@ -13,15 +13,12 @@ import torch
 class Stopwatch:
     """Seconds by stage, exclusive: time spent in an inner stage is not counted again in the one around it.
 
-    An accelerator works on after its kernels were launched. It is waited for wherever a stage begins or ends, so that
-    its time counts where it was caused.
-
-    Args:
-        device: what the stages compute on.
+    An accelerator works on after its kernels were launched. The stopwatch waits for `device` when a stage begins or
+    ends, so that time counts in the stage that caused it.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self.iterations = device, 0
         self._seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
         self._start = self._now()
@@ -32,7 +29,7 @@ class Stopwatch:
         return time.perf_counter()
 
     def start_iteration(self) -> None:
-        """Begin to count here; what an evaluation in between took is forgotten."""
+        """Begin to count here, and forget what an evaluation in between took."""
         self._seconds.clear()
         self._start = self._now()
 
@@ -53,5 +50,5 @@ class Stopwatch:
         now = self._now()
         report = {**self._seconds, "iteration": now - self._start}
         self._seconds.clear()
-        self._start = now
+        self._start, self.iterations = now, self.iterations + 1
         return report

@@ -9,21 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_config
 from launch_helpers import run_program
 from scipy import stats
+from transformers import LlamaForCausalLM
+
+from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence import claims, report, sweeps, verdicts
+from benchmarks.evidence import lab as lab_module
+from benchmarks.evidence.lab import LARGE, QUICK, Lab, Plan, job_hash
+from benchmarks.evidence.text import CLAIM_TEXTS
+from benchmarks.evidence.verdicts import Finding, Interval
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import _evidence_claims as claims  # noqa: E402
-import _evidence_lab as lab_module  # noqa: E402
-import _evidence_report as report  # noqa: E402
-import _evidence_sweeps as sweeps  # noqa: E402
-import _evidence_verdicts as verdicts  # noqa: E402
-import evidence  # noqa: E402
-from _evidence_lab import LARGE, QUICK, Lab, Plan, job_hash  # noqa: E402
-from _evidence_text import CLAIM_TEXTS  # noqa: E402
-from _evidence_verdicts import Finding, Interval  # noqa: E402
 
 
 def test_the_interval_over_seeds_is_students():
@@ -143,14 +141,9 @@ def test_the_hash_does_not_depend_on_the_order_of_settings():
     assert job_hash({"a": 1, "b": 2}) == job_hash({"b": 2, "a": 1}) != job_hash({"a": 2, "b": 1})
 
 
-def test_the_labeler_reads_the_review_without_the_instruction():
-    class Classifier:
-        def __call__(self, prompts, completions):
-            return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-
-    labeler = lab_module.PlainLabeler.__new__(lab_module.PlainLabeler)
-    labeler.classifier = Classifier()
-    assert labeler([lab_module.instruct("the film is")], [" fine ."]) == ["the film is fine ."]
+def test_the_labeler_reads_the_review_without_the_instruction(monkeypatch):
+    monkeypatch.setattr("instruct_trl.recipes.demo.labeler.score", lambda prompts, completions, run_dir: prompts)
+    assert lab_module.score([lab_module.instruct("the film is")], [" fine ."], "run") == ["the film is"]
 
 
 def test_a_claim_that_was_not_run_says_so_and_a_later_call_keeps_the_others(tmp_path):
@@ -274,22 +267,23 @@ def test_every_claims_rule_is_said():
 
 
 @pytest.mark.slow
-def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path):
+def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path, monkeypatch, tokenizer):
     """One seed at tiny sizes; a second call finds its jobs done and does another seed's in processes side by side."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "evidence.py"), "--quick", "--folder", str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def run(*options):
-        return run_program([*command, *options], env=env), json.loads(
-            (tmp_path / "results.json").read_text(encoding="utf-8")
-        )
-
-    _, results = run("--all", "--seeds", "1")
+    for name, fewer in {"GAMMAS": (0.3,), "BETAS": (0.1,), "RATIOS": (1,), "RATES": (5e-4,)}.items():
+        monkeypatch.setattr(sweeps, name, fewer)
+    monkeypatch.chdir(ROOT)  # the labeler is a function of benchmarks
+    LlamaForCausalLM(tiny_config(max_position_embeddings=1024)).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    quick = ["--quick", "--folder", str(tmp_path), "--model", str(tmp_path / "lm")]
+    evidence.main([*quick, "--all", "--seeds", "1"])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert sorted(map(int, results)) == list(CLAIM_TEXTS)
     assert all(row["seeds"] == 1 and row["verdict"] in ("holds", "does not", "cannot tell") for row in results.values())
     names = {path.name for path in (tmp_path / "pictures").glob("*.png")}
     assert {"evidence_win_rate.png", "evidence_tax.png", "evidence_selection.png", "evidence_groups.png"} <= names
-    out, results = run("--claim", "2", "8", "--seeds", "2", "--jobs", "2")
-    assert [results[str(number)]["seeds"] for number in (1, 2, 8)] == [1, 2, 2]
+    command = [sys.executable, "-m", "benchmarks.evidence", *quick, "--claim", "2", "--seeds", "2", "--jobs", "2"]
+    out = run_program(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [results[number]["seeds"] for number in ("1", "2")] == [1, 2]
     assert "seed 0: starting" not in out
     assert "seed 1: starting" in out

@@ -99,7 +99,7 @@ def test_unfilled_rows_may_be_allowed_and_count_as_invalid(blank, tmp_path):
     rows[0]["better"] = ""
     write(blank, rows)
     result = compare_models(PeopleJudge(tmp_path, allow_unfilled=True), PROMPTS, GOOD, "SFT")["PPO"]
-    assert (result.invalid, result.win.n, result.win.rate) == (1, 11, 1.0)
+    assert (result.invalid, result.win.n, result.win.mean) == (1, 11, 1.0)
 
 
 def test_a_file_is_never_overwritten_and_a_lost_column_is_named(blank, tmp_path):

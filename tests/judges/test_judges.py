@@ -34,7 +34,7 @@ def test_a_scorer_prefers_the_higher_score():
     assert results["base"].outcomes == [1.0, 0.5, 0.0, 1.0]
     assert results["PPO"].outcomes == [1.0, 1.0, 1.0, 0.5]
     win = results["PPO"].win
-    assert (win.wins, win.ties, win.losses, win.rate) == (3, 1, 0, 3.5 / 4)
+    assert (win.wins, win.ties, win.losses, win.mean) == (3, 1, 0, 3.5 / 4)
     assert results["PPO"].judge == "length"
 
 

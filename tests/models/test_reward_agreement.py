@@ -1,9 +1,7 @@
 """What is scored in training is what everybody scores later: trainer, RewardScorer, PPO, TRL, plain transformers."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +27,7 @@ from ranking_helpers import RANKINGS, config, eos_as_pad
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
+from benchmarks import bare_path_gap
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.trainers.ranking_reward import RankingRewardTrainer
 
@@ -221,18 +220,14 @@ def test_the_bare_path_is_another_score(tokenizer, tmp_path, kind, conversationa
 
 def test_the_benchmark_of_the_bare_path(tokenizer, tmp_path, capsys):
     """Its figures, on a tiny model, against sums over the rewards of the two routes."""
-    file = Path(__file__).parents[2] / "benchmarks" / "bare_path_gap.py"
-    spec = importlib.util.spec_from_file_location("bare_path_gap", file)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     with pytest.raises(SystemExit, match="There is no folder .*nowhere.*make demo"):
-        benchmark.main([str(tmp_path / "nowhere")])
+        bare_path_gap.main([str(tmp_path / "nowhere")])
     trained(classifier(), tokenizer, tmp_path)
     folder, rankings = tmp_path / "rm", tmp_path / "test.jsonl"
     with pytest.raises(SystemExit, match="There is no file .*test.jsonl"):
-        benchmark.main([str(folder), str(rankings)])
+        bare_path_gap.main([str(folder), str(rankings)])
     rankings.write_text("\n".join(json.dumps(row) for row in RANKINGS))
-    benchmark.main([str(folder), str(rankings), "--batch_size", "5"])
+    bare_path_gap.main([str(folder), str(rankings), "--batch_size", "5"])
     printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1].isalpha())
     ours = RewardScorer(folder)(*examples())
     grpo = trl_trainer("GRPO", str(folder), AutoTokenizer.from_pretrained(folder), tmp_path / "grpo")

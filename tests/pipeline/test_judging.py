@@ -38,7 +38,7 @@ def test_a_function_judges_and_the_report_takes_it(run, monkeypatch):
     )
     monkeypatch.chdir(run.run)
     result = judge_answers(run, JudgeArguments(judges=["judge_of_mine:score"], judge_prompts=2), run.run)
-    assert [(row["judge"], row["model"], row["rate"], row["n"]) for row in result["judged"]] == [
+    assert [(row["judge"], row["model"], row["mean"], row["n"]) for row in result["judged"]] == [
         ("score", "base", 0.0, 2),
         ("score", "PPO-ptx", 1.0, 2),
     ]
@@ -67,7 +67,7 @@ def test_people_are_waited_for_and_then_counted(run):
             writer.writeheader()
             writer.writerows(rows)
     result = judge_answers(run, settings, run.run)
-    assert [(row["model"], row["rate"], row["ties"]) for row in result["judged"]] == [
+    assert [(row["model"], row["mean"], row["ties"]) for row in result["judged"]] == [
         ("base", 0.5, 3),
         ("PPO-ptx", 0.5, 3),
     ]
@@ -165,7 +165,7 @@ def test_tasks_are_added_and_kept(run, monkeypatch):
 
     def run_tasks(model, tokenizer, tasks, **kwargs):
         asked.append((model, *tasks))
-        return {task: benchmarks.TaskScore(task, "acc", 0.5, 0.4, 0.6, [1.0, 0.0]) for task in tasks}
+        return {task: benchmarks.TaskScore(0.5, 0.4, 0.6, 2, task, "acc", [1.0, 0.0]) for task in tasks}
 
     monkeypatch.setattr(benchmarks, "run_tasks", run_tasks)
     one, two = (TaskArguments(tasks=tasks, task_data="hub") for tasks in (["boolq"], ["boolq", "squad"]))

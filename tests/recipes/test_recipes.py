@@ -243,7 +243,7 @@ def test_ppo_ptx_then_evaluate(home):
         "--save_strategy", "steps", "--save_steps", "1",
     )  # fmt: skip
     out = launch(home, "ppo_ptx", *ppo)
-    assert "rollout batch 4, minibatch 2, 2 optimizer steps an iteration" in out
+    assert "rollout batch 4, minibatch 2, 2 optimizer steps per iteration" in out
     assert "finished earlier" in launch(home, "ppo_ptx", *ppo)
     answer = pipeline("text-generation", model=str(home / "ppo" / "policy"))("q1", max_new_tokens=2)
     assert answer[0]["generated_text"].startswith("q1")

@@ -53,7 +53,7 @@ def test_training_picture_names_what_is_off_the_axis():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("rows", [1, 2, 3, 31])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_pictures_draw_without_warnings_from_any_number_of_rows(tmp_path, rows):
     models = [
         *example_report().models,

@@ -106,7 +106,7 @@ def test_a_value_loss_that_explodes(tmp_path, policy, reward_model, tokenizer, c
 @pytest.mark.parametrize("shift", [math.nan, 1e4])  # a ratio of NaN, and of infinity
 def test_a_ratio_that_is_not_finite(tmp_path, policy, scorer, tokenizer, caplog, action, shift):
     trainer = make(tmp_path, policy, scorer, tokenizer, divergence_action=action, total_episodes=16)
-    forward = trainer._get_per_token_logps_and_entropies
+    forward = trainer._logps
 
     def spoilt(*args, **kwargs):
         logps, *rest = forward(*args, **kwargs)
@@ -114,7 +114,7 @@ def test_a_ratio_that_is_not_finite(tmp_path, policy, scorer, tokenizer, caplog,
             logps = logps + shift
         return logps, *rest
 
-    trainer._get_per_token_logps_and_entropies = spoilt
+    trainer._logps = spoilt
     lines, seen = train(trainer, caplog)
     assert len(lines) == 1
     verb = {"skip": "skips this step", "stop": "stops"}[action]

@@ -5,12 +5,13 @@ from statistics import fmean, stdev
 import conftest
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from ppo_helpers import make
 from ppo_killed import fresh
 
 from instruct_trl import value_model_from_reward_model
-from instruct_trl.trainers.evaluation_rows import EvaluationRows, answer_statistics
+from instruct_trl.trainers.ppo_evaluation import Evaluation, answer_statistics
 
 # The length of a prompt is its score; where it is divisible by 5, there is none.
 SIZES = {"near": [1, 2, 3, 4, 6, 5, 14], "far": [7, 8, 11]}
@@ -78,19 +79,19 @@ def test_several_answers_a_prompt_are_all_counted(tmp_path):
         tmp_path, prompts([1, 2, 3, 4, 6]), num_generations=2, num_generations_eval=2, per_device_eval_batch_size=4
     )
     assert trainer.evaluate()["eval_score"] == pytest.approx(16 / 5)
-    assert len(torch.cat(trainer.evaluation_rows._rows["score"])) == 10
+    assert len(torch.cat(trainer.evaluation._rows["score"])) == 10
 
 
 def test_statistics_of_answers_follow_trls_names():
     nan = float("nan")
-    rows = EvaluationRows()
+    rows = Evaluation(Accelerator(cpu=True), [], with_win_rate=False)
     assert rows.means(None) == {}
     found = answer_statistics(torch.tensor([2.0, 8.0, 5.0]), torch.tensor([1.0, 0.0, 1.0]))
     assert found["completions/clipped_ratio"] == pytest.approx(1 / 3)
     assert [found[f"completions/{name}_length"] for name in ("mean", "min", "max")] == [5.0, 2.0, 8.0]
     assert [found[f"completions/{name}_terminated_length"] for name in ("mean", "min", "max")] == [3.5, 2.0, 5.0]
-    rows.add_batch({"sampling/ratio/min": 0.5, "sampling/ratio/max": 2.0, "tools/x": 1.0, "gone": nan}, 4)
-    rows.add_batch({"sampling/ratio/min": 0.25, "sampling/ratio/max": 1.0, "tools/x": 4.0, "gone": nan}, 2)
+    rows.note_batch({"sampling/ratio/min": 0.5, "sampling/ratio/max": 2.0, "tools/x": 1.0, "gone": nan}, 4)
+    rows.note_batch({"sampling/ratio/min": 0.25, "sampling/ratio/max": 1.0, "tools/x": 4.0, "gone": nan}, 2)
     assert rows.means(None) == {"sampling/ratio/min": 0.25, "sampling/ratio/max": 2.0, "tools/x": 2.0}
 
 

@@ -137,17 +137,17 @@ def test_evaluation_leaves_training_as_it_is(tmp_path, reward_model, tokenizer, 
 def test_the_references_answers_follow_from_seed_and_prompts(tmp_path, policy, scorer, tokenizer, reward_model):
     trainer = trainer_with(tmp_path, policy, scorer, tokenizer, reward_model)
     score = trainer.evaluate()["eval_score"]
-    first = dict(trainer.reference_scores._scores)
+    first = dict(trainer.evaluation.reference._scores)
     torch.manual_seed(7)
     assert trainer.evaluate()["eval_score"] == score  # the noise is the step's
     trainer.state.global_step = 1
     assert trainer.evaluate()["eval_score"] != score
-    trainer.reference_scores = ReferenceScores()
+    trainer.evaluation.reference = ReferenceScores()
     torch.manual_seed(99)
     with torch.no_grad():
         policy.lm_head.weight.mul_(-1)  # whatever the policy has become
     trainer.evaluate()
-    assert trainer.reference_scores._scores == first
+    assert trainer.evaluation.reference._scores == first
     assert len(set(first.values())) == 8
 
 

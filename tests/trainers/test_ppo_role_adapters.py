@@ -146,7 +146,7 @@ def test_the_win_rate_is_against_the_reference_role(pieces, tokenizer):
         randomise(trainer.model, 9)  # far from the reference
         metrics = trainer.evaluate()
         keys = ("eval_win_rate", "eval_score", "eval_kl", "eval_win_rate_prompts")
-        found.append([*(metrics[key] for key in keys), *trainer.reference_scores._scores.values()])
+        found.append([*(metrics[key] for key in keys), *trainer.evaluation.reference._scores.values()])
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from instruct_trl import RewardScorer, value_model_from_reward_model
-from instruct_trl.trainers.ppo_rollout import PPORollout
+from instruct_trl.trainers.ppo_rollout import whiten
 
 EOS = 256
 QUESTIONS = ["hi", "hello you", "a"]
@@ -243,13 +243,12 @@ def test_whitening_counts_the_tokens_of_the_other_processes():
     """Process 1 of 2; the other one's tensors stand in for what gathering would bring."""
     mine, others = [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]], [[5.0, 6.0, 7.0, 9.0], [8.0, 0.0, 0.0, 0.0]]
     theirs = {torch.float32: torch.tensor(others), torch.bool: torch.tensor(others) > 0}
-    rollout: Any = PPORollout.__new__(PPORollout)
-    rollout.accelerator = SimpleNamespace(
+    accelerator: Any = SimpleNamespace(
         process_index=1,
         gather=lambda tensor: torch.cat([theirs[tensor.dtype], tensor]),
         pad_across_processes=lambda tensor, dim: torch.nn.functional.pad(tensor, (0, 4 - tensor.size(dim))),
     )
-    white = rollout._whiten(torch.tensor(mine), torch.tensor(mine) > 0)
+    white = whiten(accelerator, torch.tensor(mine), torch.tensor(mine) > 0)
     mean, deviation = statistics.fmean(range(1, 10)), statistics.pstdev(range(1, 10))
     expected = [[(x - mean) / deviation if x else 0.0 for x in row] for row in mine]
     torch.testing.assert_close(white, torch.tensor(expected))
@@ -279,9 +278,9 @@ def test_the_warm_up_of_both_models_starts_at_a_tenth(tmp_path, policy, scorer, 
     trainer = make(tmp_path, policy, scorer, tokenizer, warmup_iterations=1, value_learning_rate=5e-3)
     rates, step = [], trainer.critic.step
 
-    def step_and_tell():
+    def step_and_tell(taken):
         rates.append(trainer.critic.optimizer.param_groups[0]["lr"])
-        return step()
+        return step(taken)
 
     trainer.critic.step = step_and_tell
     trainer.train()

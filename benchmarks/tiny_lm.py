@@ -1,6 +1,6 @@
 """A small real language model for the reward-model benchmarks, trained once on movie reviews and kept under outputs/.
 
-    python benchmarks/_tiny_lm.py [--steps 500]
+    python -m benchmarks.tiny_lm [--steps 500]
 
 A Llama of 4.2M parameters (4 layers, hidden 256) with a byte-level BPE of 4,096 tokens. It never saw the sentences
 that the benchmarks rank.
@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from _common import OUTPUTS, machine, sentences
+from benchmarks.common import OUTPUTS, machine, sentences
 
 VOCABULARY = 4096
 BLOCK = 128  # tokens a training row
@@ -117,7 +117,7 @@ def _train(tokenizer: Any, texts: list[str], folder: Path, steps: int, bf16: boo
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    held_out = min(100, len(texts) // 10)
+    held_out = min(100, len(texts) // 10, max(10, steps))  # few for few steps: bf16 is slow on some CPUs
     # Tokenising all 33 million characters would take longer than the texts that `steps` reads.
     read = texts[: len(texts) - held_out][: steps * ROWS]
     trainer = Trainer(

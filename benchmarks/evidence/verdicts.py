@@ -18,7 +18,7 @@ class Finding:
     """What came out for one claim.
 
     Attributes:
-        claim: its number; `_evidence_text.CLAIM_TEXTS` has what it says, what the paper has, and the rule.
+        claim: its number; `text.CLAIM_TEXTS` has what it says, what the paper has, and the rule.
         measured: ours in words, with 95 % intervals.
         verdict: by the rule.
         seeds: how many.

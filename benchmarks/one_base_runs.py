@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from _memory_case import Peak
-from instruct_trl.recipes.evaluate import EvaluateArguments
-from instruct_trl.recipes.ppo_ptx import PPOPtxArguments
-from instruct_trl.recipes.stages import run_recipe
-from one_base_learning import folder_of
+from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
-from instruct_trl import PPOPtxConfig, PPOPtxTrainer
-from instruct_trl.pipeline import rows
-from instruct_trl.pipeline.arguments import RunArguments, parse_recipe, settings_of
-from instruct_trl.pipeline.functions import load_labeler
+from benchmarks.memory_case import Peak
+from instruct_trl.pipeline.arguments import read_yaml
 from instruct_trl.pipeline.loading import load_split
-from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
+from instruct_trl.pipeline.sampling import load_causal_lm
 from instruct_trl.pipeline.stage import finished_summary, run_stage
-from instruct_trl.pipeline.training import models_of
+
+LABELER = "instruct_trl.recipes.demo.labeler:score"
+
+
+def recipe(args: argparse.Namespace, name: str, *options: Any, config: Path | None = None, **kwargs: str) -> None:
+    """Run a recipe on the run's data, with its YAML of `args.recipes`."""
+    path = config or args.recipes / f"{name}.yaml"
+    shared = ["--config", path, "--run_dir", args.run_dir, "--cpu_threads", args.threads]
+    main = importlib.import_module(f"instruct_trl.recipes.{name}").main
+    main([str(option) for option in (*shared, *options)], **kwargs)
 
 
 def lora(rank: int, targets: list[str], alpha: int | None = None) -> list[str]:
@@ -36,13 +40,6 @@ def of_reward(args: argparse.Namespace) -> dict[str, Any]:
     return {"rank": args.reward_rank, "targets": args.reward_targets, "rate": args.reward_learning_rate}
 
 
-def prepared(args: argparse.Namespace) -> RunArguments:
-    """The run whose data, SFT model and rankings are taken, made where they are missing."""
-    run = RunArguments(run_dir=str(args.run_dir), cpu_threads=args.threads)
-    run.config_folder = args.recipes.resolve()
-    return run
-
-
 def start(args: argparse.Namespace) -> str:
     """The SFT model's folder, from which every policy starts: the run's RL initialisation, or its SFT."""
     name = "rl_init" if (args.recipes / "rl_init.yaml").exists() else "sft"
@@ -53,14 +50,13 @@ def make_reward_model(args: argparse.Namespace) -> None:
     """SFT, rankings, the reward adapter on the SFT model, and the adapter merged into it, for the full run."""
     from instruct_trl.models.loading import load_reward_model
 
-    run, threads = prepared(args), ["--cpu_threads", str(args.threads)]
     base = ["--model_name_or_path", args.model] if args.model else []
-    run_recipe("sft", run, [*threads, *base])
-    run_recipe("sample", run, threads)
+    recipe(args, "sft", *base)
+    recipe(args, "sample")
     if Path(start(args)).name == "rl_init":
-        run_recipe("sft", run, [*threads, *base], config="rl_init", stage="rl_init")
+        recipe(args, "sft", *base, config=args.recipes / "rl_init.yaml", stage="rl_init")
     adapter, merged = args.folder / "reward_model", args.folder / "reward_model_merged"
-    options = ["--model_name_or_path", start(args), "--learning_rate", args.reward_learning_rate, *threads]
+    options = ["--model_name_or_path", start(args), "--learning_rate", args.reward_learning_rate]
     options += [
         "--output_dir",
         str(adapter),
@@ -75,13 +71,12 @@ def make_reward_model(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(merged)
         return (finished_summary(adapter) or {})["summary"]
 
-    run_recipe("reward_model", run, options)
+    recipe(args, "reward_model", *options)
     run_stage(merged, "Merged reward model", of_reward(args), body, resume=False)
 
 
 def measure_sft(args: argparse.Namespace) -> None:
     """The SFT model's own figures."""
-    prepared(args)
     body = lambda _: judged(args, start(args))  # noqa: E731
     run_stage(args.folder / "sft", "SFT model", {"answers": args.answers}, body, resume=False)
 
@@ -110,8 +105,8 @@ def train_one_base(args: argparse.Namespace, rate: str, seed: str) -> None:
 def rates(args: argparse.Namespace, rate: str) -> list[str]:
     """The policy's learning rate and the critic's, in the proportion of the YAML where it is not given."""
     policy, _, value = rate.partition("/")
-    (_, plain, _) = parse(args, [])
-    value = value or str(plain.value_learning_rate * float(policy) / plain.learning_rate)
+    plain = read_yaml(args.ppo)
+    value = value or str(plain["value_learning_rate"] * float(policy) / plain["learning_rate"])
     return ["--learning_rate", policy, "--value_learning_rate", value]
 
 
@@ -122,42 +117,24 @@ def reward_path(args: argparse.Namespace, name: str) -> list[str]:
 PIECES = {"reward": make_reward_model, "sft": measure_sft, "full": train_full, "one_base": train_one_base}
 
 
-def parse(args: argparse.Namespace, options: list[str]) -> tuple[Any, PPOPtxConfig, Any]:
-    """What recipes/ppo_ptx.py would read."""
-    from trl import ModelConfig
-
-    shared = ["--config", str(args.ppo), "--run_dir", str(args.run_dir), "--cpu_threads", str(args.threads)]
-    shared += ["--total_episodes", str(args.episodes), "--disable_tqdm", "true"]
-    parsed = parse_recipe((PPOPtxArguments, PPOPtxConfig, ModelConfig), "ppo_ptx", "", [*shared, *options])
-    parsed[0].config_folder = args.recipes.resolve()  # whose data these are
-    return parsed
-
-
 def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
-    """One PPO-ptx run, as recipes/ppo_ptx.py makes it, and its figures."""
-    folder = args.folder / name
-    run, config, model = parse(args, [*options, "--output_dir", str(folder)])
+    """One PPO-ptx run by recipes/ppo_ptx.py, and its figures."""
+    folder, made = args.folder / name, args.run_dir.resolve() / "data"
+    given = ["--model_name_or_path", start(args), "--dataset_name", made / "rl_prompts", "--labeler", LABELER]
+    given += ["--pretraining_dataset_name", made / "pretraining", "--total_episodes", args.episodes, *options]
 
     def body(_: str | None) -> dict[str, Any]:
         peak = Peak()
-        trainer = PPOPtxTrainer(
-            **models_of(run, config, model, start(args)),
-            args=config,
-            train_dataset=rows.rl_prompts(run),
-            pretraining_dataset=rows.pretraining_texts(run, run.pretraining_dataset_name, "ptx_coef", config.ptx_coef),
-        )
         peak.start()
-        begin = time.perf_counter()
-        trainer.train()
-        found = {"seconds": time.perf_counter() - begin, "peak": peak.read()}
-        policy = folder / "policy"
-        trainer.save_model()
-        trainer.save_state()
-        if run.one_base:
+        recipe(args, "ppo_ptx", *given, "--disable_tqdm", "true", "--output_dir", folder / "run", config=args.ppo)
+        log = json.loads((folder / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        found = {"seconds": log[-1]["train_runtime"], "peak": peak.read()}
+        policy = folder / "run" / "policy"
+        if "--one_base" in options:
             policy = merged(policy, folder / "policy_merged")
         return found | judged(args, str(policy))
 
-    settings = settings_of(run, config, model) | {"answers": args.answers, "reward adapter": of_reward(args)}
+    settings = {"options": given, "ppo": read_yaml(args.ppo), "answers": args.answers, "reward": of_reward(args)}
     run_stage(folder, name, settings, body, resume=False)
 
 
@@ -176,26 +153,27 @@ def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Labeler scores of validation and test prompts, KL(π‖SFT) of one answer a test prompt, pretraining loss."""
     from instruct_trl.evaluation.divergence import mean_answer_kl
     from instruct_trl.evaluation.language_modeling import mean_token_loss
-    from instruct_trl.models.generation import encode_prompt
+    from instruct_trl.models.generation import encode_prompt, generate_completions
 
-    options = ["--config", str(args.recipes / "evaluate.yaml"), "--run_dir", str(args.run_dir)]
-    (run,) = parse_recipe((EvaluateArguments,), "evaluate", "", [*options, "--cpu_threads", str(args.threads)])
+    run, made = read_yaml(args.recipes / "evaluate.yaml"), args.run_dir / "data"
     model, tokenizer = load_causal_lm(path)
-    labeler = load_labeler(run.labeler, run)
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bool(run.get("bf16")))
+    labeler = SentimentLabeler.load(made / "labeler.npz")
     scores: dict[str, list[float]] = {}
     for use, seed, count in (("selection", 1, 1), ("test", 0, args.answers)):
-        prompts = list(load_split(args.run_dir / "data" / f"{use}_prompts", "test")["prompt"])
-        answers = sample_answers(model, tokenizer, prompts, run, seed=seed, desc=f"{use} answers", count=count)
+        prompts = list(load_split(made / f"{use}_prompts" / "test.jsonl")["prompt"])
+        with autocast:
+            answers = generate_completions(
+                model, tokenizer, prompts, max_new_tokens=run["max_completion_length"], batch_size=run["batch_size"],
+                seed=seed, num_return_sequences=count,
+            )  # fmt: skip
         each = labeler([p for p in prompts for _ in range(count)], [answer.text for answer in answers])
         scores[use] = [float(sum(each[i : i + count]) / count) for i in range(0, len(each), count)]
-    prompts, answers = (
-        list(load_split(args.run_dir / "data" / "test_prompts", "test")["prompt"]),
-        answers[:: args.answers],
-    )
+    answers = answers[:: args.answers]
     rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
-    texts = list(load_split(args.run_dir / "data" / "pretraining", "test")["text"])
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
-        loss, _ = mean_token_loss(model, tokenizer, texts, batch_size=16, max_length=run.max_text_length)
+    texts = list(load_split(made / "pretraining" / "test.jsonl")["text"])
+    with autocast:
+        loss, _ = mean_token_loss(model, tokenizer, texts, batch_size=16, max_length=run["max_text_length"])
         kl = 0.0 if path == start(args) else mean_answer_kl(model, load_causal_lm(start(args))[0], rows)
     examples = [{"prompt": p, "answer": a.text} for p, a in zip(prompts[:8], answers, strict=False)]
     return {
@@ -206,3 +184,10 @@ def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
         "scores": scores["test"],
         "examples": examples,
     }
+
+
+def folder_of(args: argparse.Namespace, arm: str, rate: str, seed: int | str) -> str:
+    """Name of a PPO run's folder."""
+    name = f"_r{args.rank}_a{args.alpha}" if args.alpha else f"_r{args.rank}"
+    adapter = "_".join([name, args.dtype, *args.modules_to_save]) if arm == "one_base" else ""
+    return f"{arm}{adapter}_{rate.replace('/', '_')}_{seed}"

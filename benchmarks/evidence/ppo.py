@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from _evidence_jobs import (
+from benchmarks.evidence.jobs import (
     base,
     base_settings,
     data,
-    demonstrations,
-    labeler,
+    dataset,
     pretraining,
-    pretraining_dataset,
     prompts,
-    quiet_settings,
     real_reviews,
+    recipe,
     reward,
     rl_init,
-    without_prints,
-)
-from _evidence_lab import Job, Lab
+)  # fmt: skip
+from benchmarks.evidence.lab import Job, Lab, read_rows, score
 
 LOGGED = ("score", "kl", "explained_variance", "ptx_loss", "entropy", "eos_rate", "grad_norm", "value_loss")
 
@@ -54,39 +54,20 @@ def ppo(lab: Lab, seed: int, **changes: Any) -> Job:
 
 
 def _run(lab: Lab, seed: int, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from datasets import Dataset
-
-    from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
     from instruct_trl.pipeline.stage import write_json
 
     plan = lab.plan
     iterations, value = settings.pop("iterations"), settings.pop("value")
-    start, scorer = rl_init(lab, seed).folder / "model", str(reward(lab, seed).folder / "model")
-    args = PPOPtxConfig(
-        str(folder),
-        total_episodes=iterations * plan.rollout,
-        per_device_train_batch_size=plan.minibatch,
-        gradient_accumulation_steps=1,
-        warmup_iterations=max(1, iterations // 20),
-        ptx_max_length=plan.ptx_tokens,
-        reward_weights=[1.0, 0.0],  # the labeler's score is logged and trains nothing
-        save_strategy="no",
-        **settings,
-        **quiet_settings(lab, seed),
-    )
-    trainer: Any = without_prints(
-        PPOPtxTrainer(
-            str(start),
-            [RewardScorer(scorer, batch_size=args.local_rollout_forward_batch_size), labeler(lab)],
-            args,
-            Dataset.from_list([{"prompt": prompt} for prompt in prompts(lab, "rl")]),
-            value_model=critic(start, scorer, value, seed),
-            pretraining_dataset=pretraining_dataset(lab) if settings["ptx_coef"] else None,
-        )
-    )
-    trainer.train()
-    trainer.save_model(str(folder))
-    rows = [row for row in trainer.state.log_history if "score" in row]
+    start, scorer = rl_init(lab, seed).folder / "model", reward(lab, seed).folder / "model"
+    with critic(start, scorer, value, seed):
+        recipe(
+            lab, "ppo_ptx", folder / "run", seed, model_name_or_path=start, reward_model_path=scorer,
+            dataset_name=dataset(lab, "rl_prompts"), pretraining_dataset_name=pretraining(lab).folder / "train.jsonl",
+            total_episodes=iterations * plan.rollout, per_device_train_batch_size=plan.minibatch,
+            warmup_iterations=max(1, iterations // 20), ptx_max_length=plan.ptx_tokens, **settings,
+        )  # fmt: skip
+    log = Job("", folder, {}).read("run/trainer_state.json")["log_history"]
+    rows = [row for row in log if "score" in row]
     write_json(folder / "history.json", [_short(row) for row in rows])
     return {"labeler": rows[-1]["rewards/labeler/mean"], "kl": rows[-1]["kl"], "iterations": len(rows)}
 
@@ -96,21 +77,29 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
     return {**gold, **{name: row[name] for name in LOGGED if name in row}}
 
 
-def critic(start: Path, reward_model: str, kind: str, seed: int) -> Any:
-    """The value model that PPO starts with; None is the trainer's own default, a copy of the reward model."""
+@contextmanager
+def critic(start: Path, reward_model: Path, kind: str, seed: int) -> Iterator[None]:
+    """Have the recipe's PPO start with another value model than its own, a copy of the reward model ('reward')."""
     from transformers import AutoModelForSequenceClassification, set_seed
 
     from instruct_trl._upstream import score_head
+    from instruct_trl.pipeline import training
 
     if kind == "reward":
-        return None
+        yield
+        return
     set_seed(seed)
-    if kind == "sft":
-        return AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, dtype="float32")
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype="float32")
-    model.config.reward_bias = 0.0
-    score_head(model).reset_parameters()
-    return model
+    folder = start if kind == "sft" else reward_model
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype="float32")
+    if kind == "fresh":
+        model.config.reward_bias = 0.0
+        score_head(model).reset_parameters()
+    models_of = training.models_of
+    training.models_of = lambda *given: models_of(*given) | {"value_model": model}
+    try:
+        yield
+    finally:
+        training.models_of = models_of
 
 
 def answers(lab: Lab, policy: Path, after: Job | None, seed: int, split: str = "test", **how: Any) -> Job:
@@ -132,7 +121,7 @@ def answers(lab: Lab, policy: Path, after: Job | None, seed: int, split: str = "
         texts, cut = _sample(
             lab, policy, questions, seed=100 * seed + how.get("draw", 0), few_shot=how.get("few_shot", 0)
         )
-        gold = labeler(lab)(questions, texts)
+        gold = score(questions, texts, str(data(lab).folder))
         scorer = RewardScorer(str(judges[1].folder / "model"), batch_size=lab.plan.batch)
         proxy = scorer(prompts=questions, completions=texts, truncated=cut)
         write_json(folder / "answers.json", {"prompts": questions, "answers": texts, "gold": gold, "proxy": proxy})
@@ -164,7 +153,7 @@ def _sample(lab: Lab, policy: Path, questions: list[str], seed: int, few_shot: i
     if few_shot:
         # Between documents of its training text the tiny LM has seen its EOS and nothing else.
         gap = tokenizer.eos_token if lab.plan.model == "tiny" else "\n\n"
-        shown = demonstrations(lab, "train").shuffle(seed=seed).select(range(few_shot))
+        shown = random.Random(seed).sample(read_rows(dataset(lab, "demonstrations/train.jsonl")), few_shot)
         prefix = "".join(row["prompt"] + row["completion"] + gap for row in shown)
     drawn = generate_completions(
         model, tokenizer, [prefix + question for question in questions], max_new_tokens=lab.plan.answer_tokens,

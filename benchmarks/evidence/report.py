@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import table
-from _evidence_lab import DEFAULT_SEEDS
-from _evidence_text import CLAIM_TEXTS
-from _evidence_verdicts import Finding
+from benchmarks.common import table
+from benchmarks.evidence.lab import DEFAULT_SEEDS
+from benchmarks.evidence.text import CLAIM_TEXTS
+from benchmarks.evidence.verdicts import Finding
 
 MARKERS = ("<!-- table -->", "<!-- /table -->")
 
@@ -19,8 +19,7 @@ def report(
     findings: Sequence[Finding], about: dict[str, Any], folder: Path, pictures: Path, document: Path | None
 ) -> None:
     """Add the findings to `folder/results.json`; print the table, draw pictures, write the table into `document`."""
-    from _evidence_pictures import draw_all
-
+    from benchmarks.evidence.pictures import draw_all
     from instruct_trl.pipeline.stage import write_json
 
     kept = add(folder / "results.json", findings, about)
@@ -47,7 +46,7 @@ def findings_table(kept: dict[str, dict[str, Any]]) -> str:
         row = kept.get(str(number))
         ours, seeds, verdict = (row["measured"], row["seeds"], row["verdict"]) if row else ("", "", "not run")
         more = f" --seeds {seeds}" if row and seeds != DEFAULT_SEEDS else ""
-        command = f"`python benchmarks/evidence.py --claim {number}{more}`"
+        command = f"`python -m benchmarks.evidence --claim {number}{more}`"
         rows.append([f"{number}. {text.title}", text.paper, ours, seeds, command, f"**{verdict}**"])
     return table(["claim", "paper", "ours, 95 % intervals", "seeds", "command", "verdict"], rows)
 

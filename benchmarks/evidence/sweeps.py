@@ -7,12 +7,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _evidence_claims import by_seed, gold_a_prompt, of_policy
-from _evidence_jobs import RANKED_PROMPTS, labeler, rankings, rl_init
-from _evidence_lab import Job, Lab
-from _evidence_ppo import ppo, tax
-from _evidence_text import SHARE_BACK, SWEEP_LOST
-from _evidence_verdicts import (
+from benchmarks.evidence.claims import by_seed, gold_a_prompt, of_policy
+from benchmarks.evidence.jobs import RANKED_PROMPTS, data, rankings, rl_init
+from benchmarks.evidence.lab import Job, Lab, score
+from benchmarks.evidence.ppo import ppo, tax
+from benchmarks.evidence.text import SHARE_BACK, SWEEP_LOST
+from benchmarks.evidence.verdicts import (
     Finding,
     Verdict,
     by_interval,
@@ -35,8 +35,8 @@ LAST = 10  # claim 7: iterations whose mean is the end
 def _point(lab: Lab, seed: int, **changes: Any) -> dict[str, Any]:
     """Rise of the pretraining loss and labeler's score, after and before by prompt, on test prompts."""
     start, run = rl_init(lab, seed), ppo(lab, seed, **{"iterations": lab.plan.sweep_iterations, **changes})
-    cost = tax(lab, run.folder / "policy", run)["sampled"] - tax(lab, start.folder / "model", start)["sampled"]
-    after = gold_a_prompt(lab, run.folder / "policy", run, seed)
+    cost = tax(lab, run.folder / "run" / "policy", run)["sampled"] - tax(lab, start.folder / "model", start)["sampled"]
+    after = gold_a_prompt(lab, run.folder / "run" / "policy", run, seed)
     before = gold_a_prompt(lab, start.folder / "model", start, seed)
     gain = statistics.fmean(after) - statistics.fmean(before)
     return {"rise": cost, "gain": gain, "kl": run.summary["kl"], "after": after, "before": before}
@@ -95,8 +95,8 @@ def claim_4(lab: Lab) -> Finding:
 
 def fit(lab: Lab, seed: int, method: str, rate: float, train_rows: list[dict], judged: list[dict]) -> tuple[Any, int]:
     """One epoch of `reward_groups.py` by 'groups' or 'pile' from the RL initialisation: its curve, and its steps."""
-    from _common import RankedText
-    from reward_groups import train
+    from benchmarks.ranked_text import RankedText
+    from benchmarks.reward_groups import train
 
     args = argparse.Namespace(
         epochs=1, eval_steps=15, train_judged=20, prompts_per_step=RANKED_PROMPTS, accumulation=1, bf16=lab.plan.bf16,
@@ -111,9 +111,9 @@ def rates(lab: Lab) -> Job:
     ranked = rankings(lab, 0)
 
     def body(folder: Path) -> dict[str, Any]:
-        from reward_groups import METHODS
+        from benchmarks.reward_groups import METHODS
 
-        rows = ranked.read("train.jsonl")
+        rows = ranked.read("rows/train.jsonl")
         held = len(rows) // 6
         parts = scored(lab, rows[:-held], LABEL_NOISE), scored(lab, rows[-held:], 0.0)
         found: dict[str, Any] = {}
@@ -133,7 +133,10 @@ def groups(lab: Lab, seed: int) -> Job:
     def body(folder: Path) -> dict[str, Any]:
         from instruct_trl.pipeline.stage import write_json
 
-        parts = scored(lab, ranked.read("train.jsonl"), LABEL_NOISE), scored(lab, ranked.read("test.jsonl"), 0.0)
+        parts = (
+            scored(lab, ranked.read("rows/train.jsonl"), LABEL_NOISE),
+            scored(lab, ranked.read("rows/test.jsonl"), 0.0),
+        )
         curves, ends, best = {}, {}, {}
         for method, accuracies in tried.summary.items():
             best[method] = max(accuracies, key=accuracies.__getitem__)
@@ -148,10 +151,12 @@ def groups(lab: Lab, seed: int) -> Job:
 
 def scored(lab: Lab, rows: list[dict], noise: float) -> list[dict]:
     """The rankings as a labeler with noise would make them."""
-    from _common import blur, with_ranks
+    from benchmarks.ranked_text import blur, with_ranks
 
-    judge = labeler(lab)
-    rows = [{**row, "scores": judge([row["prompt"]] * len(row["completions"]), row["completions"])} for row in rows]
+    made = str(data(lab).folder)
+    rows = [
+        {**row, "scores": score([row["prompt"]] * len(row["completions"]), row["completions"], made)} for row in rows
+    ]
     if noise:
         blur(rows, noise)
     return with_ranks(rows)

@@ -1,9 +1,9 @@
 """The paper's claims in miniature, with seeds and intervals: one table and its pictures.
 
-    python benchmarks/evidence.py                    # claims 1, 2, 3, 5, 8, 9
-    python benchmarks/evidence.py --claim 3          # one claim
-    python benchmarks/evidence.py --all              # every claim, hours
-    python benchmarks/evidence.py --all --large      # a larger model and sizes, for one GPU
+    python -m benchmarks.evidence                    # claims 1, 2, 3, 5, 8, 9
+    python -m benchmarks.evidence --claim 3          # one claim
+    python -m benchmarks.evidence --all              # every claim, hours
+    python -m benchmarks.evidence --all --large      # a larger model and sizes, for one GPU
 
 Everything is made once and kept under `--folder`; run it again after an interruption and it goes on. With `--jobs 2`
 two processes work at the same time, one thread each. Prompts that judge (test) tune nothing.
@@ -21,8 +21,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from _common import OUTPUTS, machine, quiet
-from _evidence_lab import DEFAULT_SEEDS, LARGE, QUICK, Lab, Plan, plan_arguments
+from benchmarks.common import OUTPUTS, machine, quiet
+from benchmarks.evidence.lab import DEFAULT_SEEDS, LARGE, QUICK, Lab, Plan, plan_arguments
 
 HOUR = (1, 2, 3, 5, 8, 9)
 
@@ -54,8 +54,8 @@ def the_plan(args: argparse.Namespace) -> Plan:
 
 def claims() -> dict[int, Any]:
     """Every claim's function by its number."""
-    from _evidence_claims import CLAIMS
-    from _evidence_sweeps import CLAIMS as SWEEPS
+    from benchmarks.evidence.claims import CLAIMS
+    from benchmarks.evidence.sweeps import CLAIMS as SWEEPS
 
     return {**CLAIMS, **SWEEPS}
 
@@ -71,8 +71,8 @@ def the_claims(args: argparse.Namespace) -> list[int]:
 
 def shared_jobs(lab: Lab) -> None:
     """What all seeds build on, done before they part."""
-    from _evidence_jobs import data
-    from _evidence_ppo import base_tax
+    from benchmarks.evidence.jobs import data
+    from benchmarks.evidence.ppo import base_tax
 
     data(lab)
     base_tax(lab)
@@ -91,7 +91,16 @@ def side_by_side(args: argparse.Namespace, numbers: Sequence[int], argv: Sequenc
     while waiting or running:
         while waiting and len(running) < args.jobs:
             number, seed = waiting.pop(0)
-            command = [sys.executable, __file__, *argv, "--claim", str(number), "--only_seed", str(seed)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.evidence",
+                *argv,
+                "--claim",
+                str(number),
+                "--only_seed",
+                str(seed),
+            ]
             running[number, seed] = subprocess.Popen(command, env={**os.environ, **threads})
         for (number, seed), process in list(running.items()):
             if process.poll() is not None:
@@ -119,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     if args.only_seed is not None:
         return findings
     import torch
-    from _evidence_report import report
+
+    from benchmarks.evidence.report import report
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     line = machine(1 if args.jobs > 1 else None, str(accelerator))

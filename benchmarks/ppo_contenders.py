@@ -8,9 +8,11 @@ import sys
 import tempfile
 import traceback
 from functools import partial
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from typing import Any
 
-from _ppo_session import Case, Session, Stop, build, prompts
+from benchmarks.ppo_session import Case, Session, Stop, build, prompts
 
 ENDLESS = 100_000  # iterations of a run that the parent ends
 LEARNING_RATE = 1e-6
@@ -31,7 +33,7 @@ def work(pipe: Any, name: str, case: Case, trl112: str, threads: int) -> None:
     """Run contender `name` until the parent says stop; an error goes to the parent as a text."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     if name == "trl":
-        sys.path.insert(0, trl112)
+        _load_trl(trl112)
     _silence()
     try:
         import torch
@@ -43,6 +45,15 @@ def work(pipe: Any, name: str, case: Case, trl112: str, threads: int) -> None:
         pass
     except Exception:
         pipe.send(traceback.format_exc())
+
+
+def _load_trl(folder: str) -> None:
+    """Make `import trl` in this process mean the TRL that lies in `folder`."""
+    spec = PathFinder.find_spec("trl", [folder])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["trl"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["trl"])
 
 
 def _silence() -> None:
@@ -165,7 +176,7 @@ def trl(session: Session) -> None:
 
 def floor(session: Session) -> None:
     """The bare calls."""
-    from _ppo_floor import run
+    from benchmarks.ppo_floor import run
 
     run(session, LEARNING_RATE)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _evidence_jobs import base, rl_init, selected, selected_folder
-from _evidence_lab import Job, Lab
-from _evidence_ppo import answers, base_tax, ppo, tax
-from _evidence_text import DISTINCT_KEPT, GAIN_LOST, SHARE_BACK
-from _evidence_verdicts import (
+from benchmarks.evidence.jobs import base, rl_init, selected, selected_folder
+from benchmarks.evidence.lab import Job, Lab
+from benchmarks.evidence.ppo import answers, base_tax, ppo, tax
+from benchmarks.evidence.text import DISTINCT_KEPT, GAIN_LOST, SHARE_BACK
+from benchmarks.evidence.verdicts import (
     Finding,
     Interval,
     both,
@@ -45,7 +45,7 @@ def gold(job: Job) -> list[float]:
 
 def of_policy(lab: Lab, job: Job, seed: int, part: str = "policy", split: str = "test") -> Job:
     """Answers of a PPO run's weights ('policy') or of their average ('ema')."""
-    return answers(lab, job.folder / part, job, seed, split)
+    return answers(lab, job.folder / "run" / part, job, seed, split)
 
 
 def of_sft(lab: Lab, seed: int, by: str = "rm", draw: int = 0) -> Job:
@@ -191,9 +191,9 @@ def _tax_and_gain(lab: Lab, seed: int) -> dict:
     if lab.plan.paper_iterations:
         runs["27.8 at 8:1"] = ppo(lab, seed, iterations=lab.plan.paper_iterations, **PAPER)
     point: dict = {"base": base_tax(lab), "start": losses}
-    after = {name: gold_a_prompt(lab, run.folder / "policy", run, seed) for name, run in runs.items()}
+    after = {name: gold_a_prompt(lab, run.folder / "run" / "policy", run, seed) for name, run in runs.items()}
     for name, run in runs.items():
-        cost = tax(lab, run.folder / "policy", run)
+        cost = tax(lab, run.folder / "run" / "policy", run)
         point[name] = {
             "rise": cost["sampled"] - losses["sampled"],
             "rise_real": cost["real"] - losses["real"],
@@ -265,7 +265,7 @@ def _average_against_raw(lab: Lab, runs: Sequence[Job]) -> tuple[Interval, Inter
     of_seed = list(zip(lab.seeds, runs, strict=True))
     averaged = [gold(of_policy(lab, run, seed, "ema")) for seed, run in of_seed]
     raw = [gold(of_policy(lab, run, seed)) for seed, run in of_seed]
-    costs = [[tax(lab, run.folder / part, run)["sampled"] for part in ("ema", "policy")] for run in runs]
+    costs = [[tax(lab, run.folder / "run" / part, run)["sampled"] for part in ("ema", "policy")] for run in runs]
     losses = over_seeds([ema - own for ema, own in costs])
     return pooled_win_rate(averaged, raw), pooled_difference(averaged, raw), losses
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from instruct_trl.recipes.demo.prepare import base_model
-from memory import ATTENTION
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -21,6 +20,7 @@ from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
 from instruct_trl.memory.plan import MemoryPlan, PPOModels, ppo_plan
 from instruct_trl.models.value import ValueModel
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 QUANTISATION: dict[str, Any] = {
     "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
 }  # fmt: skip
@@ -218,7 +218,7 @@ class Peak:
 
 def measure(args: Any) -> dict[str, Any]:
     """Weights, peak and pace of one iteration."""
-    from _common import quiet
+    from benchmarks.common import quiet
 
     quiet()
     config = settings(args, args.pieces)

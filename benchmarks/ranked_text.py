@@ -1,43 +1,20 @@
-"""What the reward-model benchmarks share: the line about the machine, tables, and real ranked text.
-
-Nothing heavy is imported before it is needed: `reward_ranking.py` measures memory and keeps its parent process small.
-"""
+"""Real ranked text for the reward-model benchmarks, the model that they start from, and the judge of all methods."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import OUTPUTS, sentences
+
 PROMPT = "Review of a film:"
-OUTPUTS = Path(__file__).resolve().parent.parent / "outputs"
-
-
-def machine(threads: int | str | None = None, device: str = "cpu") -> str:
-    """One line: device, cores, threads, and the versions that the figures depend on."""
-    if threads is None:
-        import torch
-
-        threads = torch.get_num_threads()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"Machine: {device}, {platform.machine()}, {cores} cores, {threads} torch threads; {packages}."
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -117,22 +94,6 @@ def blur(rows: list[dict], noise: float) -> None:
         row["scores"] = [score + generator.gauss(0, noise * spread) for score in row["scores"]]
 
 
-def sentences(max_words: int) -> tuple[list[str], list[dict]]:
-    """(sentences to rank, other reviews): one-sentence reviews of 8 to `max_words` words, and all that is left.
-
-    The language model and the labeler are trained on what is left, so that no ranked sentence was seen by either.
-    """
-    from instruct_trl.recipes.demo.prepare import SENTENCES, movie_reviews
-
-    ranked, rest = [], []
-    for review in movie_reviews():
-        if review["source"] == SENTENCES and 8 <= len(review["text"].split()) <= max_words:
-            ranked.append(review["text"])
-        else:
-            rest.append(review)
-    return ranked, rest
-
-
 def _review_groups(args: argparse.Namespace) -> tuple[list[dict], str]:
     texts, rest = sentences(args.max_words)
     labeler = _labeler(rest, OUTPUTS / f"benchmark_labeler_{args.max_words}.npz")
@@ -197,18 +158,6 @@ def reward_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
 
 
-def quiet() -> None:
-    """No progress bars, and not transformers' warnings about names that TRL still uses."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
 def backbone(args: argparse.Namespace) -> str:
     """The name or folder of the model that every run starts from."""
     if args.model == "demo":
@@ -218,7 +167,7 @@ def backbone(args: argparse.Namespace) -> str:
     elif args.model:
         name = args.model
     else:
-        from _tiny_lm import tiny_lm
+        from benchmarks.tiny_lm import tiny_lm
 
         name = str(tiny_lm(args.lm_folder, args.lm_steps, args.max_words, args.bf16))
     return _first_layers(name, args.layers) if args.layers else name
@@ -285,15 +234,8 @@ def judge(model: Any, tokenizer: Any, rows: list[dict]) -> tuple[float, float]:
         total += len(gaps)
         if gaps:
             losses.append(sum(_softplus(-gap) for gap in gaps) / len(gaps))
-    return right / total, sum(losses) / len(losses)
+    return right / max(total, 1), sum(losses) / max(len(losses), 1)
 
 
 def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def mean_sd(values: Sequence[float], digits: int = 3) -> str:
-    """'mean ± sd', the sd of the sample; the mean alone for one value."""
-    mean = statistics.mean(values)
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{spread}"

@@ -164,34 +164,23 @@ def plan_arguments(parser: Any) -> None:
             group.add_argument(f"--{item.name}", type=kind, help=text)
 
 
-class PlainLabeler:
-    """The demo's labeler on this task: it reads the review without the instruction before it.
+def score(prompts: list[str], completions: list[str], run_dir: str, **kwargs: Any) -> list[float]:
+    """The demo's labeler on this task: it reads the review without the instruction before it."""
+    from instruct_trl.recipes.demo import labeler
 
-    A TRL reward function: `labeler(prompts, completions)`.
-    """
-
-    __name__ = "labeler"
-
-    def __init__(self, folder: Path):
-        from instruct_trl.recipes.demo.labeler import SentimentLabeler
-
-        self.classifier = SentimentLabeler.load(folder / "labeler.npz")
-
-    def __call__(self, prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
-        return self.classifier([prompt.removeprefix(INSTRUCTION).lstrip() for prompt in prompts], completions)
+    return labeler.score([prompt.removeprefix(INSTRUCTION).lstrip() for prompt in prompts], completions, run_dir)
 
 
 def instruct(words: str) -> str:
-    """The first words of a review as a prompt. The instruction tells the task from plain reviews, the base's text."""
+    """The first words of a review as a prompt."""
     return f"{INSTRUCTION} {words}"
 
 
-def rows_of(path: Path) -> list[dict]:
-    """Rows of a dataset of the demo, their prompts with the instruction."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{**row, "prompt": instruct(row["prompt"])} if "prompt" in row else row for row in rows]
+def read_rows(path: Path) -> list[dict]:
+    """One JSON object per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

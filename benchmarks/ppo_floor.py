@@ -13,9 +13,9 @@ import copy
 from typing import Any
 
 import torch
-from _ppo_session import EOS, PAD, Session, build, prompts
 from transformers import GenerationConfig
 
+from benchmarks.ppo_session import EOS, PAD, Session, build, prompts
 from instruct_trl.maths.masking import masked_whiten
 from instruct_trl.maths.objectives import clipped_policy_loss, clipped_value_loss
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
