@@ -75,6 +75,14 @@ def neutral_generation_config(model: Any) -> Iterator[None]:
         base.generation_config = own
 
 
+def _check_numbers(temperature: float, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (most likely token) or more, got {temperature}.")
+
+
 def generate_completions(
     model: Any,
     tokenizer: Any,
@@ -110,12 +118,9 @@ def generate_completions(
         ValueError: no prompts; an empty one, or one that leaves no room in the model's context; a number out of range;
             a tokenizer without EOS.
     """
-    counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_return_sequences": num_return_sequences}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (most likely token) or more, got {temperature}.")
+    _check_numbers(
+        temperature, max_new_tokens=max_new_tokens, batch_size=batch_size, num_return_sequences=num_return_sequences
+    )
     ends = ending_ids(tokenizer, model)
     encoded = _encode_all(model, tokenizer, prompts, max_new_tokens)
     rows = [ids for ids in encoded for _ in range(num_return_sequences)]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from instruct_trl._upstream import backbone, score_head
-from instruct_trl.models.adapters import has_adapters
+from instruct_trl.models.adapters import has_adapters, without_adapters
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.loading import load_reward_model
 from instruct_trl.models.logprobs import positions
@@ -37,7 +37,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, classifier: PreTrainedModel):
         super().__init__()
-        if has_adapters(classifier):
+        if without_adapters(classifier) is not classifier:
             raise ValueError(
                 "The value model carries PEFT adapters. Merge them first (`model.merge_and_unload()`), or give the "
                 "folder of the reward adapter as value_model=, which is merged as it is read."

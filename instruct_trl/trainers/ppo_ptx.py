@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from instruct_trl._upstream import (
-    EpochSeededRepeatSampler,
-    mark_step_skipped,
-    unchanged_model,
-)
+from instruct_trl._upstream import EpochSeededRepeatSampler, mark_step_skipped, unchanged_model
 from instruct_trl.data.rows import filter_prompts
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss, explained_variance, ppo_ptx_loss
@@ -40,17 +35,11 @@ from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.ema import EMACallback
 from instruct_trl.trainers.engines import before_last_backward, finish_policy_step, is_sharding, take_over_steps
-from instruct_trl.trainers.minibatches import (
-    ROW,
-    Batch,
-    arrange_minibatches,
-    compute_by_length,
-    split_rows,
-    trim_padding,
-)
+from instruct_trl.trainers.minibatches import Batch, arrange_minibatches, split_rows, trim_padding
+from instruct_trl.trainers.paper import PAPER
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
-from instruct_trl.trainers.room import check_rollouts, pretraining_length
+from instruct_trl.trainers.room import check_rollouts
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 
@@ -80,12 +69,7 @@ class PPOPtxTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "instruct-trl", "ppo-ptx"]
     _name = "PPO-ptx"
-    _paper = {
-        "title": "Training language models to follow instructions with human feedback",
-        "id": "2203.02155",
-        "citation": "@inproceedings{ouyang2022training, title={Training language models to follow instructions with "
-        "human feedback}, author={Ouyang, Long and others}, booktitle={NeurIPS}, year={2022}}",
-    }
+    _paper = PAPER
 
     args: Any  # a PPOPtxConfig
     model: Any
@@ -120,20 +104,13 @@ class PPOPtxTrainer(GRPOTrainer):
         tokenizer, limit = models.tokenizer, args.max_prompt_length
         with ppo_ptx_setup.as_upstream_must_see(args, models):
             super().__init__(
-                models.policy,
-                models.reward_funcs,
-                args,
+                models.policy, models.reward_funcs, args,
                 filter_prompts(train_dataset, tokenizer, limit, "train_dataset"),
                 filter_prompts(eval_dataset, tokenizer, limit, "eval_dataset"),
-                tokenizer,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=None if models.loaded else quantization_config,
-                peft_config=peft_config,
-                tools=tools,
-                rollout_func=rollout_func,
-                environment_factory=environment_factory,
-            )
+                tokenizer, callbacks=callbacks, optimizers=optimizers,
+                quantization_config=None if models.loaded else quantization_config, peft_config=peft_config,
+                tools=tools, rollout_func=rollout_func, environment_factory=environment_factory,
+            )  # fmt: skip
         self.beta, self.role_adapters = args.beta, role_adapters
         self._add_ppo_parts(models, pretraining_dataset)
         self.evaluation = ppo_evaluation.Evaluation(self.accelerator, self.reward_func_names, with_win_rate)
@@ -141,19 +118,15 @@ class PPOPtxTrainer(GRPOTrainer):
 
     def _add_ppo_parts(self, models: ppo_ptx_setup.Models, pretraining_dataset: Any) -> None:
         """Add to GRPO: a reference of its own, the critic, the pretraining gradient, the guards and the average."""
-        args, autocast = self.args, self.compute_loss_context_manager
+        args = self.args
         self.eos_token_ids = ppo_rollout.settle_endings(self)
         self._hands_over_prompt_ids = ppo_rollout.reads_prompt_ids(self)
         check_rollouts(self, models.value_model, models.ref_model)
         self.ref_model: Any = ppo_ptx_setup.settle_models(self, models)
         roles = self.role_adapters
         with nullcontext() if roles is None else roles.active("value"):  # its parameters then are those that train
-            self.critic = Critic(models.value_model, args, self.accelerator, autocast)
-        self.pretraining = None
-        if args.ptx_coef > 0:
-            length = pretraining_length(args, self.model)
-            texts = ppo_ptx_setup.pretraining_stream(pretraining_dataset, self._tokenizer, length, args)
-            self.pretraining = PretrainingGradient(texts, args, self.accelerator, autocast)
+            self.critic = Critic(models.value_model, args, self.accelerator, self.compute_loss_context_manager)
+        self.pretraining = ppo_ptx_setup.pretraining_gradient(self, pretraining_dataset)
         self.divergence = DivergenceMonitor(args)
         self.ema = None if args.ema_decay is None else EMACallback(self.model, args.ema_decay)
         self._kept_parts: list[Any] = [part for part in (self.critic, self.ema, self.divergence) if part is not None]
@@ -173,7 +146,6 @@ class PPOPtxTrainer(GRPOTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     # 1. Sample: x from the prompts, y from the policy ----------------------------------------------------------------
-
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler: Any = super()._get_train_sampler(dataset)
         return EpochSeededRepeatSampler.like(sampler)
@@ -199,19 +171,15 @@ class PPOPtxTrainer(GRPOTrainer):
             if continuous or self.use_vllm or images or multimodal_fields:
                 with unchanged_model(self.model) if continuous else nullcontext():
                     return sample(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            generate = RolloutGenerate(
-                policy,
-                self.eos_token_ids,
-                drop_ended=not is_sharding(self.accelerator),  # processes must call `generate` equally often
-                temperature=self.temperature if self.args.old_logps_from_sampler else None,
-            )
+            drop = not is_sharding(self.accelerator)  # its processes must call `generate` equally often
+            heat = self.temperature if self.args.old_logps_from_sampler else None
+            generate = RolloutGenerate(policy, self.eos_token_ids, drop_ended=drop, temperature=heat)
             size = self.args.local_rollout_forward_batch_size
             return ppo_rollout.sample_by_length(
                 prompt_ids, size, lambda chunk: sample(chunk, images, {}, *args, **kwargs)[0], generate
             )
 
     # 2. Score: r(x, y) ------------------------------------------------------------------------------------------------
-
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids: list) -> torch.Tensor:
         prompt_ids, self._prompt_ids = self._prompt_ids if self._hands_over_prompt_ids else None, None
         # Reward models read what was drawn, the special tokens too, not the text that upstream decoded.
@@ -230,7 +198,6 @@ class PPOPtxTrainer(GRPOTrainer):
         return mine - (self.args.missing_eos_penalty or 0.0) * ~ended, ended
 
     # 3. log π_old and log π_ref, by the same forward as the loss: so the first minibatch's ratio is 1 -----------------
-
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
@@ -246,13 +213,7 @@ class PPOPtxTrainer(GRPOTrainer):
     @torch.no_grad()
     def _rollout_logps(self, model: Any, rollout: Batch) -> torch.Tensor:
         """log π (B, T) of a rollout, without gradient."""
-        return self._by_length(rollout, lambda rows: self._logps(model, rows)[0])
-
-    def _by_length(self, rollout: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
-        """`compute`, (B, T), on the rows of a rollout, a few of similar length at a time."""
-        rows = {name: rollout[name] for name in ROW} | {"loss_mask": rollout["completion_mask"]}
-        size, by_count = self.args.local_rollout_forward_batch_size, is_sharding(self.accelerator)
-        return compute_by_length(rows, size, compute, by_count=by_count)
+        return ppo_rollout.by_length(self, rollout, lambda rows: self._logps(model, rows)[0])
 
     def _logps(self, model: Any, rows: Batch, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """log π (B, T) of one forward, and entropies (B, T) or None; by TRL's fused head if that one is compact."""
@@ -297,16 +258,14 @@ class PPOPtxTrainer(GRPOTrainer):
         self._log_means(metrics, counted=scored)
         self._log_means({"unscored_fraction": ~scored})
         if self.model.training:
-            missing = self.accelerator.reduce((~scored).sum(), "sum")
-            self._metrics["train"]["missing_rewards"].append(float(missing))
+            self._metrics["train"]["missing_rewards"].append(float(self.accelerator.reduce((~scored).sum(), "sum")))
 
     # 4. Value and advantages ------------------------------------------------------------------------------------------
-
     def _add_advantages(self, rollout: dict[str, Any]) -> None:
         """Replace GRPO's `advantages` by GAE's, (B, T); add `old_values` and `returns`, (B, T)."""
         args, mask, loss_mask = self.args, rollout["completion_mask"], rollout["loss_mask"]
         with self.stopwatch("value"):
-            values = self._by_length(rollout, self.critic.rollout_values)
+            values = ppo_rollout.by_length(self, rollout, self.critic.rollout_values)
         # Eq. 2's reward, token by token: −β·KL_t at each, r(x, y) at the last. No KL term is left for the loss.
         kl = rollout["kl"] * loss_mask  # a tool's words are not the policy's choice
         rewards = token_rewards(rollout["scores"], kl, mask, self.beta)
@@ -321,13 +280,10 @@ class PPOPtxTrainer(GRPOTrainer):
             # Over the whole rollout on all processes, so that who shares a minibatch changes no advantage. The returns
             # stay in reward units: the critic learns those.
             advantages = ppo_rollout.whiten(self.accelerator, advantages, loss_mask)
-        # For `log_completions`: GRPO's advantages are 0 without a group.
-        mine = self.accelerator.gather(masked_mean(advantages, loss_mask, dim=1))
-        ppo_rollout.replace_last(self._logs["advantages"], mine.tolist())
+        ppo_rollout.log_advantages(self._logs, self.accelerator.gather(masked_mean(advantages, loss_mask, dim=1)))
         rollout |= {"advantages": advantages, "old_values": values, "returns": returns}
 
     # 5. Minibatches: 512 episodes make 8 of 64 (appendix C) -----------------------------------------------------------
-
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """The next micro-batch; a new rollout first, when the last one is used up."""
         if not self.model.training:
@@ -347,7 +303,6 @@ class PPOPtxTrainer(GRPOTrainer):
         return inputs
 
     # 6. Pretraining gradient: γ·E[log π(x)], the second term of Eq. 2 -------------------------------------------------
-
     def _pretraining_backward(self, pretraining: PretrainingGradient) -> None:
         # "Computed one after the other and both accumulated" (appendix C). PPO's backward follows and is the
         # minibatch's last: there the processes exchange both gradients at once.
@@ -358,7 +313,6 @@ class PPOPtxTrainer(GRPOTrainer):
             self._metrics["train"]["ptx_loss"][-1] += pretraining.backward(self.model_wrapped)
 
     # 7. Update: PPO's clipped loss, the first term of Eq. 2 -----------------------------------------------------------
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Accumulate one micro-batch: the pretraining gradient (see `_prepare_inputs`), PPO's, then the critic's."""
         if self._place_in_iteration() == 0:
@@ -394,7 +348,6 @@ class PPOPtxTrainer(GRPOTrainer):
         return ppo_ptx_loss(policy_loss, torch.zeros_like(policy_loss), self.args.ptx_coef)  # Eq. 2, first term
 
     # 8. Critic and step -----------------------------------------------------------------------------------------------
-
     def _trained(self, model: Any) -> Any:
         """The module whose gradients are the policy's: on a shared base the critic's lie there, too."""
         return model if self.role_adapters is None else self.role_adapters.policy_adapter
@@ -423,7 +376,6 @@ class PPOPtxTrainer(GRPOTrainer):
         return grad_norm
 
     # 9. Log -----------------------------------------------------------------------------------------------------------
-
     def _log_means(self, metrics: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
         """Log the mean over all processes of each tensor (B,), of the rows `counted` (B,); show it to the guards."""
         if not self.model.training:
@@ -431,23 +383,19 @@ class PPOPtxTrainer(GRPOTrainer):
             return
         for name, values in metrics.items():
             rows = values if counted is None else values[counted]
-            totals = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
-            total, count = self.accelerator.reduce(totals, "sum").tolist()
+            total, count = ppo_rollout.sum_and_count(self.accelerator, rows)
             self._metrics["train"][name].append(total / count if count else float("nan"))
             self.divergence.observe(name, total, count)
 
     def _log_iteration(self) -> None:
         metrics, args, step = self._metrics["train"], self.args, self.state.global_step + 1
         metrics["episodes"] = [float(step * args.minibatch_size // self.num_iterations)]
-        seconds = self.stopwatch.finish_iteration()
-        rate = {"episodes_per_second": args.generation_batch_size / seconds["iteration"]}
-        for name, value in (rate | {f"time/{stage}": spent for stage, spent in seconds.items()}).items():
+        for name, value in self.stopwatch.finish_iteration(args.generation_batch_size).items():
             metrics[name].append(value)
         if self.stopwatch.iterations == 1:
-            ppo_ptx_setup.say_estimate(args, step, seconds["iteration"], self.accelerator.print)
+            ppo_ptx_setup.say_estimate(args, step, metrics["time/iteration"][-1], self.accelerator.print)
 
     # Evaluation: on held-out prompts, against the reference; it changes nothing that training samples -----------------
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # GRPO's samples from the generators of training. Here each step has a noise of its own, also in a resumed run.
         with self._own_randomness("evaluation", self.state.global_step, self.args.process_index):
@@ -480,7 +428,6 @@ class PPOPtxTrainer(GRPOTrainer):
         return super()._determine_best_metric(known, trial)
 
     # Save and resume --------------------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:  # upstream takes the highest number, also of a torn checkpoint
             resume_from_checkpoint = checkpoints.checkpoint_to_resume(self.args.output_dir)
@@ -503,9 +450,7 @@ class PPOPtxTrainer(GRPOTrainer):
             return
         if _internal_call:
             save(root)
-        if (
-            not _internal_call or output_dir is None
-        ):  # a checkpoint has its critic and average from `_save_optimizer...`
+        if not _internal_call or output_dir is None:  # else a checkpoint, with critic and average in its own files
             save(os.path.join(root, "policy"))
             self.critic.save_model(os.path.join(root, "value"), self._tokenizer)
             if self.ema is not None:

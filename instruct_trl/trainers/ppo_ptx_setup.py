@@ -23,6 +23,7 @@ from instruct_trl._upstream import (
 from instruct_trl.data.encoding import require_eos
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.models.adapters import adapter_parameters, has_adapters
+from instruct_trl.models.context import context_length
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.loading import check_token_rows, load_causal_model
 from instruct_trl.models.model_files import check_model_path, has_tokenizer, load_tokenizer, tokenizer_source
@@ -355,13 +356,21 @@ def _check_tokens(scorer: RewardScorer, policy_tokenizer: Any) -> None:
         )
 
 
-def pretraining_stream(dataset: Any, tokenizer: Any, max_length: int, args: PPOPtxConfig) -> PretrainingStream:
-    """The texts of the γ term, of at most `max_length` tokens."""
-    seed = args.seed if args.data_seed is None else args.data_seed
+def pretraining_length(args: Any, policy: Any) -> int:
+    """Tokens that a pretraining text keeps: `ptx_max_length`, or the policy's context where that is less."""
+    return min(args.ptx_max_length, context_length(policy) or args.ptx_max_length)
+
+
+def pretraining_gradient(trainer: GRPOTrainer, dataset: Any) -> PretrainingGradient | None:
+    """The γ term of Eq. 2 over the texts of `dataset`; None for γ = 0."""
+    args: Any = trainer.args
+    if args.ptx_coef == 0:
+        return None
+    length, seed = pretraining_length(args, trainer.model), args.seed if args.data_seed is None else args.data_seed
+    ranks = {"rank": args.process_index, "world_size": args.world_size}
     with args.main_process_first(desc="tokenizing the pretraining texts"):  # the others then read its cache
-        return PretrainingStream(
-            dataset, tokenizer, max_length=max_length, seed=seed, rank=args.process_index, world_size=args.world_size
-        )
+        texts = PretrainingStream(dataset, trainer._tokenizer, max_length=length, seed=seed, **ranks)
+    return PretrainingGradient(texts, args, trainer.accelerator, trainer.compute_loss_context_manager)
 
 
 # What is printed ------------------------------------------------------------------------------------------------------

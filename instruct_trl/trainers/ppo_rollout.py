@@ -20,7 +20,8 @@ from instruct_trl.maths.masking import masked_mean, masked_whiten
 from instruct_trl.models.logprobs import completion_logps, keeps_logits, positions, takes_positions
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.rollout_generation import RolloutGenerate, replaced_generate
-from instruct_trl.trainers.minibatches import Batch, join_rows
+from instruct_trl.trainers.engines import is_sharding
+from instruct_trl.trainers.minibatches import ROW, Batch, compute_by_length, join_rows
 from instruct_trl.trainers.ppo_ptx_setup import same_tokens
 
 # Sample ---------------------------------------------------------------------------------------------------------------
@@ -194,8 +195,24 @@ def update_metrics(
     return {name: masked_mean(value, mask, dim=1)[mask.any(dim=1)] for name, value in metrics.items()}
 
 
-def replace_last(log: Any, values: list[float]) -> None:
-    """Put `values` in the place of the last entries of a bounded log."""
-    for _ in range(min(len(values), len(log))):
+def log_advantages(logs: dict[str, Any], means: torch.Tensor) -> None:
+    """Put mean advantages (B,) in the place of GRPO's for `log_completions`, which are 0 without a group."""
+    log = logs["advantages"]
+    for _ in range(min(len(means), len(log))):
         log.pop()
-    log.extend(values)
+    log.extend(means.tolist())
+
+
+def sum_and_count(accelerator: Accelerator, rows: torch.Tensor) -> tuple[float, float]:
+    """The sum and the number of `rows` on all processes."""
+    mine = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
+    total, count = accelerator.reduce(mine, "sum").tolist()
+    return total, count
+
+
+def by_length(trainer: GRPOTrainer, rollout: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+    """`compute`, (B, T), on the rows of a rollout, a few of similar length at a time."""
+    args: Any = trainer.args
+    rows = {name: rollout[name] for name in ROW} | {"loss_mask": rollout["completion_mask"]}
+    by_count = is_sharding(trainer.accelerator)
+    return compute_by_length(rows, args.local_rollout_forward_batch_size, compute, by_count=by_count)

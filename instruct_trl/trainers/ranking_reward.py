@@ -35,6 +35,7 @@ from instruct_trl.models.model_files import write_reward_config
 from instruct_trl.models.precision import one_dtype
 from instruct_trl.models.prefix_sharing import ScoringRoute
 from instruct_trl.models.scores import score_rows
+from instruct_trl.trainers.paper import PAPER
 from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
 from instruct_trl.trainers.ranking_reward_checks import (
     HEAD_REMEDY,
@@ -61,15 +62,6 @@ from instruct_trl.trainers.starting_model import (
     settle_model_kwargs,
     train_in_float32,
 )
-
-_CITATION = """\
-@inproceedings{ouyang2022training,
-    title     = {{Training language models to follow instructions with human feedback}},
-    author    = {Long Ouyang and Jeffrey Wu and Xu Jiang and Diogo Almeida and Carroll L. Wainwright and others},
-    booktitle = {Advances in Neural Information Processing Systems},
-    year      = 2022,
-    eprint    = {2203.02155},
-}"""
 
 
 @dataclass
@@ -206,11 +198,7 @@ class RankingRewardTrainer(RewardTrainer):
 
     _tag_names = ["trl", "reward-trainer", "instruct-trl", "ranking-reward"]
     _name = "RankingReward"
-    _paper = {
-        "title": "Training language models to follow instructions with human feedback",
-        "id": "2203.02155",
-        "citation": _CITATION,
-    }
+    _paper = PAPER
     _template_file = "rm_model_card.md"
 
     def __init__(

@@ -38,11 +38,6 @@ def check_rollouts(trainer: Any, value_model: Any, ref_model: Any) -> None:
     check_room(trainer, value_model, ref_model)
 
 
-def pretraining_length(args: Any, policy: Any) -> int:
-    """Tokens that a pretraining text keeps: `ptx_max_length`, or the policy's context where that is less."""
-    return min(args.ptx_max_length, context_length(policy) or args.ptx_max_length)
-
-
 def check_room(trainer: Any, value_model: Any, ref_model: Any) -> None:
     """Refuse prompts that, with an answer of `max_completion_length`, exceed the context of a model of the run.
 

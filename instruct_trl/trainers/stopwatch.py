@@ -45,10 +45,12 @@ class Stopwatch:
             if self._inner:
                 self._inner[-1] += elapsed
 
-    def finish_iteration(self) -> dict[str, float]:
-        """Seconds by stage since the last call, and `iteration`, their wall time."""
+    def finish_iteration(self, episodes: int) -> dict[str, float]:
+        """`time/<stage>`, seconds since the last call, their wall time as `time/iteration`; `episodes_per_second`."""
         now = self._now()
-        report = {**self._seconds, "iteration": now - self._start}
+        wall = now - self._start
+        report = {f"time/{stage}": spent for stage, spent in {**self._seconds, "iteration": wall}.items()}
+        report["episodes_per_second"] = episodes / wall
         self._seconds.clear()
         self._start, self.iterations = now, self.iterations + 1
         return report

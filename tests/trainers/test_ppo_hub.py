@@ -79,7 +79,7 @@ def test_a_push_has_policy_value_and_average_and_the_policy_at_the_root(tmp_path
     assert "trained with PPO-ptx, a method introduced in [Training language models to follow instructions" in card
     assert "https://huggingface.co/papers/2203.02155" in card
     assert "base_model: some-org/some-base" in card
-    assert "author={Ouyang, Long and others}" in card
+    assert "Long Ouyang and Jeffrey Wu" in card
     for tag in ("ppo-ptx", "instruct-trl", "trl"):
         assert f"- {tag}\n" in card
     assert 'model="me/my-ppo"' in card  # the quick start, which reads the root

@@ -93,7 +93,13 @@ def test_an_accelerator_is_waited_for_where_a_stage_begins_and_ends(monkeypatch)
         queue.append(1.0)
     with watch("value_update"):
         queue.append(2.0)
-    assert watch.finish_iteration() == {"update": 6.0, "pretraining": 3.0, "value_update": 2.0, "iteration": 11.0}
+    assert watch.finish_iteration(episodes=22) == {
+        "time/update": 6.0,
+        "time/pretraining": 3.0,
+        "time/value_update": 2.0,
+        "time/iteration": 11.0,
+        "episodes_per_second": 2.0,
+    }
 
 
 def test_without_an_accelerator_nothing_is_waited_for(monkeypatch):
@@ -101,7 +107,7 @@ def test_without_an_accelerator_nothing_is_waited_for(monkeypatch):
     watch = Stopwatch(torch.device("cpu"))
     with watch("x"):
         time.sleep(0.01)
-    assert watch.finish_iteration()["x"] >= 0.01
+    assert watch.finish_iteration(1)["time/x"] >= 0.01
 
 
 @pytest.mark.parametrize(("iterations", "said"), [(10, True), (2, False)])
