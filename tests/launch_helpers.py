@@ -43,3 +43,11 @@ def python(*arguments, **kwargs):
 def processes(count, *script, **kwargs):
     """Run a script and its arguments on `count` processes of this machine, as torchrun does, on a free port."""
     return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, *script, **kwargs)
+
+
+def leave_process_group():
+    """Close the group of a launched script. Its threads, left open, can abort the exit of a busy machine (SIGABRT)."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

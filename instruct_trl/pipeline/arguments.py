@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import math
 import os
@@ -195,7 +196,15 @@ def parse_recipe(
     _load_as_asked(parsed)
     _tokens_to_environment(parsed)
     use_cpu_well(run.cpu_threads)
+    atexit.register(_leave_process_group)
     return parsed
+
+
+def _leave_process_group() -> None:
+    """Close the group of a launched run. Its threads, left open, can abort the exit of a busy machine (SIGABRT)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _option(*names: str) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import conftest
 import torch
+from launch_helpers import leave_process_group
 from peft import LoraConfig
 from ppo_helpers import PROMPTS
 from ppo_killed import fresh
@@ -180,5 +181,4 @@ def run_recipe(root):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
-    if torch.distributed.is_initialized():  # its threads, left running, can abort the exit of a busy machine
-        torch.distributed.destroy_process_group()
+    leave_process_group()

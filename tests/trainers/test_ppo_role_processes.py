@@ -6,7 +6,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from launch_helpers import processes
+from launch_helpers import leave_process_group, processes
 from ppo_helpers import PROMPTS, TEXTS
 from ppo_killed import fresh
 from ppo_two import assert_same, fixed_answers, result_of, save_result
@@ -101,5 +101,4 @@ def main(root):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    if torch.distributed.is_initialized():  # its threads, left running, can abort the exit of a busy machine
-        torch.distributed.destroy_process_group()
+    leave_process_group()

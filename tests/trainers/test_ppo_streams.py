@@ -8,7 +8,7 @@ import conftest
 import pytest
 import torch
 from datasets import Dataset
-from launch_helpers import processes
+from launch_helpers import leave_process_group, processes
 from ppo_helpers import make
 from ppo_killed import fresh
 
@@ -96,3 +96,4 @@ def main(root):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_process_group()
