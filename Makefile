@@ -2,6 +2,9 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN     = .venv/bin
+# Test files at a time; a test computes on one thread.
+JOBS   ?= 2
+PYTEST  = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo demo-long evidence evidence-full evidence-gpu test test-fast test-slow check docs docs-links format clean
 
@@ -38,15 +41,15 @@ evidence-gpu: .venv/installed
 
 ## The whole test suite
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 ## Without the tests that launch recipes or processes
 test-fast: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 ## Only those
 test-slow: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 ## Format, lint, types, fast tests
 check: .venv/installed-dev

@@ -15,7 +15,8 @@ from docutils.parsers.rst import Directive
 
 def own_fields(kind: type) -> list[Field]:
     """Fields that the class declares itself: its own settings, and inherited ones with another default."""
-    return [field for field in fields(kind) if field.name in kind.__dict__.get("__annotations__", {})]
+    declared = kind.__dict__.get("__annotations__", {})
+    return [field for field in fields(kind) if field.init and field.name in declared]
 
 
 def default_of(field: Field) -> str:

@@ -33,7 +33,7 @@ def select_and_copy(run: SelectArguments, folder: Path) -> dict[str, Any]:
     """Compare the checkpoints, write the table and the picture, copy the best one to `<folder>/model`."""
     from instruct_trl import RewardScorer, select_checkpoint
     from instruct_trl.report.pictures import require_matplotlib
-    from instruct_trl.report.selection_report import finding
+    from instruct_trl.report.selection_report import finding, write_selection
 
     require_matplotlib()
     sft, reward = run.sft_path or str(run.run / "sft"), run.reward_model_path or str(run.run / "reward_model")
@@ -52,8 +52,9 @@ def select_and_copy(run: SelectArguments, folder: Path) -> dict[str, Any]:
             temperature=run.temperature,
             batch_size=run.batch_size,
             seed=run.seed,
-            output_dir=str(folder),
         )
+    if PartialState().is_main_process:
+        write_selection(result, folder)
     if seen:
         with (folder / "selection.md").open("a", encoding="utf-8") as page:
             page.write(f"\nNot held out: {seen['note']}\n")

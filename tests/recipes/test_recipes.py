@@ -257,7 +257,7 @@ def test_ppo_ptx_then_evaluate(home):
     launch(home, "evaluate", *evaluate)
     report = (home / "run" / "report.md").read_text()
     assert "no judge but the labeler was asked" in report
-    assert "By the labeler's score on validation prompts, step" in report
+    assert "The labeler scores step" in report
     assert "the labeler's score over training was not logged" not in report
     assert (home / "run" / "report.html").exists()
     # Judges are added without sampling again.

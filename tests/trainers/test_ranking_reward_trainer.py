@@ -71,7 +71,7 @@ def test_two_completions_equal_trl_reward_trainer(tokenizer, tmp_path, conversat
 def test_two_completions_train_to_the_same_weights_as_trl(tokenizer, tmp_path):
     kwargs = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3, "seed": 3}
     kwargs |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "adam_beta2": 0.95, "report_to": "none"}
-    kwargs |= {"adam_epsilon": 1e-6}  # at 1e-8, Adam turns the rounding of a gradient near 0 into a step of 1e-2
+    kwargs |= {"adam_epsilon": 1e-5}  # at 1e-8, Adam turns the rounding of a gradient near 0 into a step of 1e-2
     ours = make(fresh_model(), tokenizer, tmp_path / "a", pair_rows(), **kwargs)
     ours.train()
     args = RewardConfig(str(tmp_path / "b"), use_cpu=True, bf16=False, save_strategy="no", **kwargs)
