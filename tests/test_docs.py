@@ -72,7 +72,8 @@ def test_the_commands_name_recipes_yamls_and_settings_that_exist():
         .replace("\\\n", " ")
         .replace("$P", "recipes/paper")
     )
-    launches = [line.split() for line in commands.splitlines() if line.startswith("accelerate launch")]
+    lines = [line for line in commands.splitlines() if line.startswith("accelerate launch")]
+    launches = [line.split() for line in lines if "--config mine/" not in line]  # which its reader has yet to write
     assert len(launches) == 7
     for _, _, recipe, *rest in launches:
         config = rest[rest.index("--config") + 1]
