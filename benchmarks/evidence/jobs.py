@@ -187,7 +187,12 @@ def selected(lab: Lab, seed: int) -> Job:
         )  # fmt: skip
         table = Job("", folder, {}).read("selected/selection.json")
         rows = [
-            {"folder": r["checkpoint"], "epoch": r["epoch"], "rm_score": r["rm_score"], "loss": r["validation_loss"]}
+            {
+                "folder": r["checkpoint"],
+                "epoch": r["epoch"],
+                "rm_score": r["rm_score"]["mean"],
+                "loss": r["validation_loss"],
+            }
             for r in table["rows"]
         ]
         picked = {Path(row["folder"]).name: row["epoch"] for row in rows}

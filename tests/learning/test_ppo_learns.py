@@ -21,7 +21,7 @@ def test_ppo_reaches_the_ceiling_of_1(tmp_path, policy, reward_model, tokenizer)
         gradient_accumulation_steps=1,
         total_episodes=64 * 60,
         max_completion_length=6,
-        learning_rate=1e-2,
+        learning_rate=3e-3,  # at 1e-2 single iterations fall below the plateau, at 0.96
         value_learning_rate=1e-2,
         warmup_iterations=2,
         beta=0.0,
