@@ -120,7 +120,8 @@ def report(
 
     print("\n" + machine(args.threads))
     print(
-        f"{args.episodes} episodes a run. Reward adapter: held-out pair accuracy {reward['pair_accuracy']['mean']:.3f}. SFT "
+        f"{args.episodes} episodes a run. Reward adapter: held-out pair accuracy "
+        f"{reward['pair_accuracy']['mean']:.3f}. SFT "
         f"model: labeler {sft['score']:.3f} on {len(sft['scores'])} test prompts, {args.answers} answers each, "
         f"pretraining loss {sft['pretraining_loss']:.3f}."
     )
