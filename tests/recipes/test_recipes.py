@@ -56,6 +56,19 @@ def test_how_a_model_is_loaded_reaches_the_trainer(tmp_path):
     }
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_goes_off_on_a_cpu_that_has_no_instructions_for_it(has, tmp_path, monkeypatch, capsys):
+    """There `make demo` would take hours. A dry run keeps bf16: it plans for another device."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (tmp_path / "c.yaml").write_text("bf16: true\n")
+    argv = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "rm"), "--use_cpu", "true"]
+    types = (RunArguments, RankingRewardConfig, ModelConfig)
+    assert parse_recipe(types, "reward_model", "", argv)[1].bf16 is has
+    assert ("bf16 is off" in capsys.readouterr().out) is not has
+    assert parse_recipe(types, "reward_model", "", [*argv, "--dry_run"])[1].bf16
+
+
 @pytest.mark.parametrize("recipe", ["sft", "sample", "reward_model", "select_sft", "ppo_ptx", "evaluate"])
 def test_recipes_are_short(recipe):
     assert len((RECIPES / f"{recipe}.py").read_text().splitlines()) <= 60
