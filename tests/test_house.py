@@ -107,3 +107,9 @@ def test_a_trainer_loads_none_of_the_apps(trainer):
     loaded = ast.literal_eval(python("-c", code).strip().splitlines()[-1])
     assert "instruct_trl.trainers" in loaded
     assert [name for name in loaded if folder_of(name) in (*APPS, "recipes")] == []
+
+
+def test_every_test_file_says_what_it_guards():
+    silent = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/*.py")
+              if not (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip()]  # fmt: skip
+    assert silent == []
