@@ -18,9 +18,12 @@ RANKED_PROMPTS = 8  # prompts per optimizer step of the reward model (paper: 64)
 
 def recipe(lab: Lab, name: str, output: Path, seed: int, **settings: Any) -> dict[str, Any]:
     """Run a recipe on the data of all jobs; returns the summary of its stage."""
+    import torch
+
     from instruct_trl.pipeline.stage import finished_summary
 
     given = {"run_dir": data(lab).folder, "output_dir": output, "seed": seed, "bf16": lab.plan.bf16, **settings}
+    given["cpu_threads"] = torch.get_num_threads()  # one each where processes work side by side, not all cores each
     options = [text for key, value in given.items() for text in (f"--{key}", str(value))]
     main = importlib.import_module(f"instruct_trl.recipes.{name}").main
     main(["--config", str(Path(__file__).with_name(f"{name}.yaml")), *options])

@@ -28,8 +28,8 @@ ENGINES = {
 }
 
 
-def launch(engine, root, which):
-    """Run the job on two processes; results lie in `root`."""
+def launch(engine, root):
+    """Run every job on two processes in one launch; results lie in `root`."""
     if "deepspeed" in engine:
         pytest.importorskip("deepspeed", reason="pip install instruct-trl[deepspeed]")
     config = ROOT / "recipes" / "accelerate" / f"{engine}.yaml"
@@ -37,7 +37,7 @@ def launch(engine, root, which):
     options = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0", *ENGINES[engine][1]]
     paths = [str(ROOT), str(ROOT / "tests"), str(JOB.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    python("-m", "accelerate.commands.launch", *options, JOB, root, which, env=env, cwd=ROOT)
+    python("-m", "accelerate.commands.launch", *options, JOB, root, env=env, cwd=ROOT)
     return root
 
 
@@ -56,7 +56,7 @@ def run(request, tmp_path_factory):
     """(engine, folder of its results)."""
     root = tmp_path_factory.mktemp(request.param)
     write_tiny_assets(root)
-    return request.param, launch(request.param, root, "fresh")
+    return request.param, launch(request.param, root)
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +117,8 @@ def test_policy_and_value_model_are_sharded(run):
         assert (found["policy_class"], found["value_class"]) == ("DTensor", "DTensor")
 
 
-@pytest.fixture(scope="module")
-def resumed(run):
-    """The same, after the second launch: runs resumed, and the recipe."""
-    launch(*run, "resumed")
-    return run
-
-
-def test_a_checkpoint_continues(resumed):
+def test_a_checkpoint_continues(run):
     """`sampled` draws its answers and is resumed inside an iteration; both with Adam's moments and a schedule."""
-    run = resumed
     for name in ("clipped", "sampled"):
         whole, again = load(run, name), load(run, f"{name}_resumed")
         assert_same_metrics(again["metrics"], whole["metrics"], rel=1e-4)
@@ -142,6 +134,6 @@ def test_an_evaluation_has_a_win_rate(run):
     assert all(0 <= rate <= 1 for rate in rates)
 
 
-def test_the_recipe_runs(resumed):
+def test_the_recipe_runs(run):
     """recipes/ppo_ptx.py, with the value model a copy of the reward model: as many tensors as in the policy."""
-    assert saved_weights(resumed[1] / "recipe").keys() == {"policy", "value", "ema"}
+    assert saved_weights(run[1] / "recipe").keys() == {"policy", "value", "ema"}

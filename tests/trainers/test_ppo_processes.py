@@ -63,20 +63,12 @@ def parameters(trainer):
     }
 
 
-def launch(root, which):
-    """Run the jobs that start afresh, or those that resume, on two processes; results lie in `<job>.pt`."""
-    processes(2, __file__, root, which)
-    return root
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"), "fresh")
-
-
-@pytest.fixture(scope="module")
-def resumed(root):
-    return launch(root, "resumed")
+    """Where the results of all jobs on two processes lie, in `<job>.pt`."""
+    root = tmp_path_factory.mktemp("two")
+    processes(2, __file__, root)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +114,9 @@ def test_the_runs_move(alone):
 
 
 @pytest.mark.parametrize(("name", "step"), [("sampled", 3), ("lora", 2)])
-def test_two_processes_resume_where_they_were(resumed, name, step):
+def test_two_processes_resume_where_they_were(root, name, step):
     """`sampled` draws its answers and is resumed inside an iteration: RNG and rollout of each process come back."""
-    whole, again = load(resumed, name), load(resumed, f"{name}_resumed")
+    whole, again = load(root, name), load(root, f"{name}_resumed")
     assert [row["step"] for row in again["metrics"]] == [row["step"] for row in whole["metrics"]]
     assert len(whole["metrics"]) > step
     assert_same(again, whole)
@@ -150,14 +142,13 @@ def test_a_checkpoint_is_complete_once_every_process_has_written(root):
     assert json.loads((root / "early.json").read_text()) is False
 
 
-def main(root, which):
+def main(root):
     torch.set_num_threads(1)
     for name, job in JOBS.items():
-        if (job[-1] is None) == (which == "fresh"):
-            trainer = train(root, name, *job)
-            save_result(trainer, parameters(trainer), root / f"{name}.pt")
+        trainer = train(root, name, *job)
+        save_result(trainer, parameters(trainer), root / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
     leave_process_group()

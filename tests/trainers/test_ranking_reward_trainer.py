@@ -1,15 +1,15 @@
 """RankingRewardTrainer: its loss against TRL's and across batch shapes and processes, its metrics, its defaults."""
 
 import inspect
-import json
 import logging
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from launch_helpers import leave_process_group, processes, python
+from launch_helpers import leave_process_group, processes
 from ranking_helpers import RANKINGS, config, fresh_model, make
 from trl import RewardConfig, RewardTrainer
 
@@ -242,30 +242,36 @@ def test_a_stream_trains(tokenizer, tmp_path):
     assert math.isfinite(trainer.train().training_loss)
 
 
+PASSES = {
+    "whole": {},
+    "two_passes": {"two_pass": True, "max_tokens_per_batch": 60},
+    "pieces": {"max_tokens_per_batch": 40},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "passes", ["{}", '{"two_pass": true, "max_tokens_per_batch": 60}', '{"max_tokens_per_batch": 40}']
-)
-def test_two_processes_equal_one(tmp_path, passes):
+def test_two_processes_equal_one(tmp_path):
     """8 prompts as 1 × 8, and as 2 processes × 2 × 2, also in pieces; 9 to evaluate: one is filled in, and cut off."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    python(__file__, one, 8, 1, "{}")
-    processes(2, __file__, two, 2, 2, passes)
-    (weights, metrics), (other_weights, other_metrics) = torch.load(one / "result.pt"), torch.load(two / "result.pt")
-    assert (metrics.pop("processes"), other_metrics.pop("processes")) == (1, 2)
-    torch.testing.assert_close(other_weights, weights, rtol=1e-5, atol=1e-5)
-    assert other_metrics == pytest.approx(metrics, abs=1e-4)
+    _train_and_save(tmp_path / "one", 8, 1)
+    processes(2, __file__, tmp_path)
+    weights, metrics = torch.load(tmp_path / "one" / "result.pt")
+    assert metrics.pop("processes") == 1
+    for name in PASSES:
+        other_weights, other_metrics = torch.load(tmp_path / name / "result.pt")
+        assert other_metrics.pop("processes") == 2
+        torch.testing.assert_close(other_weights, weights, rtol=1e-5, atol=1e-5, msg=name)
+        assert other_metrics == pytest.approx(metrics, abs=1e-4), name
 
 
-def _train_and_save(path, batch, accumulation, passes):
+def _train_and_save(path, batch, accumulation, **passes):
     from conftest import tokenizer
 
-    shape = {"per_device_train_batch_size": int(batch), "gradient_accumulation_steps": int(accumulation)}
+    shape = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     fixed = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     order = {"train_sampling_strategy": "sequential", "per_device_eval_batch_size": 2, "max_steps": 2}
     rows = [*RANKINGS, RANKINGS[0]]
     made = tokenizer.__wrapped__() if hasattr(tokenizer, "__wrapped__") else tokenizer._get_wrapped_function()()
-    trainer = make(fresh_model(), made, path, eval_rows=rows, **shape, **fixed, **order, **json.loads(passes))
+    trainer = make(fresh_model(), made, path, eval_rows=rows, **shape, **fixed, **order, **passes)
     trainer.train()
     exact = ("loss", "accuracy", "tau", "score", "tied")
     metrics = {key: float(value) for key, value in trainer.evaluate().items() if any(word in key for word in exact)}
@@ -276,5 +282,6 @@ def _train_and_save(path, batch, accumulation, passes):
 
 
 if __name__ == "__main__":
-    _train_and_save(*sys.argv[1:])
+    for each, settings in PASSES.items():
+        _train_and_save(Path(sys.argv[1]) / each, 2, 2, **settings)
     leave_process_group()
