@@ -151,8 +151,7 @@ def merged(adapter: Path, folder: Path) -> Path:
 
 def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Labeler scores of validation and test prompts, KL(π‖SFT) of one answer a test prompt, pretraining loss."""
-    from instruct_trl.evaluation.divergence import mean_answer_kl
-    from instruct_trl.evaluation.language_modeling import mean_token_loss
+    from instruct_trl.evaluation.language_modeling import mean_answer_kl, mean_token_loss
     from instruct_trl.models.generation import encode_prompt, generate_completions
 
     run, made = read_yaml(args.recipes / "evaluate.yaml"), args.run_dir / "data"

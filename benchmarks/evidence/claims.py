@@ -103,7 +103,7 @@ def samples(judged: dict[str, Job]) -> list[dict[str, str]]:
 
 def _favourites(judged: Sequence[dict[str, Job]]) -> str:
     """The word that PPO-ptx uses more than SFT, by seed."""
-    from instruct_trl.evaluation.hacks import favourite_word
+    from instruct_trl.evaluation.answers import favourite_word
 
     shown = []
     for of_seed in judged:

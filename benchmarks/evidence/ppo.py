@@ -137,7 +137,7 @@ def _name(lab: Lab, policy: Path) -> str:
 
 
 def _hacks(texts: list[str]) -> dict[str, float]:
-    from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
+    from instruct_trl.evaluation.answers import distinct_n, repetition_rate
 
     words = statistics.mean(len(text.split()) for text in texts)
     return {"distinct_2": distinct_n(texts, 2), "repetition": repetition_rate(texts), "words": words}

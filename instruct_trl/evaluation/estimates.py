@@ -1,9 +1,9 @@
-"""95 % intervals of means and rates. They are over prompts, never over rows.
+"""95 % intervals of means and rates, over prompts and never over rows.
 
 Rows of one prompt go together: the pairs of its answers, the verdicts of several labelers, its repetitions in a test
 set. An interval that counts them as independent is too narrow: with 36 pairs per prompt it can be a third of its true
-width. So each function here takes the `prompts` that the rows belong to (`data.encoding.prompt_keys`), sums up the
-rows of a prompt, and asks how another draw of prompts would come out. Without `prompts` each row has its own.
+width. So each function takes the `prompts` that the rows belong to (`data.encoding.prompt_keys`), sums up the rows of
+a prompt, and asks how another draw of prompts would come out. Without `prompts` each row has its own.
 
 Legend: P rows, G different prompts.
 """
@@ -26,6 +26,7 @@ MIN_PROMPTS_OF_T = 3
 # Bounds the memory of one batch of bootstrap draws: 8 bytes each, so 8 MB.
 _DRAWS_PER_BATCH = 1_000_000
 
+Numbers = Sequence[float] | np.ndarray
 Prompts = Sequence[Hashable] | np.ndarray | None
 Side = Literal["above", "below", "unclear"]
 
@@ -35,20 +36,8 @@ class Estimate:
     """A mean, a rate or a correlation with its 95 % interval. This is the one shape of such a number, in every file.
 
     `dataclasses.asdict` gives the JSON: {"mean": 0.61, "low": 0.55, "high": 0.67, "n": 96}. `n` counts different
-    prompts (items of a task, folds of a cross validation); `low` and `high` are null where n is too small for them.
-    Numbers that know more have these four keys and others beside them:
-
-    - win rate (`WinRate`): "wins", "ties", "losses", which count rows; a judge's row has "judge", "model", "baseline",
-      "invalid", "flipped" too, and null in all numbers where it has no valid pair;
-    - pair accuracy (`PairAccuracy`): "n_pairs". metrics.json of a reward model, and "reward_model" of answers.json and
-      report.json, have it as "pair_accuracy", as each group of "by_k", "by_rank_distance", "by_prompt_length",
-      "by_labeler", as "accuracy" of a calibration bin, and in "length"; "kendall_tau", "length.within_prompt.pearson"
-      and "length.gain_over_rule" are plain estimates;
-    - labeler folds: "held_in" and "held_out" of a fold are pair accuracies, "held_in", "held_out" and "difference"
-      over folds plain estimates, whose `n` is the number of folds;
-    - a task's row: "metric", and "change", the plain estimate against the first model (absent in its own rows);
-    - selection.json: "rm_score" of a row is plain; "runner_up" and "last" have "checkpoint" beside the lead;
-    - checkpoints by labeler (`gold.score_checkpoints`): "labeler_score" and the last row's "behind_best" are plain.
+    prompts (items of a task, folds of a cross validation); `low` and `high` are null if n is too small for them.
+    Subclasses add keys beside these four: `WinRate`, `PairAccuracy`, `TaskScore`, `Difference` of two checkpoints.
     """
 
     mean: float
@@ -62,13 +51,29 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     def side_of(self, value: float) -> Side:
-        """Whether the whole interval lies above `value`, or below it; "unclear" on both sides, or without one."""
+        """Whether the whole interval lies above `value` or below it; "unclear" on both sides, or without one."""
         if self.low is not None and self.low > value:
             return "above"
         return "below" if self.high is not None and self.high < value else "unclear"
 
 
-def sums_by_prompt(values: Sequence[float] | np.ndarray, prompts: Prompts = None) -> tuple[np.ndarray, np.ndarray]:
+def finite(values: Numbers, name: str) -> np.ndarray:
+    """`values` as float64; errors call them `name`.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} must be a list with one number per prompt and at least one prompt.")
+    if (bad := np.flatnonzero(~np.isfinite(array))).size:
+        raise ValueError(
+            f"{name}[{bad[0]}] is {array[bad[0]]}; every score must be finite. Look at that prompt's answer."
+        )
+    return array
+
+
+def sums_by_prompt(values: Numbers, prompts: Prompts = None) -> tuple[np.ndarray, np.ndarray]:
     """Sum of `values` (P,) and number of rows of each prompt, both (G,).
 
     Raises:
@@ -84,32 +89,13 @@ def sums_by_prompt(values: Sequence[float] | np.ndarray, prompts: Prompts = None
     return np.bincount(place, weights=array), np.bincount(place).astype(float)
 
 
-def finite(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
-    """`values` as float64; `name` is for errors.
-
-    Raises:
-        ValueError: no values, or one that is not finite.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must be a list with one number per prompt and at least one prompt.")
-    bad = np.flatnonzero(~np.isfinite(array))
-    if bad.size:
-        raise ValueError(
-            f"{name}[{bad[0]}] is {array[bad[0]]}; every score must be finite. Look at that prompt's answer."
-        )
-    return array
-
-
-def standard_error(values: Sequence[float] | np.ndarray, prompts: Prompts = None) -> float | None:
-    """Standard error of the mean of `values` (P,) over all rows, G prompts drawn anew; None for a single prompt.
-
-    It is that of a ratio of two sums over prompts (Cochran 1977, section 6.4), and s/√P where each row has its own.
-    """
+def standard_error(values: Numbers, prompts: Prompts = None) -> float | None:
+    """Standard error of the mean of `values` (P,) over all rows, G prompts drawn anew; None for a single prompt."""
     return _ratio_error(*sums_by_prompt(values, prompts))
 
 
 def _ratio_error(top: np.ndarray, bottom: np.ndarray) -> float | None:
+    """Standard error of Σ top / Σ bottom (Cochran 1977, section 6.4); s/√P if each row has its own prompt."""
     n = len(top)
     if n < 2:
         return None
@@ -118,24 +104,21 @@ def _ratio_error(top: np.ndarray, bottom: np.ndarray) -> float | None:
 
 
 def mean_interval(
-    values: Sequence[float] | np.ndarray,
-    prompts: Prompts = None,
-    scale: tuple[float, float] = (-math.inf, math.inf),
-    seed: int = 0,
+    values: Numbers, prompts: Prompts = None, scale: tuple[float, float] = (-math.inf, math.inf), seed: int = 0
 ) -> Estimate:
     """Mean of `values` (P,) over all rows with its 95 % interval over prompts: the one to report.
 
-    The bootstrap (`widened`) from `MIN_PROMPTS` prompts on, Student's t for fewer. No interval for fewer than
-    `MIN_PROMPTS_OF_T`, or where fewer than `MIN_PROMPTS` all say the same.
+    From `MIN_PROMPTS` prompts on it is the bootstrap (`widened`), for fewer Student's t. There is none for fewer than
+    `MIN_PROMPTS_OF_T` prompts, or if fewer than `MIN_PROMPTS` all say the same.
 
     Args:
         scale: the least and the greatest possible value; the interval ends there.
     """
     top, bottom = sums_by_prompt(values, prompts)
     n, mean = len(top), float(top.sum() / bottom.sum())
-    error = _ratio_error(top, bottom)
     if n >= MIN_PROMPTS:
         return bootstrap_interval(top, bottom, seed=seed, confidence=widened(n))
+    error = _ratio_error(top, bottom)
     if n < MIN_PROMPTS_OF_T or not error or error < 1e-12 * abs(mean):
         return Estimate(mean, None, None, n)
     half = float(stats.t.ppf(0.975, n - 1)) * error
@@ -143,16 +126,12 @@ def mean_interval(
 
 
 def rate_interval(
-    values: Sequence[float] | np.ndarray,
-    prompts: Prompts = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-    n_boot: int = 10_000,
+    values: Numbers, prompts: Prompts = None, confidence: float = 0.95, seed: int = 0, n_boot: int = 10_000
 ) -> Estimate:
     """Mean of `values` (P,), each from 0 to 1, with its interval over prompts; there is one for any number of them.
 
-    Wilson's where each row has its own prompt. Where prompts repeat, the bootstrap; with fewer than `MIN_PROMPTS`
-    Wilson's with a prompt as one trial, which is rather too wide, since the mean of several trials varies less.
+    It is Wilson's if each row has its own prompt. If prompts repeat, it is the bootstrap; with fewer than
+    `MIN_PROMPTS`, Wilson's with a prompt as one trial, which is rather too wide, since a mean of trials varies less.
     """
     top, bottom = sums_by_prompt(values, prompts)
     n = len(top)
@@ -165,13 +144,10 @@ def rate_interval(
 def resampled_rate(
     top: np.ndarray, bottom: np.ndarray, seed: int = 0, n_boot: int = 10_000, confidence: float = 0.95
 ) -> Estimate:
-    """The bootstrap over prompts of a rate, Σ top / Σ bottom, both (G,).
-
-    Where all prompts say the same it is Wilson's with a prompt as one trial: resampling prompts that agree shows no
-    spread, which is no proof that there is none.
-    """
+    """The bootstrap over prompts of a rate, Σ top / Σ bottom, both (G,)."""
     n, rate = len(top), min(1.0, float(top.sum() / bottom.sum()))
     if (_ratio_error(top, bottom) or 0.0) < 1e-12:
+        # Resampling prompts that all say the same shows no spread, which is no proof that there is none.
         return Estimate(rate, *wilson_interval(rate * n, n, confidence), n)
     return bootstrap_interval(top, bottom, seed=seed, n_boot=n_boot, confidence=widened(n, confidence))
 
@@ -180,8 +156,7 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     """Wilson's score interval for a proportion (Wilson 1927); stays inside 0 to 1 and works at 0 and at n successes.
 
     Args:
-        successes: between 0 and n; may be fractional when ties count half, which SciPy's `binomtest` refuses.
-        n: number of independent trials.
+        successes: of n independent trials; may be fractional if ties count half, which SciPy's `binomtest` refuses.
         confidence: probability that the interval covers the true proportion.
 
     Raises:
@@ -202,8 +177,8 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
 
 
 def bootstrap_interval(
-    numerators: Sequence[float] | np.ndarray,
-    denominators: Sequence[float] | np.ndarray | None = None,
+    numerators: Numbers,
+    denominators: Numbers | None = None,
     seed: int = 0,
     n_boot: int = 10_000,
     confidence: float = 0.95,
@@ -215,7 +190,7 @@ def bootstrap_interval(
 
     Raises:
         ValueError: unequal lengths, fewer than two prompts, a number that is not finite, a denominator that is not
-            positive (leave such prompts out), n_boot < 1.
+            positive, n_boot < 1.
     """
     top = finite(numerators, "values")
     n = len(top)
@@ -250,7 +225,7 @@ def resample(
 def widened(n: int, confidence: float = 0.95) -> float:
     """The confidence to ask of the percentile bootstrap over n ≥ 2 prompts for one that covers with `confidence`.
 
-    Resampled means spread by √((n−1)/n) too little, and normally where Student's t is needed; percentiles further out
+    Resampled means spread by √((n−1)/n) too little, and normally instead of as Student's t; percentiles further out
     make up for both (Hesterberg 2015, section 3.3). At 40 prompts it is 0.9595, at 500 0.9508.
     """
     t = stats.t.ppf(0.5 + confidence / 2, n - 1)

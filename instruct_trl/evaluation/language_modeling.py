@@ -1,6 +1,6 @@
-"""How well a model predicts given text: the mean negative log-likelihood of a token.
+"""How well a model predicts given tokens: its loss on text, and how far its answers have moved from another model's.
 
-Legend: B rows in a batch, T tokens, V vocabulary.
+Legend: N rows, B rows in a batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,40 +12,55 @@ import torch
 import torch.nn.functional as F
 from trl.data_utils import common_prefix_length
 
-from instruct_trl.data.encoding import encode_prompt, encode_text, tokenize_pair
+from instruct_trl.data.encoding import encode_prompt, encode_text, pad_rows, tokenize_pair
 from instruct_trl.models.context import refuse_long_row
 
 IGNORED = -100
-CUTS = "(max_text_length of the evaluate recipe), by which rows are cut."
 
 Pair = tuple[str, str] | tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 def encode_scored(tokenizer: Any, item: str | list[int] | Pair) -> tuple[list[int], list[int]]:
-    """Token ids and labels (T,) of a text (all tokens scored), of ids (the same), or of a (prompt, completion) pair.
+    """Token ids and labels (T,) of a text or of ids (all tokens scored), or of a (prompt, completion) pair.
 
     A pair is tokenised as `trl.SFTTrainer` does: jointly, EOS after a plain-text completion, the chat template for
-    messages; only the completion's tokens are scored. A text is taken as it is, since a passage cut from a longer
-    document does not end there.
+    messages; only the completion's tokens are scored. A text gets no EOS: a passage cut from a longer document does
+    not end there.
 
     Raises:
         ValueError: the item is of none of these forms.
     """
-    if isinstance(item, str):
-        ids = encode_text(tokenizer, item)
-        return ids, list(ids)
     if isinstance(item, tuple) and len(item) == 2:
-        return _encode_pair(tokenizer, *item)
-    if isinstance(item, list) and all(isinstance(i, int) for i in item):
-        return item, list(item)
+        ids = tokenize_pair(tokenizer, *item, truncated=tokenizer.eos_token is None)
+        start = common_prefix_length(encode_prompt(tokenizer, item[0]), ids)
+        return ids, [IGNORED] * start + ids[start:]
+    ids = encode_text(tokenizer, item) if isinstance(item, str) else item
+    if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+        return ids, list(ids)
     raise ValueError(f"Expected a text, a list of token ids or a (prompt, completion) tuple, got {item!r}.")
 
 
-def _encode_pair(tokenizer: Any, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    ids = tokenize_pair(tokenizer, prompt, completion, truncated=tokenizer.eos_token is None)
-    start = common_prefix_length(prompt_ids, ids)
-    return ids, [IGNORED] * start + ids[start:]
+@torch.no_grad()
+def row_losses(model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[float]:
+    """Σ −log p(token | those before it) over the scored tokens of each row (ids, labels), (N,), nats, in eval mode."""
+    device, was_training = next(model.parameters()).device, model.training
+    losses: list[float] = []
+    model.eval()
+    try:
+        for start in range(0, len(rows), batch_size):
+            ids, labels = zip(*rows[start : start + batch_size], strict=True)
+            # Which ids the padding has does not matter: it follows every real token and is masked.
+            inputs = {name: tensor.to(device) for name, tensor in pad_rows(ids, 0).items()}
+            # The first token of a row has nothing before it to be predicted from.
+            targets = pad_rows(labels, IGNORED)["input_ids"][:, 1:].to(device)
+            logits = model(**inputs, use_cache=False).logits[:, :-1]  # (B, T-1, V)
+            scored = targets != IGNORED
+            # Only scored positions in float32: the prompt's share of (B, T, V) is never copied.
+            found = F.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
+            losses += found.new_zeros(scored.shape).masked_scatter(scored, found).sum(dim=1).tolist()
+    finally:
+        model.train(was_training)
+    return losses
 
 
 def mean_token_loss(
@@ -56,57 +71,41 @@ def mean_token_loss(
     batch_size: int = 8,
     max_length: int | None = 2048,
 ) -> tuple[float, int]:
-    """Mean over all scored tokens of −log p(token | those before it), in nats, in eval mode.
+    """Mean loss of a causal LM over all scored tokens, in nats per token, and the number of these tokens.
 
     Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
-        texts_or_pairs: texts, lists of token ids, or (prompt, completion) tuples, text or messages: `encode_scored`.
-        batch_size: rows a forward pass.
+        texts_or_pairs: see `encode_scored`.
+        batch_size: rows per forward pass.
         max_length: rows are cut to their first `max_length` tokens; None cuts nothing.
 
-    Returns:
-        The mean, and the number of tokens it is over (the first token of a row has no prediction).
-
     Raises:
-        ValueError: no rows; no scored token within `max_length` in any of them; or a row that, cut at `max_length`, is
-            longer than the model's context.
+        ValueError: no scored token within `max_length` in any row; or a row that, cut at `max_length`, is longer than
+            the model's context.
     """
-    rows = [encode_scored(tokenizer, item) for item in texts_or_pairs]
-    for index, (ids, _) in enumerate(rows):
-        refuse_long_row(
-            len(ids[:max_length]), f"Row {index}", model, "the model", f"Pass max_length={{context}} {CUTS}"
-        )
-    rows = sorted(((ids[:max_length], labels[:max_length]) for ids, labels in rows), key=lambda r: -len(r[0]))
-    rows = [(ids, labels) for ids, labels in rows if any(label != IGNORED for label in labels[1:])]
-    if not rows:
+    rows = []
+    remedy = "Pass max_length={context} (max_text_length of the evaluate recipe), by which rows are cut."
+    for index, item in enumerate(texts_or_pairs):
+        ids, labels = (part[:max_length] for part in encode_scored(tokenizer, item))
+        refuse_long_row(len(ids), f"Row {index}", model, "the model", remedy)
+        rows.append((ids, labels))
+    count = sum(label != IGNORED for _, labels in rows for label in labels[1:])
+    if count == 0:
         raise ValueError(
-            f"No token to score in {len(texts_or_pairs)} rows: they are empty, or their prompts alone fill "
+            f"No token to score in {len(rows)} rows: they are empty, or their prompts alone fill "
             f"max_length={max_length}."
         )
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    try:
-        with torch.no_grad():
-            for start in range(0, len(rows), batch_size):
-                loss, tokens = _batch_loss(model, rows[start : start + batch_size], device)
-                total, count = total + loss, count + tokens
-    finally:
-        model.train(was_training)
-    return total / count, count
+    # Longest first: little padding in a batch, and a batch that does not fit in memory fails at the start.
+    rows = sorted((row for row in rows if any(x != IGNORED for x in row[1][1:])), key=lambda row: -len(row[0]))
+    return sum(row_losses(model, rows, batch_size)) / count, count
 
 
-def _batch_loss(model: Any, rows: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[float, int]:
-    """Sum of the negative log-likelihoods of B rows, and the number of tokens in it."""
-    width = max(len(ids) for ids, _ in rows)
-    # What the padding ids are does not matter: they come after every real token and are masked.
-    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)
-    labels = torch.tensor([lab + [IGNORED] * (width - len(lab)) for _, lab in rows], device=device)[:, 1:]
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device)
-    scored = labels != IGNORED
-    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
-    # Only scored positions in float32: the prompt's share of (B, T, V) is never copied.
-    loss = F.cross_entropy(logits[scored].float(), labels[scored], reduction="sum")
-    return loss.item(), int(scored.sum())
+def answer_logprobs(model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int = 16) -> list[float]:
+    """log π(answer | prompt) in nats, (N,), at temperature 1; `rows` are (prompt ids, answer ids)."""
+    scored = [([*prompt, *answer], [IGNORED] * len(prompt) + answer) for prompt, answer in rows]
+    return [-loss for loss in row_losses(model, scored, batch_size)]
+
+
+def mean_answer_kl(model: Any, reference: Any, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+    """KL(π ‖ π_ref) in nats per answer, estimated without bias on answers that `model` sampled (k1)."""
+    own, other = answer_logprobs(model, rows), answer_logprobs(reference, rows)
+    return sum(a - b for a, b in zip(own, other, strict=True)) / len(rows)

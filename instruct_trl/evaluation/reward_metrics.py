@@ -2,11 +2,10 @@
 
 The input is `RankingRewardTrainer.evaluation_records`, one dict per row of the data: `rewards` (K floats), `pairs`
 ([winner, loser] indices), `ranks` (K ints, lower is better, or empty), `lengths` (K token counts), `prompt_length`,
-`labeler`, `prompt_key` (records with the same one are of one prompt; a record without one has a prompt of its own).
+`labeler`, `prompt_key` (equal for records of one prompt; a record without it has a prompt of its own).
 
 Legend: N records, K completions of a record, P compared pairs of all records. Lengths are in tokens, rates from 0 to 1.
-The pairs of one prompt are not independent, be they of one record or of several (other labelers, pairs of a ranking
-given one by one), so every interval resamples prompts, never pairs or records.
+The pairs of one prompt are not independent, so every interval resamples prompts, never pairs or records.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ class PairAccuracy(Estimate):
 
 @dataclass(frozen=True)
 class PairTable:
-    """The compared pairs of all prompts, flat.
+    """The compared pairs of all prompts, one column each.
 
     Attributes:
         prompt: (P,) the pair's prompt: the index of the first record that is of it.
         difference: (P,) r_w − r_l, reward of the preferred completion minus the other's.
-        extra_length: (P,) length of the preferred completion minus the other's, in tokens; 0 without lengths.
-        distance: (P,) how many ranks apart (`ranks_apart`, ≥ 1); 0 where the record has no ranks.
+        extra_length: (P,) length of the preferred completion minus the other's; 0 without lengths.
+        distance: (P,) how many ranks apart (`ranks_apart`, ≥ 1); 0 without ranks.
     """
 
     prompt: np.ndarray
@@ -75,18 +74,17 @@ def pair_table(records: Sequence[Record]) -> PairTable:
     """
     if not records:
         raise ValueError("There are no evaluation records; call trainer.evaluate() first.")
-    rows = []
+    columns = []
     for index, (record, prompt) in enumerate(zip(records, first_of_prompt(records), strict=True)):
-        rewards, lengths, ranks = _checked(record, index)
-        apart = ranks_apart(torch.as_tensor(ranks)) if len(ranks) else None
-        for winner, loser in record["pairs"]:
-            extra = lengths[winner] - lengths[loser] if len(lengths) else 0
-            distance = int(apart[winner, loser]) if apart is not None else 0
-            rows.append((prompt, rewards[winner] - rewards[loser], extra, distance))
-    if not rows:
+        rewards, lengths, ranks = _checked(record, f"records[{index}]")
+        winner, loser = np.array(record["pairs"], dtype=int).reshape(-1, 2).T
+        distance = ranks_apart(torch.as_tensor(ranks)).numpy()[winner, loser] if len(ranks) else 0 * winner
+        extra = lengths[winner] - lengths[loser] if len(lengths) else 0 * winner
+        columns.append(np.stack([0 * winner + prompt, rewards[winner] - rewards[loser], extra, distance]))
+    prompt, difference, extra, distance = np.concatenate(columns, axis=1)
+    if not len(prompt):
         raise ValueError("No record has a pair: all completions are tied. Evaluate on prompts with a preference.")
-    columns = np.array(rows, dtype=np.float64).T
-    return PairTable(columns[0].astype(int), columns[1], columns[2], columns[3].astype(int))
+    return PairTable(prompt.astype(int), difference, extra, distance.astype(int))
 
 
 def first_of_prompt(records: Sequence[Record]) -> list[int]:
@@ -96,54 +94,50 @@ def first_of_prompt(records: Sequence[Record]) -> list[int]:
     return [index if key is None else first.setdefault(key, index) for index, key in enumerate(keys)]
 
 
-def _checked(record: Record, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _checked(record: Record, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rewards, lengths and ranks of a record as arrays; the latter two may be empty."""
     rewards, lengths, ranks = (
-        np.asarray(record.get(name) if record.get(name) is not None else [], dtype=np.float64)
-        for name in ("rewards", "lengths", "ranks")
+        np.asarray([] if record.get(key) is None else record[key], dtype=np.float64)
+        for key in ("rewards", "lengths", "ranks")
     )
     k = len(rewards)
-    if not np.isfinite(rewards).all():
-        bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
+    if (bad := np.flatnonzero(~np.isfinite(rewards))).size:
         raise ValueError(
-            f"records[{index}]['rewards'][{bad}] is {rewards[bad]}: the reward model is broken there. "
-            "Lower the learning rate, or look at that completion."
+            f"{name}['rewards'][{bad[0]}] is {rewards[bad[0]]}: the reward model is broken there. Lower the learning "
+            "rate, or look at that completion."
         )
-    for name, values in (("lengths", lengths), ("ranks", ranks)):
+    for key, values in (("lengths", lengths), ("ranks", ranks)):
         if len(values) not in (0, k):
-            raise ValueError(f"records[{index}] has {k} rewards but {len(values)} {name}; each completion needs one.")
+            raise ValueError(f"{name} has {k} rewards but {len(values)} {key}; each completion needs one.")
     for pair in record["pairs"]:
         if len(pair) != 2 or not all(0 <= i < k for i in pair) or pair[0] == pair[1]:
             raise ValueError(
-                f"records[{index}]['pairs'] holds {list(pair)}; a pair is [winner, loser], two different numbers from "
-                f"0 to {k - 1}."
+                f"{name}['pairs'] holds {list(pair)}; a pair is [winner, loser], two different numbers from 0 to "
+                f"{k - 1}."
             )
     return rewards, lengths, ranks
 
 
 def pair_rate(values: np.ndarray, prompt: Sequence[Any] | np.ndarray, n_boot: int = N_BOOT) -> PairAccuracy:
-    """Mean over pairs of `values` (P,), 0 to 1, with its interval by resampling the prompts (P,) that they are of.
-
-    Where all prompts agree, resampling shows no spread: then it is Wilson's, a prompt counting as one trial.
-    """
+    """Mean over pairs of `values` (P,), 0 to 1, with its interval over the prompts (P,) that they are of."""
     top, bottom = sums_by_prompt(values, prompt)
     if len(top) < MIN_PROMPTS:
         return PairAccuracy(float(top.sum() / bottom.sum()), None, None, len(top), len(values))
     return PairAccuracy(**asdict(resampled_rate(top, bottom, n_boot=n_boot)), n_pairs=len(values))
 
 
-def pair_accuracy(records: Sequence[Record], n_boot: int = N_BOOT) -> PairAccuracy:
+def pair_accuracy(records: Sequence[Record]) -> PairAccuracy:
     """Share of all compared pairs that the rewards order as the labeler does (the paper's number, section 4.1).
 
     Raises:
         ValueError: bad records, or no pair in any of them (`pair_table`).
     """
     table = pair_table(records)
-    return pair_rate(table.correct, table.prompt, n_boot)
+    return pair_rate(table.correct, table.prompt)
 
 
-def accuracy_by(table: PairTable, group: Sequence[Any], n_boot: int = N_BOOT) -> dict[str, PairAccuracy]:
-    """The accuracy of each group's pairs, sorted by group; empty where there are fewer than two groups.
+def accuracy_by(table: PairTable, group: Sequence[Any], n_boot: int = N_BOOT) -> dict[Any, PairAccuracy]:
+    """The accuracy of the pairs of each group, in the order of groups; empty with fewer than two groups.
 
     Args:
         group: (P,) the group of each pair; pairs with None belong to none.
@@ -151,19 +145,14 @@ def accuracy_by(table: PairTable, group: Sequence[Any], n_boot: int = N_BOOT) ->
     rows = {name: np.array([label == name for label in group]) for name in sorted(set(group) - {None})}
     if len(rows) < 2:
         return {}
-    return {str(name): pair_rate(table.correct[own], table.prompt[own], n_boot) for name, own in rows.items()}
+    return {name: pair_rate(table.correct[own], table.prompt[own], n_boot) for name, own in rows.items()}
 
 
 def calibration(table: PairTable, n_bins: int | None = None, n_boot: int = N_BOOT) -> dict[str, Any]:
     """Is σ(r_w − r_l) the probability that it claims to be? Reliability curve and expected calibration error.
 
-    Each pair is taken once, with the completion that the model scores higher first: the confidence σ(|r_i − r_j|)
-    lies in [0.5, 1], and the outcome is whether the labeler prefers that one too (1/2 where the rewards are equal).
-    This is Guo et al. 2017, section 2, and equals taking each pair in both orientations with bins over [0, 1]. Taking
-    the completion with the lower index first would not do: in `chosen`/`rejected` data the first one always wins.
-
-    ECE = Σ_b n_b / P · |mean outcome − mean confidence| over `n_bins` bins of equal width. By default 10, and 5 for
-    fewer than 500 pairs, where more bins would show noise.
+    Guo et al. 2017, section 2: ECE = Σ_b n_b / P · |mean outcome − mean confidence| over `n_bins` bins of equal width,
+    by default 10, and 5 for fewer than 500 pairs, since more bins would show noise.
 
     Returns:
         `ece`; `ece_by_chance`, about what a perfectly calibrated model gives on so many pairs and prompts;
@@ -171,6 +160,8 @@ def calibration(table: PairTable, n_bins: int | None = None, n_boot: int = N_BOO
         pairs: `low`, `high` (edges), `confidence`, `accuracy` (a `PairAccuracy`).
     """
     n_bins = n_bins or (10 if len(table.prompt) >= 500 else 5)
+    # Each pair once, with the completion first that the model prefers. The one with the lower index would not do: in
+    # `chosen`/`rejected` data it always wins. This equals taking each pair in both orientations, with bins over 0 to 1.
     confidence = 1 / (1 + np.exp(-np.abs(table.difference)))
     outcome = np.where(table.difference == 0, 0.5, table.correct)
     place = np.minimum(((confidence - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
@@ -193,27 +184,22 @@ def calibration(table: PairTable, n_bins: int | None = None, n_boot: int = N_BOO
 
 
 def _bin_error(confidence: np.ndarray, outcome: np.ndarray, prompt: np.ndarray) -> float:
-    """Standard error of the mean outcome of a bin's pairs (n,) under a perfectly calibrated model.
-
-    √(p (1 − p) / n) of independent coins; where a prompt has several of the pairs, no less than what prompts show.
-    """
+    """Standard error of the mean outcome of a bin's pairs (n,) under a perfectly calibrated model."""
     p, n, prompts = confidence.mean(), len(prompt), len(np.unique(prompt))
-    if prompts == 1:
-        return float(np.sqrt(p * (1 - p)))
-    coins = float(np.sqrt(p * (1 - p) / n))
-    return coins if prompts == n else max(coins, standard_error(outcome - confidence, prompt) or 0.0)
+    coins = float(np.sqrt(p * (1 - p) / (n if prompts > 1 else 1)))
+    # Independent coins, unless a prompt has several of the pairs: then no less than what the prompts show.
+    return coins if prompts in (1, n) else max(coins, standard_error(outcome - confidence, prompt) or 0.0)
 
 
 def fit_temperature(differences: np.ndarray) -> float | None:
     """The T that minimises the mean of −log σ((r_w − r_l) / T) over (P,) pairs (Guo et al. 2017, section 4.2).
 
-    Above 1, the model is surer than it is right; T = 1 is calibrated. None where no finite T > 0 is best: all pairs
-    ordered right, or the mean difference not above 0.
+    Above 1, the model is surer than it is right. None if no finite T > 0 is best: all pairs are ordered right, or the
+    mean difference is not above 0.
     """
     if differences.min() >= 0 or differences.mean() <= 0:
         return None
-
-    unit = float(np.abs(differences).mean())  # in which T is of the order of 1, whatever the scale of the scores
+    unit = float(np.abs(differences).mean())  # makes T of the order of 1, whatever the scale of the scores
     scaled = differences / unit
 
     def slope(log_inverse: float) -> float:
@@ -223,8 +209,8 @@ def fit_temperature(differences: np.ndarray) -> float | None:
     return unit * float(np.exp(-optimize.brentq(slope, -30.0, 30.0)))
 
 
-def correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
-    """Pearson's r and Spearman's ρ of two lists (n,); None where one is constant."""
+def correlations(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+    """Pearson's r and Spearman's ρ of two lists (n,); None if one is constant."""
     if len(x) < 2 or min(np.ptp(x), np.ptp(y)) < 1e-12:
         return {"pearson": None, "spearman": None}
     found = {"pearson": stats.pearsonr(x, y), "spearman": stats.spearmanr(x, y)}
@@ -232,40 +218,40 @@ def correlations(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
 
 
 def centred(records: Sequence[Record], name: str) -> list[np.ndarray]:
-    """Of each record, its list `name` (K,) minus the list's mean: prompts differ, and that is taken out."""
+    """Of each record, its list `name` (K,) minus the list's mean: how prompts differ is taken out."""
     return [np.asarray(record[name], dtype=float) - np.mean(record[name]) for record in records]
 
 
-def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOOT, seed: int = 0) -> dict[str, Any]:
+def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOOT) -> dict[str, Any]:
     """Does the score go with the length of the answer, and does it know more than length does?
 
     Returns:
         `pearson`, `spearman` over all completions; `within_prompt`: the same of rewards and lengths centred by prompt,
         Pearson's r as an `Estimate`; as `PairAccuracy`: `longer_is_better` and `shorter_is_better` (accuracy of that
         rule; equal lengths order no pair), `model_picks_longer` and `labeler_picks_longer` (of the pairs of unequal
-        length), `if_longer_wins` and `if_shorter_wins` (the model's accuracy where the labeler's choice is the longer
-        or the shorter one); `gain_over_rule`, an `Estimate` of the model's accuracy minus the better rule's. What has
-        no pairs is None.
+        length), `if_longer_wins` and `if_shorter_wins` (the model's accuracy on the pairs whose preferred answer is the
+        longer or the shorter one); `gain_over_rule`, an `Estimate` of the model's accuracy minus the better rule's. A
+        number over no pairs is None.
     """
-    pooled = [np.concatenate([np.asarray(r[name], float) for r in records]) for name in ("rewards", "lengths")]
     longer, shorter = table.extra_length > 0, table.extra_length < 0
-    picks_longer = table.difference * table.extra_length > 0
+    everything, unequal = np.ones_like(longer), longer | shorter
 
     def rate(values: np.ndarray, rows: np.ndarray) -> PairAccuracy | None:
         return pair_rate(values[rows], table.prompt[rows], n_boot) if rows.any() else None
 
-    everything, unequal = np.ones_like(longer), longer | shorter
     rule = longer if longer.sum() >= shorter.sum() else shorter
     top, bottom = sums_by_prompt(table.correct.astype(float) - rule, table.prompt)
     gain = Estimate(float(top.sum() / bottom.sum()), None, None, len(top))
     if len(top) >= MIN_PROMPTS:
-        gain = bootstrap_interval(top, bottom, seed, n_boot, widened(len(top)))
+        gain = bootstrap_interval(top, bottom, n_boot=n_boot, confidence=widened(len(top)))
     return {
-        **correlations(*pooled),
-        "within_prompt": _within_prompt(records, n_boot, seed),
+        **correlations(
+            *(np.concatenate([np.asarray(r[name], float) for r in records]) for name in ("rewards", "lengths"))
+        ),
+        "within_prompt": _within_prompt(records, n_boot),
         "longer_is_better": rate(longer, everything),
         "shorter_is_better": rate(shorter, everything),
-        "model_picks_longer": rate(picks_longer, unequal),
+        "model_picks_longer": rate(table.difference * table.extra_length > 0, unequal),
         "labeler_picks_longer": rate(longer, unequal),
         "if_longer_wins": rate(table.correct, longer),
         "if_shorter_wins": rate(table.correct, shorter),
@@ -273,19 +259,20 @@ def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOO
     }
 
 
-def _within_prompt(records: Sequence[Record], n_boot: int, seed: int) -> dict[str, Any]:
-    """Correlations at equal prompt. Pearson's r is Σxy / √(Σx² Σy²), so its bootstrap resamples sums over prompts."""
+def _within_prompt(records: Sequence[Record], n_boot: int) -> dict[str, Any]:
+    """Correlations at equal prompt."""
     rewards, lengths = centred(records, "rewards"), centred(records, "lengths")
     x, y = np.concatenate(rewards), np.concatenate(lengths)
-    owner = [prompt for prompt, row in zip(first_of_prompt(records), rewards, strict=True) for _ in row]
-    sums = [sums_by_prompt(term, owner)[0] for term in (x * y, x * x, y * y)]
     found: dict[str, Any] = correlations(x, y)
-    n = len(sums[0])
-    bounds: tuple[float | None, float | None] = (None, None)
     if found["pearson"] is None:
         return found
+    owner = np.repeat(first_of_prompt(records), [len(row) for row in rewards])
+    # Pearson's r is Σxy / √(Σx² Σy²), so its bootstrap resamples three sums over prompts.
+    sums = [sums_by_prompt(term, owner)[0] for term in (x * y, x * x, y * y)]
+    n = len(sums[0])
+    bounds: tuple[float | None, float | None] = (None, None)
     if n >= MIN_PROMPTS:
-        bounds = resample(sums, lambda xy, xx, yy: xy / np.sqrt(xx * yy).clip(min=1e-12), seed, n_boot, widened(n))
+        bounds = resample(sums, lambda xy, xx, yy: xy / np.sqrt(xx * yy).clip(min=1e-12), 0, n_boot, widened(n))
     return {**found, "pearson": Estimate(found["pearson"], *bounds, n)}
 
 
@@ -318,52 +305,49 @@ def _mean_tau(records: Sequence[Record]) -> Estimate:
     return mean_interval(taus, prompts, scale=(-1.0, 1.0))
 
 
-def _length_quartiles(lengths: Mapping[int, int]) -> dict[int, str]:
-    """The quartile of each prompt's length, named by its own shortest and longest: "012 to 031" sorts as it counts."""
+def _length_quartiles(lengths: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+    """Of each prompt, the shortest and the longest length of the quartile that its own length is in."""
     values = np.array(list(lengths.values()))
     group = np.searchsorted(np.quantile(values, [0.25, 0.5, 0.75]), values, side="left")
-    width = len(str(values.max()))
-    names = {g: f"{values[group == g].min():0{width}d} to {values[group == g].max():0{width}d}" for g in set(group)}
-    return {prompt: names[g] for prompt, g in zip(lengths, group, strict=True)}
+    bounds = {g: (int(values[group == g].min()), int(values[group == g].max())) for g in set(group)}
+    return {prompt: bounds[g] for prompt, g in zip(lengths, group, strict=True)}
 
 
-def reward_metrics(records: Sequence[Record], n_bins: int | None = None, n_boot: int = N_BOOT) -> dict[str, Any]:
+def reward_metrics(records: Sequence[Record], n_boot: int = N_BOOT) -> dict[str, Any]:
     """Everything above, as one dict that JSON can hold: each number with an interval in the shape of `Estimate`.
 
     Returns:
         `pair_accuracy` (over the different prompts with a pair), `kendall_tau`, `n_completions`; `by_k`,
-        `by_rank_distance`, `by_prompt_length`, `by_labeler` (`accuracy_by`, empty where the data lack it);
-        `calibration`; `length` (None without lengths); `scores`: `mean` and `std` of all, `best_mean` and
-        `worst_mean` where there are any.
+        `by_rank_distance`, `by_prompt_length`, `by_labeler` (`accuracy_by`, empty if the data lack it); `calibration`;
+        `length` (None without lengths); `scores`: `mean` and `std` of all, `best_mean` and `worst_mean` if there are
+        any.
 
     Raises:
         ValueError: bad records, or no pair in any of them (`pair_table`).
     """
-    table = pair_table(records)
-    scores = score_groups(records)
+    table, scores = pair_table(records), score_groups(records)
 
-    def by(value: Callable[[Record], Any]) -> dict[str, PairAccuracy]:
-        return accuracy_by(table, [value(record) for record in records for _ in record["pairs"]], n_boot)
+    def by(value: Callable[[Record], Any]) -> list[Any]:
+        return [value(record) for record in records for _ in record["pairs"]]
 
-    by_prompt_length: dict[str, PairAccuracy] = {}
+    groups = {
+        "by_k": by(lambda record: len(record["rewards"])),
+        "by_rank_distance": [int(d) or None for d in table.distance],
+        "by_prompt_length": [],
+        "by_labeler": by(lambda record: record.get("labeler")),
+    }
     if all(record.get("prompt_length") is not None for record in records):
         # Quartiles of the prompts that have a pair.
-        names = _length_quartiles({prompt: records[prompt]["prompt_length"] for prompt in np.unique(table.prompt)})
-        by_prompt_length = {
-            " to ".join(str(int(bound)) for bound in name.split(" to ")): found
-            for name, found in accuracy_by(table, [names[prompt] for prompt in table.prompt], n_boot).items()
-        }
+        bounds = _length_quartiles({prompt: records[prompt]["prompt_length"] for prompt in np.unique(table.prompt)})
+        groups["by_prompt_length"] = [bounds[prompt] for prompt in table.prompt]
     has_lengths = all(len(record.get("lengths") or []) for record in records)
     return _plain(
         {
             "pair_accuracy": pair_rate(table.correct, table.prompt, n_boot),
             "kendall_tau": _mean_tau(records),
             "n_completions": len(scores["all"]),
-            "by_k": by(lambda record: len(record["rewards"])),
-            "by_rank_distance": accuracy_by(table, [int(d) or None for d in table.distance], n_boot),
-            "by_prompt_length": by_prompt_length,
-            "by_labeler": by(lambda record: record.get("labeler")),
-            "calibration": calibration(table, n_bins, n_boot),
+            **{name: accuracy_by(table, group, n_boot) for name, group in groups.items()},
+            "calibration": calibration(table, n_boot=n_boot),
             "length": length_bias(records, table, n_boot) if has_lengths else None,
             "scores": {"mean": float(scores["all"].mean()), "std": float(scores["all"].std())}
             | {f"{name}_mean": float(scores[name].mean()) for name in ("best", "worst") if len(scores[name])},
@@ -372,9 +356,11 @@ def reward_metrics(records: Sequence[Record], n_bins: int | None = None, n_boot:
 
 
 def _plain(value: Any) -> Any:
-    """The same with every estimate as a dict."""
+    """The same as JSON has it: every estimate a dict, every key a text."""
     if isinstance(value, Estimate):
         return asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {
+            " to ".join(map(str, key)) if isinstance(key, tuple) else str(key): _plain(x) for key, x in value.items()
+        }
     return [_plain(entry) for entry in value] if isinstance(value, list) else value

@@ -1,6 +1,6 @@
 """Which SFT checkpoint to keep: the one whose answers the reward model likes best (section 3.5, appendix C.1).
 
-The validation loss rises after the first epoch, yet reward and human preference go on rising: the paper selects by
+The validation loss rises after the first epoch, yet reward and human preference go on rising. So the paper selects by
 the RM score on the validation prompts.
 """
 
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from instruct_trl._upstream import get_callable_name
@@ -24,7 +25,7 @@ from instruct_trl.evaluation.estimates import Estimate, mean_interval
 from instruct_trl.evaluation.language_modeling import mean_token_loss
 from instruct_trl.models.generation import Completion, generate_completions
 from instruct_trl.models.loading import load_policy_and_tokenizer
-from instruct_trl.models.reward import check_scorer_room
+from instruct_trl.models.reward import RewardScorer, check_scorer_room
 from instruct_trl.models.reward_functions import one_number_each
 
 Prompt = str | list[dict[str, Any]]
@@ -33,13 +34,13 @@ Scorer = Callable[..., list[float]]
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """What was measured of one checkpoint.
+    """The measurements of one checkpoint.
 
     Attributes:
         checkpoint: its folder.
         step, epoch: from its trainer_state.json; without one, the step is that of the folder's name.
         rm_score: mean RM score of one answer per prompt.
-        validation_loss: mean −log p of a demonstration's token, in nats; None without validation data.
+        validation_loss: of the demonstrations, in nats per token; None without validation data.
         truncated: share of the answers cut at the length limit.
         scores: RM score of each answer, in the order of the prompts.
     """
@@ -55,30 +56,26 @@ class CheckpointRow:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """RM score of the chosen checkpoint less that of another, on the same prompts under the same noise.
-
-    Attributes:
-        checkpoint: the other one's folder.
-    """
+    """RM score of the chosen checkpoint less that of the other `checkpoint`, on the same prompts and noise."""
 
     checkpoint: str
 
     @property
     def is_clear(self) -> bool | None:
-        """Whether the interval leaves out 0: the two can be told apart. None without an interval."""
+        """Whether the interval leaves out 0, so that the two can be told apart. None without an interval."""
         return None if self.low is None else self.side_of(0.0) != "unclear"
 
 
 @dataclass(frozen=True)
 class SelectionResult:
-    """The choice and what it rests on.
+    """The choice, and the numbers it rests on.
 
     Attributes:
         best: folder of the checkpoint with the highest RM score (the earlier one of two equals).
         best_by_loss: folder of the one with the lowest validation loss; None without validation data.
         rows: one for each checkpoint, by step.
         runner_up: the choice against the checkpoint with the next highest RM score; None without another.
-        last: the choice against the last checkpoint; None where it is the last one itself.
+        last: the choice against the last checkpoint; None if it is the last one itself.
     """
 
     best: str
@@ -91,8 +88,6 @@ class SelectionResult:
 def as_scorer(reward_model: Any, processing_class: Any = None, batch_size: int = 8) -> Scorer:
     """A TRL reward function: `reward_model` itself if it is one, else a model or its path as `RewardScorer`."""
     if isinstance(reward_model, (str, Path, torch.nn.Module)):
-        from instruct_trl.models.reward import RewardScorer
-
         return RewardScorer(reward_model, processing_class, batch_size=batch_size)
     if not callable(reward_model):
         raise ValueError(
@@ -106,8 +101,8 @@ def as_prompts(prompts: Any, name: str = "prompts", least: int = 2) -> list[Prom
     """The prompts of a list, or of a dataset's `prompt` column.
 
     Raises:
-        ValueError: no such column; a prompt that is empty or no text; fewer than `least` different ones (one has no
-            standard error).
+        ValueError: no such column; a prompt that is empty or no text; fewer than `least` prompts, or all the same (one
+            prompt has no standard error).
     """
     if hasattr(prompts, "column_names"):
         require_columns(prompts, ["prompt"], name)
@@ -129,9 +124,9 @@ def as_prompts(prompts: Any, name: str = "prompts", least: int = 2) -> list[Prom
 def score_answers(
     scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Completion], name: str | None = None
 ) -> list[float]:
-    """The verdict of a scorer on one answer per prompt, called as TRL calls a reward function.
+    """The scores of one answer per prompt; `scorer` is called as TRL calls a reward function.
 
-    `name` is how errors call the scorer; by default its own.
+    Errors call it `name`, by default its own name.
 
     Raises:
         ValueError: not one finite number for each answer.
@@ -162,47 +157,30 @@ def find_checkpoints(checkpoints: Any) -> list[Path]:
     """The folders of a list, or the checkpoint-* folders of a run, by step.
 
     Raises:
-        ValueError: one does not exist, or none was found; says where it looked.
+        ValueError: one does not exist, or there is none; says where it looked.
     """
     if isinstance(checkpoints, (str, Path)):
-        run = Path(checkpoints)
-        found = [path for path in run.glob("checkpoint-*") if path.is_dir()]
+        found = [path for path in Path(checkpoints).glob("checkpoint-*") if path.is_dir()]
         if not found:
             raise ValueError(
-                f"No checkpoints in {str(run.resolve())!r}: looked for checkpoint-* folders. Train with save_strategy "
-                "'epoch' and save_total_limit null, or pass the folders as a list."
+                f"No checkpoints in {str(Path(checkpoints).resolve())!r}: looked for checkpoint-* folders. Train with "
+                "save_strategy 'epoch' and save_total_limit null, or pass the folders as a list."
             )
     else:
         found = [Path(path) for path in checkpoints]
         if not found:
             raise ValueError("checkpoints is an empty list: pass a run's folder or the checkpoints' folders.")
-        for path in found:
-            if not path.is_dir():
-                raise ValueError(f"No checkpoint at {str(path.resolve())!r}: there is no such folder.")
+        if missing := [path for path in found if not path.is_dir()]:
+            raise ValueError(f"No checkpoint at {str(missing[0].resolve())!r}: there is no such folder.")
     return sorted(found, key=lambda path: (_step_and_epoch(path)[0] or 0, str(path)))
 
 
 def _step_and_epoch(path: Path) -> tuple[int | None, float | None]:
-    state_file = path / "trainer_state.json"
-    if state_file.is_file():
-        state = read_json(state_file)
-        if isinstance(state, dict) and "global_step" in state:
-            return state["global_step"], state.get("epoch")
+    state = read_json(path / "trainer_state.json") if (path / "trainer_state.json").is_file() else None
+    if isinstance(state, dict) and "global_step" in state:
+        return state["global_step"], state.get("epoch")
     number = path.name.rpartition("-")[2]
     return (int(number) if number.isdigit() else None), None
-
-
-def load_policy(path: Path, processing_class: Any = None) -> tuple[Any, Any]:
-    """The causal LM of a checkpoint (a full model or a PEFT adapter's folder) in eval mode, and its tokenizer.
-
-
-    Raises:
-        ValueError: an adapter that does not fit its base, or a tokenizer with tokens that the model has no rows for.
-    """
-    model, tokenizer = load_policy_and_tokenizer(path, processing_class)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model, tokenizer
 
 
 def _validation_pairs(dataset: Any) -> list[Any] | None:
@@ -235,8 +213,7 @@ def select_checkpoint(
         reward_model: a path, a sequence classifier with one label, a `RewardScorer`, or any TRL reward function.
         prompts: validation prompts, a list or a dataset with a `prompt` column; one answer each.
         validation_dataset: rows with `prompt` and `completion`, for the validation loss.
-        processing_class: tokenizer of the checkpoints; each one's own if None. A reward model passed by path or in
-            memory brings its own.
+        processing_class: tokenizer of the checkpoints; default: each one's own.
         max_new_tokens, temperature, batch_size, seed: as in `generate_completions`.
         max_length: tokens that a validation row keeps.
         output_dir: where selection.json goes; None writes nothing. `report.selection_report` draws a page from the
@@ -254,7 +231,10 @@ def select_checkpoint(
     check_scorer_room(scorer, questions, max_new_tokens, "max_new_tokens")
     rows = []
     for number, path in enumerate(paths, start=1):
-        model, tokenizer = load_policy(path, processing_class)
+        model, tokenizer = load_policy_and_tokenizer(path, processing_class)
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        # The same seed for every checkpoint: shared noise cancels in their differences.
         answers = generate_completions(
             model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
             seed=seed, desc=f"{path.name} ({number}/{len(paths)})",
@@ -272,22 +252,21 @@ def select_checkpoint(
 
 
 def _choose(rows: list[CheckpointRow], prompts: Sequence[str]) -> SelectionResult:
-    best = max(rows, key=lambda row: row.rm_score.mean)
-    others = sorted((row for row in rows if row is not best), key=lambda row: -row.rm_score.mean)
-    with_loss = [row for row in rows if row.validation_loss is not None]
-    by_loss = min(with_loss, key=lambda row: row.validation_loss or 0.0).checkpoint if with_loss else None
+    best, *others = sorted(rows, key=lambda row: -row.rm_score.mean)
+    losses = {row.checkpoint: row.validation_loss for row in rows if row.validation_loss is not None}
+
+    def lead_over(other: CheckpointRow) -> Difference:
+        # Prompt by prompt: what makes one prompt score higher than another cancels.
+        found = mean_interval(np.subtract(best.scores, other.scores), prompts)
+        return Difference(**asdict(found), checkpoint=other.checkpoint)
+
     return SelectionResult(
         best.checkpoint,
-        by_loss,
+        min(losses, key=losses.__getitem__, default=None),
         rows,
-        runner_up=_difference(best, others[0], prompts) if others else None,
-        last=_difference(best, rows[-1], prompts) if rows[-1] is not best else None,
+        runner_up=lead_over(others[0]) if others else None,
+        last=lead_over(rows[-1]) if rows[-1] is not best else None,
     )
-
-
-def _difference(best: CheckpointRow, other: CheckpointRow, prompts: Sequence[str]) -> Difference:
-    found = mean_interval([a - b for a, b in zip(best.scores, other.scores, strict=True)], prompts)
-    return Difference(**asdict(found), checkpoint=other.checkpoint)
 
 
 def save_selection(result: SelectionResult, folder: Path, **more: Any) -> None:
@@ -298,3 +277,35 @@ def save_selection(result: SelectionResult, folder: Path, **more: Any) -> None:
     text = json.dumps(table, indent=2).removesuffix("\n}") + f',\n  "rows": [\n    {rows}\n  ]\n}}\n'
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "selection.json").write_text(text, encoding="utf-8")
+
+
+def score_checkpoints(
+    folder: str | Path, labeler: Callable[..., list[float]], reward_model: Any, prompts: Any, **kwargs: Any
+) -> list[dict[str, Any]]:
+    """Labeler's and RM score of every checkpoint of a run, on the same answers.
+
+    Args:
+        folder: the run's, with its checkpoint-* folders.
+        labeler, reward_model: TRL reward functions.
+        prompts: of a validation set: neither trained on nor used in the final comparison.
+        kwargs: of `select_checkpoint` (`max_new_tokens`, `temperature`, `batch_size`, `seed`, ...).
+
+    Returns:
+        One row per checkpoint, by step: `step`, `checkpoint`, `labeler_score` (an `Estimate` as a dict) and `score`.
+        If another checkpoint is best, the last row has `behind_best`, the labeler's estimate of its lead.
+    """
+    proxies: list[float] = []
+
+    def both(**columns: Any) -> list[float]:
+        scores = one_number_each(reward_model(**columns), len(columns["prompts"]), "The reward model")
+        proxies.append(float(np.mean(np.array(scores, dtype=float))))  # None: NaN
+        return labeler(**columns)
+
+    result = select_checkpoint(folder, both, prompts, **kwargs)
+    rows: list[dict[str, Any]] = [
+        {"step": row.step, "checkpoint": Path(row.checkpoint).name, "labeler_score": asdict(row.rm_score), "score": of}
+        for row, of in zip(result.rows, proxies, strict=True)
+    ]
+    if result.last is not None:
+        rows[-1]["behind_best"] = {name: value for name, value in asdict(result.last).items() if name != "checkpoint"}
+    return rows

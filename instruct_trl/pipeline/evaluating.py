@@ -13,11 +13,9 @@ from accelerate import PartialState
 
 from instruct_trl.data.encoding import prompt_key
 from instruct_trl.data.rows import read_json
-from instruct_trl.evaluation.divergence import mean_answer_kl
-from instruct_trl.evaluation.gold import score_checkpoints
-from instruct_trl.evaluation.language_modeling import mean_token_loss
+from instruct_trl.evaluation.language_modeling import mean_answer_kl, mean_token_loss
 from instruct_trl.evaluation.reward_metrics import reward_metrics
-from instruct_trl.evaluation.selection import as_prompts, score_answers
+from instruct_trl.evaluation.selection import as_prompts, score_answers, score_checkpoints
 from instruct_trl.evaluation.win_rate import win_rate
 from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt

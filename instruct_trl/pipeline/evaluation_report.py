@@ -98,9 +98,9 @@ def _finding(selection: Path) -> str:
 
 def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
     from instruct_trl.data.encoding import prompt_keys
-    from instruct_trl.evaluation import hacks
-    from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
+    from instruct_trl.evaluation import answers
     from instruct_trl.evaluation.estimates import Estimate, mean_interval
+    from instruct_trl.evaluation.reward_metrics import correlations
     from instruct_trl.evaluation.win_rate import paired_difference
 
     models, prompts = data["models"], prompt_keys(data["prompts"])
@@ -114,19 +114,19 @@ def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResu
         pretraining_loss=None if loss is None else Estimate(loss, None, None, 0),
         mean_length=sum(row["lengths"]) / len(row["lengths"]),
         eos_rate=sum(row["ended"]) / len(row["ended"]),
-        distinct_1=distinct_n(texts, 1),
-        distinct_2=distinct_n(texts, 2),
-        repetition=repetition_rate(texts),
-        duplicates=hacks.duplicate_rate(texts),
-        opening=hacks.common_opening(texts),
-        length_correlation=hacks.rank_correlation(row["labeler"], row["lengths"]),
+        distinct_1=answers.distinct_n(texts, 1),
+        distinct_2=answers.distinct_n(texts, 2),
+        repetition=answers.repetition_rate(texts),
+        duplicates=answers.duplicate_rate(texts),
+        opening=answers.common_opening(texts),
+        length_correlation=correlations(row["labeler"], row["lengths"])["spearman"],
         tasks=tasks,
     )
     if name != SFT:
         scores = (row["labeler"], base["labeler"])
         result.win = win_against_sft(models, name, prompts)
-        result.like_length = hacks.like_length_win_rate(*scores, row["lengths"], base["lengths"], prompts=prompts)
-        result.favourite = hacks.favourite_word(texts, base["completions"])
+        result.like_length = answers.like_length_win_rate(*scores, row["lengths"], base["lengths"], prompts=prompts)
+        result.favourite = answers.favourite_word(texts, base["completions"])
         result.labeler_difference = mean_interval(paired_difference(*scores), prompts)
     return result
 

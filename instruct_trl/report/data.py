@@ -79,7 +79,7 @@ class ReportData:
         training: log of the PPO trainer; rows with `step`, `episodes`, `score`, `kl`, and where known
             `labeler_score`, `ptx_loss`, `value_loss`, `explained_variance`. Other rows and keys are passed over.
         runs: logs of other runs by name, drawn beside `training`.
-        checkpoints: rows of `gold.score_checkpoints` on validation prompts.
+        checkpoints: rows of `selection.score_checkpoints` on validation prompts.
         judged, ratings: replies of further judges, as rows of `judges.tally`; `judge_notes` are about them.
         reward_model: `reward_metrics`, or the part of it that `pair_accuracy` gives, with `kendall_tau`.
         selection_picture: PNG of the SFT selection; `selection_note` is its finding in one sentence.

@@ -216,12 +216,12 @@ def test_groups_that_the_data_lack_are_empty():
 
 
 def test_quartiles_are_named_by_their_own_bounds():
-    names = _length_quartiles(dict(enumerate([4, 1, 2, 3, 8, 7, 6, 15])))
-    assert list(names.values()) == [
-        *("03 to 04", "01 to 02", "01 to 02", "03 to 04"),
-        *("08 to 15", "06 to 07", "06 to 07", "08 to 15"),
-    ]
-    assert set(_length_quartiles({3: 5, 7: 5}).values()) == {"5 to 5"}
+    bounds = _length_quartiles(dict(enumerate([4, 1, 2, 3, 8, 7, 6, 15])))
+    assert list(bounds.values()) == [(3, 4), (1, 2), (1, 2), (3, 4), (8, 15), (6, 7), (6, 7), (8, 15)]
+    assert set(_length_quartiles({3: 5, 7: 5}).values()) == {(5, 5)}
+    lengths = [*range(6, 16), *range(96, 106)]  # in order as numbers, not as texts: "96 to" after "11 to"
+    metrics = reward_metrics([record([1.0, 0.0], [1, 2], prompt_length=n) for n in lengths], n_boot=10)
+    assert list(metrics["by_prompt_length"]) == ["6 to 10", "11 to 15", "96 to 100", "101 to 105"]
 
 
 def test_kendalls_tau_equals_scipys():

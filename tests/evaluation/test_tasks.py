@@ -9,7 +9,7 @@ from conftest import tiny_config
 from scipy import stats
 from transformers import LlamaForCausalLM
 
-from instruct_trl.evaluation.divergence import answer_logprobs
+from instruct_trl.evaluation.language_modeling import answer_logprobs
 from instruct_trl.evaluation.tasks import TaskScore, _score, require_lm_eval, run_tasks, squad_f1, task_table
 from instruct_trl.pipeline import benchmark_data
 

@@ -1,10 +1,9 @@
-"""Win rates, intervals and diversity against SciPy, closed forms and counting by hand."""
+"""Win rates and intervals against SciPy and closed forms."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from instruct_trl.evaluation.diversity import distinct_n, repetition_rate
 from instruct_trl.evaluation.estimates import bootstrap_interval, wilson_interval
 from instruct_trl.evaluation.win_rate import paired_difference, win_rate
 
@@ -129,25 +128,3 @@ def test_pairing_removes_what_the_prompts_share():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_distinct_n_by_counting():
-    # a b, b a, a b | A B: pairs ab, ba, ab, ab → 2 different of 4; words a b a b a b → 2 of 6.
-    texts = ["a b a b", "A  B", "c"]
-    assert distinct_n(texts, 2) == 2 / 4
-    assert distinct_n(texts, 1) == 3 / 7
-    assert distinct_n(["one", ""], 2) == 0.0
-
-
-def test_repetition_by_counting():
-    assert repetition_rate(["good good good good good"], 3) == pytest.approx(2 / 3)
-    assert repetition_rate(["every word here is new"], 3) == 0.0
-    # a b a b a: triples aba, bab, aba → 1 of 3 repeated; the second text is too short to count.
-    assert repetition_rate(["a b a b a", "a b"], 3) == pytest.approx(1 / 3)
-    assert repetition_rate([], 3) == 0.0
-
-
-@pytest.mark.parametrize("function", [distinct_n, repetition_rate])
-def test_ngram_length_is_checked(function):
-    with pytest.raises(ValueError, match="n must be 1 or more"):
-        function(["a b"], 0)

@@ -9,7 +9,7 @@ from ppo_helpers import make
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl.trainer.utils import add_fused_lm_head
 
-from instruct_trl.evaluation.divergence import answer_logprobs, mean_answer_kl
+from instruct_trl.evaluation.language_modeling import answer_logprobs, mean_answer_kl
 from instruct_trl.models.logprobs import completion_logps
 
 

@@ -13,9 +13,8 @@ from test_saved_adapters import start
 from transformers import AutoModelForCausalLM
 
 from instruct_trl import RewardScorer, RoleAdapters
-from instruct_trl.evaluation.selection import load_policy
 from instruct_trl.models.adapters import put_adapter_on, resize_token_rows, token_rows
-from instruct_trl.models.loading import check_token_rows, load_causal_model
+from instruct_trl.models.loading import check_token_rows, load_causal_model, load_policy_and_tokenizer
 
 IDS = torch.tensor([[1, 258, 2, 261, 256]])  # of 258 rows the base has, and four more
 WAYS = {
@@ -58,7 +57,7 @@ def test_an_sft_adapter_comes_back_with_its_rows(base, grown, way, tmp_path):
     trainer = sft(base, grown, way, tmp_path / "out")
     with torch.no_grad():
         expected = trainer.model.eval()(IDS).logits
-        found = load_policy(tmp_path / "out")[0](IDS).logits
+        found = load_policy_and_tokenizer(tmp_path / "out")[0](IDS).logits
     assert found.shape[-1] == 262
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -69,7 +68,8 @@ def test_so_do_rows_that_it_trained_wherever_it_is_read(base, grown, way, tmp_pa
     trainer = sft(base, grown, way, tmp_path / "out")
     with torch.no_grad():
         expected = trainer.model.eval()(IDS).logits
-        torch.testing.assert_close(load_policy(tmp_path / "out")[0](IDS).logits, expected, atol=1e-5, rtol=1e-5)
+        found = load_policy_and_tokenizer(tmp_path / "out")[0](IDS).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     folder, reward = str(tmp_path / "out"), str(tmp_path / "rm2")
     raters = ranking_helpers.make(folder, None, reward, peft_config=reward_lora(), max_steps=1, learning_rate=1e-2)
     merged = trainer.model.merge_and_unload().get_input_embeddings().weight

@@ -11,8 +11,7 @@ from role_helpers import BIAS, batch, reward_lora, sft_lora
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from instruct_trl import RewardScorer, value_model_from_reward_model
-from instruct_trl.evaluation.selection import load_policy
-from instruct_trl.models.loading import load_reward_model
+from instruct_trl.models.loading import load_policy_and_tokenizer, load_reward_model
 from instruct_trl.models.value import ValueModel
 from instruct_trl.trainers.starting_model import place_reward_models
 
@@ -61,7 +60,7 @@ def test_an_adapters_folder_goes_on_training_and_is_saved_as_it_ended(pieces, tm
     assert all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
     trainer.save_model()
     out = tmp_path / "run" / ("policy" if kind == "ppo" else "")
-    again = load_reward_model(out)[0] if kind == "reward" else load_policy(out)[0]
+    again = load_reward_model(out)[0] if kind == "reward" else load_policy_and_tokenizer(out)[0]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, atol=1e-6, rtol=1e-6)
 

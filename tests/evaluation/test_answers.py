@@ -1,25 +1,15 @@
-"""The usual hacks are measured as counting by hand does."""
+"""Diversity and the usual hacks are measured as counting by hand does."""
 
-import numpy as np
 import pytest
-from scipy import stats
 
-from instruct_trl.evaluation.hacks import (
+from instruct_trl.evaluation.answers import (
     common_opening,
+    distinct_n,
     duplicate_rate,
     favourite_word,
     like_length_win_rate,
-    rank_correlation,
+    repetition_rate,
 )
-
-
-def test_rank_correlation_equals_scipy():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(3, 12, 60)  # with ties
-    scores = lengths + rng.normal(0, 4, 60)
-    ours = rank_correlation(scores.tolist(), lengths.tolist())
-    assert ours == pytest.approx(stats.spearmanr(scores, lengths).statistic)
-    assert rank_correlation([1.0, 1.0], [1.0, 2.0]) is None
 
 
 def test_like_length_keeps_the_prompts_whose_answers_are_equally_long():
@@ -44,3 +34,25 @@ def test_the_favourite_word_by_counting():
     assert favourite_word(["so"], ["so so", "SO"]) is None
     assert favourite_word(["", ""], ["so"]) is None
     assert favourite_word(["one two"], ["so"]) == ("two", 1.0, 0.0)  # of equals always the same one
+
+
+def test_distinct_n_by_counting():
+    # a b, b a, a b | A B: pairs ab, ba, ab, ab → 2 different of 4; words a b a b a b → 2 of 6.
+    texts = ["a b a b", "A  B", "c"]
+    assert distinct_n(texts, 2) == 2 / 4
+    assert distinct_n(texts, 1) == 3 / 7
+    assert distinct_n(["one", ""], 2) == 0.0
+
+
+def test_repetition_by_counting():
+    assert repetition_rate(["good good good good good"], 3) == pytest.approx(2 / 3)
+    assert repetition_rate(["every word here is new"], 3) == 0.0
+    # a b a b a: triples aba, bab, aba → 1 of 3 repeated; the second text is too short to count.
+    assert repetition_rate(["a b a b a", "a b"], 3) == pytest.approx(1 / 3)
+    assert repetition_rate([], 3) == 0.0
+
+
+@pytest.mark.parametrize("function", [distinct_n, repetition_rate])
+def test_ngram_length_is_checked(function):
+    with pytest.raises(ValueError, match="n must be 1 or more"):
+        function(["a b"], 0)
