@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from instruct_trl.data.encoding import drop_own_bos, pad_rows
-from instruct_trl.data.rows import check_pretraining_row, require_columns
+from instruct_trl.data.rows import check_pretraining_row, column_names, require_columns
 
 IGNORED_LABEL = -100
 BATCH = 100  # texts that are tokenised at once; a tokenizer takes a hundred bytes for a token meanwhile
@@ -26,25 +27,23 @@ class PretrainingStream:
     """Deals out pretraining examples in a seeded order that repeats none before all have been dealt.
 
     Every process holds the same order and takes its own share of each draw, so that no example goes to two of them.
-    The tokens of a `Dataset` lie in Arrow, in at most 4 bytes each: where the dataset lies on disk, in its cache there,
-    which the processes share. An `IterableDataset` is read and tokenised as it is dealt; its order is mixed within a
-    buffer, and a resumed run reads it again up to its position.
+    A `Dataset` is tokenised once, into Arrow: where it lies on disk, into its cache there, which processes share. An
+    `IterableDataset` is read and tokenised as it is dealt; its order is mixed within a buffer, and a resumed run reads
+    it again up to its position.
 
     Args:
-        dataset: a `datasets.Dataset` or `IterableDataset` with a `text` or an `input_ids` column.
+        dataset: with a `text` or an `input_ids` column.
         tokenizer: tokenizes `text`; its pad token fills the batches.
         max_length: tokens an example keeps; longer ones are cut and counted in `truncated`.
         seed: of the order; pass k over the data uses `seed + k`.
         rank, world_size: which share of every draw is this process's.
 
     Attributes:
-        size: how many examples there are, None for an `IterableDataset`.
         position: how many were dealt to all processes; set it to go on from there.
-        truncated: how many are cut; of an `IterableDataset`, how many were among those dealt to this process.
 
     Raises:
-        ValueError: neither column is there, there is no row, or one that is not text or has fewer than two tokens. Of
-            an `IterableDataset` a row is judged when it is dealt.
+        ValueError: neither column is there, there is no row, or one that is not text or has fewer than two tokens. A
+            row of an `IterableDataset` is judged when it is dealt.
     """
 
     def __init__(
@@ -58,14 +57,17 @@ class PretrainingStream:
 
     @property
     def size(self) -> int | None:
+        """How many examples there are; None for an `IterableDataset`."""
         return self._rows.size
 
     @property
     def truncated(self) -> int:
+        """How many examples are cut; of an `IterableDataset`, how many were among those dealt to this process."""
         return self._rows.truncated
 
     def draw(self, count: int) -> list[list[int]]:
         """The next `count` examples of this process (and as many for each other process), as token lists."""
+        # The position counts for all processes, so that it says where to resume on any number of them.
         start = self.position + self.rank * count
         self.position += count * self.world_size
         return self._rows.take(start, count)
@@ -73,6 +75,7 @@ class PretrainingStream:
     def collate(self, rows: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
         """Right-padded `input_ids`, `attention_mask`, `labels`, each (N, T); padding is ignored in the labels."""
         batch = pad_rows(rows, self.pad_token_id or 0)
+        # By the mask, not by the pad id: a text may hold the token that pads.
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -81,9 +84,7 @@ class _Stored:
     """Rows of a `Dataset`, tokenised once."""
 
     def __init__(self, dataset: Any, tokenizer: Any, max_length: int, seed: int):
-        column = _column(dataset.column_names, dataset)
-        if len(dataset) == 0:
-            raise ValueError("pretraining_dataset has no rows. Pass texts, or set ptx_coef=0.")
+        column = _column_of(dataset)
         # The narrowest integer that holds the vocabulary. Ids that come tokenised may be of any.
         kind = "int32" if column == "input_ids" else str(np.min_scalar_type(max(tokenizer.get_vocab().values())))
         self.tokens = dataset.map(
@@ -93,7 +94,7 @@ class _Stored:
             batch_size=BATCH,
             remove_columns=dataset.column_names,
             features=Features({"input_ids": List(Value(kind)), "cut": Value("bool")}),
-            fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+            fn_kwargs={"column": column, "tokenizer": tokenizer, "max_length": max_length},
             desc="Tokenizing the pretraining texts",
         )
         self.size, self._seed, self._epoch = len(self.tokens), seed, -1
@@ -105,7 +106,7 @@ class _Stored:
 
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, self.size)
-        if self._epoch != epoch:
+        if self._epoch != epoch:  # a pass's order follows from seed and pass alone, so that resuming needs no state
             generator = torch.Generator().manual_seed(self._seed + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
         return int(self._order[offset])
@@ -117,16 +118,10 @@ class _Streamed:
     size = None
 
     def __init__(self, dataset: Any, tokenizer: Any, max_length: int, seed: int):
-        first: Mapping[str, Any] = next(iter(dataset), {})
-        if not first:
-            raise ValueError("pretraining_dataset has no rows. Pass texts, or set ptx_coef=0.")
-        _column(dataset.column_names or list(first), dataset)
+        self._column, self._tokenizer, self._max_length = _column_of(dataset), tokenizer, max_length
+        # Numbered before they are mixed, so that an error names the row of the user's file.
         self._dataset = dataset.map(_numbered, with_indices=True).shuffle(seed=seed, buffer_size=BUFFER)
-        self._tokenizer, self._max_length, self.truncated = tokenizer, max_length, 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self._position, self._ahead = 0, self._read()
+        self._position, self._ahead, self.truncated = 0, self._read(), 0
 
     def _read(self) -> Iterator[Mapping[str, Any]]:
         """The rows of pass 0, 1, 2, ..., each in an order of its own."""
@@ -146,27 +141,21 @@ class _Streamed:
 
     def take(self, start: int, count: int) -> list[list[int]]:
         """The examples at `start`, ..., `start + count - 1` of the order."""
-        if start < self._position:
-            self._begin()
-        for _ in range(start - self._position):
-            next(self._ahead)
-        self._position = start + count
-        return [self._tokens(next(self._ahead)) for _ in range(count)]
-
-    def _tokens(self, row: Mapping[str, Any]) -> list[int]:
-        batch = {name: [value] for name, value in row.items()}
-        tokenized = _tokenize(batch, batch.pop("_row"), self._tokenizer, self._max_length)
-        self.truncated += tokenized["cut"][0]
-        return tokenized["input_ids"][0]
+        if start < self._position:  # a stream cannot go back
+            self._position, self._ahead = 0, self._read()
+        skipped, self._position = start - self._position, start + count
+        rows = list(islice(self._ahead, skipped, skipped + count))
+        values, indices = [row.get(self._column) for row in rows], [row["_row"] for row in rows]
+        made = _tokenize({self._column: values}, indices, self._column, self._tokenizer, self._max_length)
+        self.truncated += sum(made["cut"])
+        return made["input_ids"]
 
 
-def _column(present: list[str], dataset: Any) -> str:
-    """The column that examples are read from: ids where they are given.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    if "input_ids" in present:
+def _column_of(dataset: Any) -> str:
+    """The column that examples are read from: ids where they are given."""
+    if next(iter(dataset), None) is None:
+        raise ValueError("pretraining_dataset has no rows. Pass texts, or leave it out and set its weight to 0.")
+    if "input_ids" in column_names(dataset):
         return "input_ids"
     require_columns(dataset, [("text", "input_ids")], "pretraining_dataset")
     return "text"
@@ -176,20 +165,18 @@ def _numbered(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {**row, "_row": index}
 
 
-def _tokenize(batch: Mapping[str, list], indices: list[int], tokenizer: Any, max_length: int | None) -> dict[str, list]:
+def _tokenize(
+    batch: Mapping[str, list], indices: list[int], column: str, tokenizer: Any, max_length: int | None
+) -> dict[str, list]:
     """Rows of a dataset as `input_ids`, cut to `max_length` tokens, and whether each was `cut`.
 
-    Raises:
-        ValueError: one is no text, or has fewer than two tokens.
+    A text gets no EOS: a passage cut from a longer document does not end there.
     """
-    column = "input_ids" if "input_ids" in batch else "text"
-    for value, index in zip(batch[column], indices, strict=True):
+    rows = batch[column]
+    for value, index in zip(rows, indices, strict=True):
         check_pretraining_row({column: value}, index)
-    rows = (
-        batch["input_ids"]
-        if column == "input_ids"
-        else tokenizer([drop_own_bos(tokenizer, text) for text in batch["text"]])["input_ids"]
-    )
+    if column == "text":
+        rows = tokenizer([drop_own_bos(tokenizer, text) for text in rows])["input_ids"]
     for value, row, index in zip(batch[column], rows, indices, strict=True):
         if len(row) < 2:
             raise ValueError(
@@ -210,18 +197,14 @@ def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_datas
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"pretraining_fraction must be in [0, 1), got {fraction}; the paper's RL initialisation: 0.1.")
-    if fraction == 0:
-        if pretraining_dataset is not None:
-            raise ValueError(
-                "pretraining_dataset was given, but pretraining_fraction is 0, so none of it would be used. Set "
-                "pretraining_fraction (0.1 in the paper's RL initialisation) or leave the dataset out."
-            )
-        return
-    if pretraining_dataset is None:
+    if (fraction > 0) != (pretraining_dataset is not None):
+        given = "no pretraining_dataset is given" if fraction else "a pretraining_dataset is given"
         raise ValueError(
-            f"pretraining_fraction is {fraction}, but there is no pretraining_dataset. Pass one with a `text` or an "
-            "`input_ids` column, or set pretraining_fraction to 0."
+            f"pretraining_fraction is {fraction}, but {given}. Set the fraction (0.1 in the paper's RL initialisation) "
+            "and pass a dataset with a `text` or an `input_ids` column, or leave both out."
         )
+    if fraction == 0:
+        return
     for name, dataset in (("pretraining_dataset", pretraining_dataset), ("train_dataset", train_dataset)):
         if not isinstance(dataset, Dataset):
             raise ValueError(
@@ -235,21 +218,13 @@ def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_datas
 def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
     """The rows as `input_ids` and `labels`, every token scored.
 
-    A text is taken as it is, without EOS: a passage cut from a longer document does not end there.
-
     Raises:
         ValueError: no rows; neither column; a text or a list of ids that is missing, or too short to hold a next token.
     """
-    column = _column(dataset.column_names, dataset)
-    if len(dataset) == 0:
-        raise ValueError("pretraining_dataset has no rows.")
-    rows = _tokenize({column: list(dataset[column])}, list(range(len(dataset))), tokenizer, max_length=None)
-    return Dataset.from_dict({"input_ids": rows["input_ids"], "labels": rows["input_ids"]})
-
-
-def pretraining_count(demonstrations: int, fraction: float) -> int:
-    """How many pretraining examples make up `fraction` of the whole: M with M / (N + M) nearest to it."""
-    return round(fraction * demonstrations / (1 - fraction))
+    column = _column_of(dataset)
+    batch = {column: list(dataset[column])}
+    rows = _tokenize(batch, list(range(len(dataset))), column, tokenizer, max_length=None)["input_ids"]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
 def mix_pretraining(demonstrations: Dataset, pretraining: Dataset, fraction: float, seed: int) -> Dataset:
@@ -258,15 +233,15 @@ def mix_pretraining(demonstrations: Dataset, pretraining: Dataset, fraction: flo
     Pretraining rows are drawn without repetition until all have been used, then again.
 
     Args:
-        demonstrations: with `input_ids` and `labels`.
-        pretraining: the same, from `tokenize_pretraining`.
+        demonstrations, pretraining: with `input_ids` and `labels`.
         fraction: of all rows, in (0, 1).
         seed: of the choice and the order.
 
     Raises:
         ValueError: so few demonstrations that the fraction comes to no row at all.
     """
-    needed = pretraining_count(len(demonstrations), fraction)
+    # M of the whole N + M: fraction = M / (N + M), solved for M.
+    needed = round(fraction * len(demonstrations) / (1 - fraction))
     if needed == 0:
         raise ValueError(
             f"pretraining_fraction {fraction} of {len(demonstrations)} demonstrations is less than one example. Raise "
@@ -279,5 +254,6 @@ def mix_pretraining(demonstrations: Dataset, pretraining: Dataset, fraction: flo
         rng.shuffle(order)
         picked += order[: needed - len(picked)]
     columns = ["input_ids", "labels"]
-    drawn = pretraining.select(picked).select_columns(columns).cast(demonstrations.select_columns(columns).features)
-    return concatenate_datasets([demonstrations.select_columns(columns), drawn]).shuffle(seed=seed)
+    demonstrations = demonstrations.select_columns(columns)
+    drawn = pretraining.select(picked).select_columns(columns).cast(demonstrations.features)
+    return concatenate_datasets([demonstrations, drawn]).shuffle(seed=seed)

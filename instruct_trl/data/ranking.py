@@ -1,36 +1,178 @@
 """Ranking datasets: checked, tokenised and counted before training.
 
-What a row may look like is in `ranking_rows`, and how rows become a batch in `ranking_collator`.
+A row is `prompt`, `completions` (a list of K) and one of `ranks` (lower is better, equal numbers tie, only order
+counts), `scores` (higher is better) and `pairs` (a list of [winner, loser], positions in `completions`, for labelers
+who compare only some). It may also be TRL's `chosen`/`rejected`, which is K = 2, optionally with `margin`. Optional
+beside any of them: `weight`, `truncated` (a list of K bool), `labeler`. All is text, or all is messages.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
-from datasets import Sequence as ListOf
+from datasets import Dataset, Features, IterableDataset, List, Value
 from trl.data_utils import extract_prompt
 
 from instruct_trl.data.encoding import Text, encode_prompt, in_row, prompt_key, template_kwargs, tokenize_pair
-from instruct_trl.data.ranking_batch import RankingCollator as RankingCollator
-from instruct_trl.data.ranking_rows import Ranking as Ranking
-from instruct_trl.data.ranking_rows import parse_ranking as parse_ranking
-from instruct_trl.data.rows import column_names, require_columns
+from instruct_trl.data.rows import check_same_kind, check_text, column_names, require_columns, shown
 
-_PREPARED = ("input_ids", "ranks")
-_COUNTERS = ("long_prompt", "overlong_rows", "dropped_pairs", "tied")
+Pair = tuple[int, int]  # (winner, loser), positions in the completions
+_COUNTERS = {"long_prompt": "bool", "overlong_rows": "int32", "dropped_pairs": "int32", "tied": "bool"}
+
+
+@dataclass
+class Ranking:
+    """One prompt with its K ≥ 2 completions and what a labeler said of them.
+
+    Attributes:
+        ranks: K, dense (1 is best); empty where the labeler gave only pairs.
+        pairs: everything that counts in the loss, so all untied pairs where there are ranks.
+        margins: parallel to `pairs`, in units of reward; None where margins are off.
+        weight: of this prompt in the loss.
+        truncated: K; True where the completion ends without EOS.
+    """
+
+    prompt: Text
+    completions: list[Text]
+    ranks: list[int]
+    pairs: list[Pair]
+    margins: list[float] | None
+    weight: float
+    truncated: list[bool]
+
+
+def parse_ranking(example: Mapping[str, Any], margins: bool = False) -> Ranking:
+    """Check one row and bring it into the form of `Ranking`.
+
+    Args:
+        margins: take the pairs' margins, from `margin` beside `chosen`, else from the differences of `scores`.
+
+    Raises:
+        ValueError: unequal lengths, fewer than two completions, NaN or infinite or missing numbers, text in place of
+            numbers or lists, something empty or no text, or pairs that name no completion or contradict each other.
+    """
+    values = None
+    if "chosen" in example:
+        completions, ranks, pairs = [example["chosen"], example.get("rejected")], [1, 2], [(0, 1)]
+        names = ["'chosen'", "'rejected'"]
+        if ("margin" in example) != margins:
+            raise ValueError(
+                f"{'no' if margins else 'a'} 'margin' here, unlike the rows before. Give all rows one, or none; 0 is "
+                "none."
+            )
+        if margins:
+            values = [float(_finite(example["margin"], "'margin'", "0 is none"))]
+    else:
+        completions = _list_of(example, "completions")
+        if len(completions) < 2:
+            raise ValueError(f"{len(completions)} completion(s). A ranking needs at least 2; drop the row.")
+        names = [f"completion {index}" for index in range(len(completions))]
+        if "pairs" in example:
+            ranks, pairs = [], _pairs_of(_list_of(example, "pairs", "of [winner, loser]"), len(completions))
+        else:
+            ranks = _ranks_of(example, len(completions))
+            pairs = [(i, j) for i, best in enumerate(ranks) for j, rank in enumerate(ranks) if best < rank]
+        if margins:
+            values = [float(example["scores"][i] - example["scores"][j]) for i, j in pairs]
+    prompt = _prompt_of(example)
+    for name, completion in zip(names, completions, strict=True):
+        check_text(completion, name)
+        check_same_kind(prompt, "the prompt", completion, name)
+    weight = float(_finite(example.get("weight", 1.0), "'weight'", "1 is the default", above=0))
+    return Ranking(prompt, completions, ranks, pairs, values, weight, _truncated_of(example, len(completions)))
+
+
+def _prompt_of(example: Mapping[str, Any]) -> Text:
+    # TRL's implicit prompt is part of both texts. Where it ends cannot be told, so it counts with the completions.
+    if "chosen" in example and "prompt" not in example:
+        return "" if isinstance(example["chosen"], str) else []
+    check_text(example.get("prompt"), "the prompt")
+    return example["prompt"]
+
+
+def _list_of(
+    example: Mapping[str, Any], name: str, of: str = "with one entry per completion", count: int | None = None
+) -> list[Any]:
+    """A column that holds a list in each row, of `count` entries. A csv file has cells of text in its place."""
+    value = example.get(name)
+    if not isinstance(value, list):
+        csv = "That is text: a csv file cannot hold lists; json lines and parquet can. " if type(value) is str else ""
+        raise ValueError(f"{name!r} must be a list {of}, got {shown(value)}. {csv}Mend or drop the row.")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{count} completions but {len(value)} {name}. Give one entry per completion.")
+    return value
+
+
+def _finite(number: Any, name: str, remedy: str, above: float = -math.inf) -> float:
+    # A truth value is an int for Python, and nobody who wrote one meant a number.
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not math.isfinite(number) or number <= above:
+        limit, quotes = f" above {above}" if above == 0 else "", " without quotes" if isinstance(number, str) else ""
+        raise ValueError(f"{name} is {shown(number)}. Give a finite number{limit}{quotes}; {remedy}.")
+    return number
+
+
+def _dense(numbers: Sequence[float]) -> list[int]:
+    """1, 2, 3, ... in the order of the numbers; equal numbers share one."""
+    places = {number: place for place, number in enumerate(sorted(set(numbers)), start=1)}
+    return [places[number] for number in numbers]
+
+
+def _ranks_of(example: Mapping[str, Any], count: int) -> list[int]:
+    name = "ranks" if "ranks" in example else "scores"
+    numbers = _list_of(example, name, count=count)
+    for index, number in enumerate(numbers):
+        _finite(number, f"{name}[{index}]", "drop the row if it has none")
+    return _dense(numbers if name == "ranks" else [-score for score in numbers])
+
+
+def _pairs_of(entries: list[Any], count: int) -> list[Pair]:
+    """The pairs of a row in their order, each once."""
+    pairs: dict[Pair, None] = {}
+    for index, entry in enumerate(entries):
+        what = f"pairs[{index}] is {entry!r}"
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise ValueError(f"{what}. Give two positions in 'completions': [winner, loser].")
+        winner, loser = entry
+        if not all(type(place) is int and 0 <= place < count for place in entry):
+            raise ValueError(f"{what}, but the row has {count} completions. Use whole numbers from 0 to {count - 1}.")
+        if winner == loser:
+            raise ValueError(f"{what}, which compares a completion with itself. Drop the pair.")
+        if (loser, winner) in pairs:
+            raise ValueError(
+                f"'pairs' holds both {[loser, winner]} and {[winner, loser]}, which contradict each other. Keep one of "
+                "them, or neither: a tie is no pair."
+            )
+        pairs[winner, loser] = None
+    return list(pairs)
+
+
+def _truncated_of(example: Mapping[str, Any], count: int) -> list[bool]:
+    if example.get("truncated") is None:  # a row without them has finished completions
+        return [False] * count
+    flags = _list_of(example, "truncated", count=count)
+    for index, flag in enumerate(flags):
+        if not isinstance(flag, bool):
+            raise ValueError(
+                f"truncated[{index}] is {shown(flag)}. Write true where the completion was cut at a limit, and false "
+                "where it ended."
+            )
+    return flags
 
 
 @dataclass
 class RankingReport:
-    """What happened to a dataset on its way to tokens.
+    """Counts of what happened to a dataset on its way to tokens.
 
-    `overlong_rows`: completions dropped, since with their prompt they exceed `max_length`. `dropped_prompts`: prompts
-    dropped, since they exceed `max_prompt_length` (`long_prompts` of them) or kept fewer than two completions.
-    `tied_prompts`: prompts kept that hold no untied pair. `dropped_pairs`: comparisons that went with the completions
-    in `overlong_rows`, since they touch one.
+    Attributes:
+        long_prompts: dropped, since they exceed `max_prompt_length`.
+        overlong_rows: completions dropped, since with their prompt they exceed `max_length`.
+        dropped_prompts: `long_prompts`, and those that kept fewer than two completions.
+        tied_prompts: prompts kept that hold no untied pair.
+        dropped_pairs: comparisons that went with the completions in `overlong_rows`, since they touch one.
     """
 
     prompts: int
@@ -42,23 +184,35 @@ class RankingReport:
 
     def line(self, where: str, max_length: int | None, max_prompt_length: int | None) -> str | None:
         """One sentence for the log; None where there is nothing to say."""
-        parts = []
-        if self.overlong_rows:
-            parts.append(
-                f"{self.overlong_rows} completions longer than max_length={max_length} tokens (prompt included) and "
-                f"the {self.dropped_pairs} pairs that touch them"
-            )
-        if self.long_prompts:
-            parts.append(f"{self.long_prompts} prompts longer than max_prompt_length={max_prompt_length} tokens")
         short = self.dropped_prompts - self.long_prompts
-        if short:
-            parts.append(f"{short} prompts left with fewer than two completions")
-        dropped = f"dropped {', '.join(parts)}" if parts else ""
-        tied = (
-            f"{self.tied_prompts} prompts without an untied pair add nothing to the loss" if self.tied_prompts else ""
-        )
-        said = "; ".join(part for part in (dropped, tied) if part)
-        return f"{where}, of {self.prompts} prompts: {said}." if said else None
+        dropped = {
+            f"{self.overlong_rows} completions longer than max_length={max_length} tokens (prompt included) and the "
+            f"{self.dropped_pairs} pairs that touch them": self.overlong_rows,
+            f"{self.long_prompts} prompts longer than max_prompt_length={max_prompt_length} tokens": self.long_prompts,
+            f"{short} prompts left with fewer than two completions": short,
+        }
+        parts = [said for said, count in dropped.items() if count]
+        said = [f"dropped {', '.join(parts)}"] if parts else []
+        if self.tied_prompts:
+            said.append(f"{self.tied_prompts} prompts without an untied pair add nothing to the loss")
+        return f"{where}, of {self.prompts} prompts: {'; '.join(said)}." if said else None
+
+    def refuse_useless(self, where: str, max_length: int | None, max_prompt_length: int | None) -> None:
+        """Raise a ValueError if there is nothing to learn."""
+        kept = self.prompts - self.dropped_prompts
+        if self.prompts == 0:
+            raise ValueError(f"{where} has no rows.")
+        if kept == 0:
+            raise ValueError(
+                f"{where}: none of its {self.prompts} prompts fits max_length={max_length} and max_prompt_length="
+                f"{max_prompt_length} tokens with at least two completions. Raise the limits or shorten the texts."
+            )
+        if self.tied_prompts == kept:
+            raise ValueError(
+                f"{where}: none of its {kept} prompts has an untied pair, so there is nothing to learn. Check that "
+                "'ranks' or 'scores' differ within a row, or that 'pairs' are filled in "
+                f"({self.dropped_pairs} pairs went with completions longer than max_length={max_length})."
+            )
 
 
 def tokenize_ranking(
@@ -68,53 +222,38 @@ def tokenize_ranking(
     max_length: int | None,
     max_prompt_length: int | None,
     where: str,
-    use_margins: bool = False,
     margins: bool = False,
 ) -> dict[str, Any]:
     """Tokens of one row's completions, those longer than the limits left out and counted.
 
-    `margins`: whether the dataset has margins, so that each row must. The other arguments: `prepare_ranking_dataset`.
+    The arguments are those of `prepare_ranking_dataset`; `margins`: whether the dataset has them, so each row must.
 
     Returns:
         `input_ids` (a list of K token lists, empty if the row is to be dropped), `ranks` (K, dense; empty where the
         row has only pairs), `pairs` (a list of [winner, loser]), `margins` (parallel to `pairs`; only if margins are
-        on), `weight`, `labeler` (only if it was there), `prompt_key` (the same for rows of one prompt; None where a row
-        has none), and the counters `long_prompt`, `overlong_rows`,
-        `dropped_pairs`, `tied` (no untied pair among what was kept).
+        on), `weight`, `labeler` (only if it was there), `prompt_key` (the same for rows of one prompt; None where a
+        row has none), and the counters `long_prompt`, `overlong_rows`, `dropped_pairs`, `tied` (no untied pair among
+        what was kept).
     """
-    place = f"{where}, row {index}"
-    ranking = parse_ranking(example, place, use_margins)
-    if (ranking.margins is not None) != margins:
-        raise ValueError(
-            f"{place} has {'no' if margins else 'a'} 'margin', unlike the rows before it. Give all rows one, or none; "
-            "0 is none."
-        )
-    with in_row(place):
-        return _tokens_of(ranking, example, tokenizer, max_length, max_prompt_length)
-
-
-def _tokens_of(
-    ranking: Ranking, example: Mapping[str, Any], tokenizer: Any, max_length: int | None, max_prompt_length: int | None
-) -> dict[str, Any]:
-    """The result of `tokenize_ranking` for a row that is checked."""
-    kwargs = template_kwargs(example)
-    result: dict[str, Any] = {"input_ids": [], "ranks": [], "pairs": [], "weight": ranking.weight}
-    result["prompt_key"] = _key(ranking.prompt, example)
-    result |= {"long_prompt": False, "overlong_rows": 0, "dropped_pairs": 0, "tied": False}
-    if ranking.margins is not None:
-        result["margins"] = []
-    if "labeler" in example:
-        result["labeler"] = None if example["labeler"] is None else str(example["labeler"])
-    if max_prompt_length is not None and _prompt_length(tokenizer, ranking.prompt, kwargs) > max_prompt_length:
-        return {**result, "long_prompt": True}
-    rows = [
-        tokenize_pair(tokenizer, ranking.prompt, completion, truncated=truncated, **kwargs)
-        for completion, truncated in zip(ranking.completions, ranking.truncated, strict=True)
-    ]
+    with in_row(f"{where}, row {index}"):
+        ranking, kwargs = parse_ranking(example, margins), template_kwargs(example)
+        result: dict[str, Any] = {"input_ids": [], "ranks": [], "pairs": [], "weight": ranking.weight}
+        result |= {"prompt_key": _key(ranking.prompt, example), **dict.fromkeys(_COUNTERS, 0)}
+        if margins:
+            result["margins"] = []
+        if "labeler" in example:
+            result["labeler"] = None if example["labeler"] is None else str(example["labeler"])
+        # An implicit prompt has no length of its own: it cannot be told from its completion.
+        prompt = ranking.prompt
+        if max_prompt_length and prompt and len(encode_prompt(tokenizer, prompt, **kwargs)) > max_prompt_length:
+            return {**result, "long_prompt": 1}
+        rows = [
+            tokenize_pair(tokenizer, ranking.prompt, completion, truncated=truncated, **kwargs)
+            for completion, truncated in zip(ranking.completions, ranking.truncated, strict=True)
+        ]
     kept = [place for place, row in enumerate(rows) if max_length is None or len(row) <= max_length]
     labels = _labels_of(ranking, kept)
-    result["overlong_rows"] = len(rows) - len(kept)
-    result["dropped_pairs"] = len(ranking.pairs) - len(labels["pairs"])
+    result |= {"overlong_rows": len(rows) - len(kept), "dropped_pairs": len(ranking.pairs) - len(labels["pairs"])}
     if len(kept) < 2:
         return result
     return {**result, **labels, "input_ids": [rows[place] for place in kept], "tied": not labels["pairs"]}
@@ -123,11 +262,9 @@ def _tokens_of(
 def _labels_of(ranking: Ranking, kept: Sequence[int]) -> dict[str, Any]:
     """`ranks`, `pairs` and, if they are on, `margins`, of the completions at the places `kept` alone."""
     position = {place: index for index, place in enumerate(kept)}
-    ranks = [ranking.ranks[place] for place in kept] if ranking.ranks else []
-    dense = {rank: number for number, rank in enumerate(sorted(set(ranks)), start=1)}
     chosen = [index for index, (i, j) in enumerate(ranking.pairs) if i in position and j in position]
     labels: dict[str, Any] = {
-        "ranks": [dense[rank] for rank in ranks],
+        "ranks": _dense([ranking.ranks[place] for place in kept] if ranking.ranks else []),
         "pairs": [[position[place] for place in ranking.pairs[index]] for index in chosen],
     }
     if ranking.margins is not None:
@@ -137,16 +274,9 @@ def _labels_of(ranking: Ranking, kept: Sequence[int]) -> dict[str, Any]:
 
 def _key(prompt: Text, example: Mapping[str, Any]) -> str | None:
     """The prompt's key. An implicit prompt is, as in TRL, all that both texts begin with."""
-    if prompt:
-        return prompt_key(prompt)
-    implicit = extract_prompt({side: example[side] for side in ("chosen", "rejected")})["prompt"]
-    return prompt_key(implicit) if implicit else None
-
-
-def _prompt_length(tokenizer: Any, prompt: Text, kwargs: dict[str, Any]) -> int:
-    if not prompt:  # an implicit prompt cannot be told from its completion
-        return 0
-    return len(encode_prompt(tokenizer, prompt, **kwargs))
+    if not prompt:
+        prompt = extract_prompt({side: example[side] for side in ("chosen", "rejected")})["prompt"]  # type: ignore[assignment]
+    return prompt_key(prompt) if prompt else None
 
 
 def prepare_ranking_dataset(
@@ -177,58 +307,49 @@ def prepare_ranking_dataset(
     """
     columns = column_names(dataset)
     if "input_ids" in columns and "completions" not in columns and "chosen" not in columns:
-        require_columns(dataset, _PREPARED, where)
+        require_columns(dataset, ["input_ids", "ranks"], where)
         if use_margins and "margins" not in columns:
             raise ValueError(
                 f"{where} was prepared without margins. Prepare it with use_margins=True, or turn that off."
             )
         return dataset, None
     _check_columns(dataset, columns, where, use_margins)
+    margins, limits = (
+        use_margins or "margin" in columns,
+        {"max_length": max_length, "max_prompt_length": max_prompt_length},
+    )
     options: dict[str, Any] = {
         "with_indices": True,
-        "fn_kwargs": {
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "max_prompt_length": max_prompt_length,
-            "where": where,
-            "use_margins": use_margins,
-            "margins": use_margins or "margin" in columns,
-        },
+        "fn_kwargs": {"tokenizer": tokenizer, **limits, "where": where, "margins": margins},
         "remove_columns": columns,
-        "features": _features(columns, use_margins),
+        "features": _features(margins, "labeler" in columns),
     }
     if isinstance(dataset, Dataset):
         options |= {"num_proc": num_proc, "desc": f"Tokenizing {where}"}
     tokenized = dataset.map(tokenize_ranking, **options)
+    kept = tokenized.filter(bool, input_columns="input_ids").remove_columns(list(_COUNTERS))
     if not isinstance(tokenized, Dataset):
-        return tokenized.filter(_has_rows).remove_columns(list(_COUNTERS)), None
-    kept = tokenized.filter(_has_rows, desc=f"Filtering {where}").remove_columns(list(_COUNTERS))
-    report = _report(tokenized, len(kept))
-    _refuse_useless(report, len(kept), where, max_length, max_prompt_length)
+        return kept, None
+    counts = {name: sum(tokenized[name]) for name in _COUNTERS}
+    report = RankingReport(
+        prompts=len(tokenized),
+        long_prompts=counts["long_prompt"],
+        overlong_rows=counts["overlong_rows"],
+        dropped_prompts=len(tokenized) - len(kept),
+        tied_prompts=counts["tied"],
+        dropped_pairs=counts["dropped_pairs"],
+    )
+    report.refuse_useless(where, **limits)
     return kept, report
 
 
-def _features(columns: Sequence[str], use_margins: bool) -> Features:
-    features = Features(
-        input_ids=ListOf(ListOf(Value("int32"))),
-        ranks=ListOf(Value("int32")),
-        pairs=ListOf(ListOf(Value("int32"))),
-        weight=Value("float32"),
-        long_prompt=Value("bool"),
-        overlong_rows=Value("int32"),
-        dropped_pairs=Value("int32"),
-        tied=Value("bool"),
-        prompt_key=Value("string"),
+def _features(margins: bool, labeler: bool) -> Features:
+    whole, real = List(Value("int32")), List(Value("float32"))
+    features = {"input_ids": List(whole), "ranks": whole, "pairs": List(whole), "weight": Value("float32")}
+    features |= {"prompt_key": Value("string"), **{name: Value(kind) for name, kind in _COUNTERS.items()}}
+    return Features(
+        features | ({"margins": real} if margins else {}) | ({"labeler": Value("string")} if labeler else {})
     )
-    if use_margins or "margin" in columns:
-        features["margins"] = ListOf(Value("float32"))
-    if "labeler" in columns:
-        features["labeler"] = Value("string")
-    return features
-
-
-def _has_rows(example: Mapping[str, Any]) -> bool:
-    return len(example["input_ids"]) > 0
 
 
 def _check_columns(dataset: Any, columns: Sequence[str], where: str, use_margins: bool) -> None:
@@ -252,33 +373,4 @@ def _check_columns(dataset: Any, columns: Sequence[str], where: str, use_margins
         raise ValueError(
             f"use_margins=True, but {where} has no column {source!r} to take margins from. Add it (in place of "
             "'ranks' or 'pairs' if those are there), or set use_margins=False."
-        )
-
-
-def _report(tokenized: Dataset, kept: int) -> RankingReport:
-    return RankingReport(
-        prompts=len(tokenized),
-        long_prompts=sum(tokenized["long_prompt"]),
-        overlong_rows=sum(tokenized["overlong_rows"]),
-        dropped_prompts=len(tokenized) - kept,
-        tied_prompts=sum(tokenized["tied"]),
-        dropped_pairs=sum(tokenized["dropped_pairs"]),
-    )
-
-
-def _refuse_useless(
-    report: RankingReport, kept: int, where: str, max_length: int | None, max_prompt_length: int | None
-) -> None:
-    if report.prompts == 0:
-        raise ValueError(f"{where} has no rows.")
-    if kept == 0:
-        raise ValueError(
-            f"{where}: none of its {report.prompts} prompts fits max_length={max_length} and max_prompt_length="
-            f"{max_prompt_length} tokens with at least two completions. Raise the limits or shorten the texts."
-        )
-    if report.tied_prompts == kept:
-        raise ValueError(
-            f"{where}: none of its {kept} prompts has an untied pair, so there is nothing to learn. Check that 'ranks' "
-            f"or 'scores' differ within a row, or that 'pairs' are filled in ({report.dropped_pairs} pairs went with "
-            f"completions longer than max_length={max_length})."
         )

@@ -93,11 +93,15 @@ def check_demonstration(row: Mapping[str, Any], index: int, where: str) -> None:
     columns = ("prompt", "completion")
     for column in columns:
         check_text(row.get(column), f"{where}: column {column!r}, row {index}")
-    if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
-        prompt, completion = (kind_of(row[column]) for column in columns)
+    check_same_kind(row["prompt"], f"{where}, row {index}: the prompt", row["completion"], "the completion")
+
+
+def check_same_kind(one: Any, name: str, other: Any, other_name: str) -> None:
+    """Refuse plain text beside messages."""
+    if isinstance(one, str) != isinstance(other, str):
         raise ValueError(
-            f"{where}, row {index}: the prompt is {prompt} and the completion is {completion}. Make both plain text, "
-            "or both lists of messages."
+            f"{name} is {kind_of(one)} and {other_name} is {kind_of(other)}. Make both plain text, or both lists of "
+            "messages."
         )
 
 

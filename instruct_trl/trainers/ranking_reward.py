@@ -23,8 +23,8 @@ from instruct_trl._upstream import (
 )
 from instruct_trl.data.encoding import in_row, pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
 from instruct_trl.data.prefix_layout import GroupedRows
-from instruct_trl.data.ranking import RankingCollator, RankingReport, prepare_ranking_dataset
-from instruct_trl.data.ranking_batch import grouped_rows, prompt_pieces, row_pieces, take_prompts
+from instruct_trl.data.ranking import RankingReport, prepare_ranking_dataset
+from instruct_trl.data.ranking_batch import RankingCollator, grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.data.rows import check_demonstration, require_columns
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapters import has_adapters, save_token_rows

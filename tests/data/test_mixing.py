@@ -5,12 +5,7 @@ from collections import Counter
 import pytest
 from datasets import Dataset, IterableDataset
 
-from instruct_trl.data.pretraining import (
-    check_pretraining_mix,
-    mix_pretraining,
-    pretraining_count,
-    tokenize_pretraining,
-)
+from instruct_trl.data.pretraining import check_pretraining_mix, mix_pretraining, tokenize_pretraining
 
 
 def rows(count, start):
@@ -21,9 +16,9 @@ def rows(count, start):
     ("demonstrations", "fraction", "expected"), [(90, 0.1, 10), (9, 0.1, 1), (30, 0.5, 30), (5, 0.75, 15)]
 )
 def test_the_fraction_is_of_all_examples(demonstrations, fraction, expected):
-    assert pretraining_count(demonstrations, fraction) == expected
     mixed = mix_pretraining(rows(demonstrations, 0), rows(40, 1000), fraction, seed=0)
-    assert sum(ids[0] >= 1000 for ids in mixed["input_ids"]) / len(mixed) == fraction
+    assert sum(ids[0] >= 1000 for ids in mixed["input_ids"]) == expected
+    assert expected / len(mixed) == fraction
 
 
 def test_every_demonstration_stays_once_and_texts_repeat_only_when_all_were_used():
@@ -60,8 +55,8 @@ TEXTS = Dataset.from_dict({"text": ["abc"]})
     [
         (-0.1, TEXTS, TEXTS, False, r"must be in \[0, 1\), got -0.1"),
         (1.0, TEXTS, TEXTS, False, r"must be in \[0, 1\), got 1.0"),
-        (0.1, None, TEXTS, False, "there is no pretraining_dataset"),
-        (0.0, TEXTS, TEXTS, False, "pretraining_fraction is 0, so none of it would be used"),
+        (0.1, None, TEXTS, False, "fraction is 0.1, but no pretraining_dataset is given"),
+        (0.0, TEXTS, TEXTS, False, "fraction is 0.0, but a pretraining_dataset is given"),
         (0.1, TEXTS, TEXTS, True, "set packing to false"),
         (
             0.1,

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.nn import functional
 
-from instruct_trl.data.ranking import RankingCollator, parse_ranking, prepare_ranking_dataset
+from instruct_trl.data.ranking import parse_ranking, prepare_ranking_dataset
+from instruct_trl.data.ranking_batch import RankingCollator
 from instruct_trl.maths.rankings import kendall_tau, pair_counts, ranking_loss, ranking_metrics
 
 THREE = {"prompt": "ab", "completions": ["cd", "e", "fgh"]}
@@ -183,7 +184,7 @@ def test_metrics_over_rankings_and_comparison_lists():
         ([[0, 0.5]], r"Use whole numbers from 0 to 2"),
         ([[1, 1]], r"pairs\[0\] is \[1, 1\], which compares a completion with itself. Drop the pair"),
         ([[0, 1], [1, 2], [1, 0]], r"'pairs' holds both \[0, 1\] and \[1, 0\], which contradict each other. Keep one"),
-        (None, r"'pairs' must be a list of \[winner, loser\], got None"),
+        (None, r"row 0: 'pairs' must be a list of \[winner, loser\], got None"),
     ],
 )
 def test_bad_pairs_are_named(tokenizer, pairs, message):
@@ -256,7 +257,7 @@ def test_margins_follow_the_pairs_that_are_kept(tokenizer):
 
 
 def test_a_pair_given_twice_counts_once():
-    ranking = parse_ranking({**THREE, "pairs": [[0, 1], [2, 1], [0, 1]]}, "row 0")
+    ranking = parse_ranking({**THREE, "pairs": [[0, 1], [2, 1], [0, 1]]})
     assert ranking.pairs == [(0, 1), (2, 1)]
 
 

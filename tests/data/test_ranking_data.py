@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from instruct_trl.data import encoding, ranking_batch
-from instruct_trl.data.ranking import RankingCollator, _key, parse_ranking, prepare_ranking_dataset, tokenize_ranking
+from instruct_trl.data.ranking import _key, parse_ranking, prepare_ranking_dataset, tokenize_ranking
+from instruct_trl.data.ranking_batch import RankingCollator
 from instruct_trl.data.rows import require_columns
 
 GOOD = {"prompt": "ab", "completions": ["cd", "e", "fgh"], "ranks": [2, 7, 2]}
@@ -71,7 +72,7 @@ def test_rows_of_one_prompt_have_one_key(tokenizer):
     alone = [{"chosen": "x", "rejected": "y"}] * 2
     keys = [tokenize_ranking(row, 0, tokenizer, None, None, "rows")["prompt_key"] for row in rankings + implicit]
     assert (keys[0] == keys[1], keys[1] == keys[2], keys[3] == keys[4]) == (True, False, True)
-    parsed = [_key(parse_ranking(row, "rows", False).prompt, row) for row in messages + alone]
+    parsed = [_key(parse_ranking(row).prompt, row) for row in messages + alone]
     assert len(set(parsed[:3])) == 1
     assert parsed[3:] == [None, None]
 
@@ -147,7 +148,7 @@ def test_scores_that_cannot_be_ranked_are_refused(tokenizer, value):
 
 def test_text_and_messages_do_not_mix():
     with pytest.raises(ValueError, match="the prompt is a list of messages and completion 0 is plain text"):
-        parse_ranking({"prompt": user("a"), "completions": ["b", "c"], "ranks": [1, 2]}, "row 0")
+        parse_ranking({"prompt": user("a"), "completions": ["b", "c"], "ranks": [1, 2]})
 
 
 def test_all_rows_tied_is_refused(tokenizer):

@@ -210,8 +210,8 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({**RANKED, "completions": None}, "row 0: 'completions' must be a list .* got None"),
         ({**RANKED, "weight": "2"}, "row 0: 'weight' is '2'.*without quotes"),
         ({**RANKED, "weight": True}, "row 0: 'weight' is True"),
-        ({**RANKED, "truncated": True}, "row 0: 'truncated' is True; a list of 3 bool belongs there"),
-        ({**RANKED, "truncated": [0, 1, 0]}, r"row 0: truncated\[0\] is 0, and a list of 3 bool"),
+        ({**RANKED, "truncated": True}, "row 0: 'truncated' must be a list with one entry per completion, got True"),
+        ({**RANKED, "truncated": [0, 1, 0]}, r"row 0: truncated\[0\] is 0. Write true where"),
         ({**RANKED, "truncated": ["no", "no", "no"]}, r"row 0: truncated\[0\] is 'no'"),
         ({**RANKED, "prompt": 5}, r"row 0: the prompt is an int \(5\)"),
         ({**RANKED, "prompt": {"text": "q"}}, "row 0: the prompt is a dict"),
@@ -258,7 +258,7 @@ def test_a_users_own_columns_do_no_harm(tokenizer, streamed):
 )
 def test_a_margin_on_some_rows_of_a_stream_is_refused(tokenizer, rows, said):
     stream = IterableDataset.from_generator(lambda: iter(rows))
-    with pytest.raises(ValueError, match=f"row 1 has {said} 'margin'"):
+    with pytest.raises(ValueError, match=f"row 1: {said} 'margin' here, unlike the rows before"):
         list(prepare_ranking_dataset(stream, tokenizer)[0])
 
 

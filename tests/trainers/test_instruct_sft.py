@@ -287,7 +287,7 @@ def test_settings_out_of_range_are_refused(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"settings": {"pretraining_fraction": 0.1}}, "there is no pretraining_dataset"),
+        ({"settings": {"pretraining_fraction": 0.1}}, "no pretraining_dataset is given"),
         ({"reward_model": lengths}, "without selection_prompts"),
         ({"selection_prompts": PROMPTS}, "without a reward_model"),
         (

@@ -11,8 +11,7 @@ from transformers import LlamaForSequenceClassification, OPTConfig, OPTForSequen
 
 from instruct_trl import RewardScorer
 from instruct_trl.data.encoding import prompt_keys
-from instruct_trl.data.ranking import RankingCollator
-from instruct_trl.data.ranking_batch import fill, prompt_pieces, row_pieces, take_prompts
+from instruct_trl.data.ranking_batch import RankingCollator, fill, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.trainers.ranking_reward import RankingRewardConfig
 
 # Two prompts a forward, two forwards a step: eight prompts in two steps. SGD shows gradients plainly.
