@@ -19,8 +19,8 @@ from benchmarks.ppo_session import EOS, PAD, Session, build, prompts
 from instruct_trl.maths.masking import masked_whiten
 from instruct_trl.maths.objectives import clipped_policy_loss, clipped_value_loss
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
+from instruct_trl.models.generation import RolloutGenerate
 from instruct_trl.models.logprobs import completion_logps, positions
-from instruct_trl.models.rollout_generation import RolloutGenerate
 from instruct_trl.trainers.minibatches import compute_by_length, trim_padding
 
 Rows = dict[str, torch.Tensor]

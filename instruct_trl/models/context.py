@@ -1,4 +1,4 @@
-"""How many tokens a model reads at once, and the errors about what does not fit.
+"""How many tokens a model reads at once, and the errors about rows and prompts that do not fit.
 
 Beyond its context a model with learned positions (GPT-2, OPT) has no position to look up and fails deep inside torch;
 one with rotary positions leaves the range that it was trained on. The rule is the same for both.
@@ -29,16 +29,15 @@ def context_length(model: Any) -> int | None:
     return int(length)
 
 
-def describe(model: Any, role: str) -> str:
-    """The name of a model in errors: its role, and its path or class."""
-    return f"{role} ({getattr(model.config, '_name_or_path', '') or type(model).__name__})"
+def _reads_at_most(model: Any, role: str) -> str:
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return f"{role} ({name}) reads at most {context_length(model)} tokens at once (its context)"
 
 
 def refuse_long_row(tokens: int, what: str, model: Any, role: str, remedy: str) -> None:
-    """Refuse a row that is longer than the context of `model`.
+    """Refuse a row of so many `tokens` that is longer than the context of `model`.
 
     Args:
-        tokens: length of the row.
         what: names the row, e.g. "Row 3 of the train dataset".
         role: names the model, e.g. "the reward model".
         remedy: says what to do; may hold `{context}`.
@@ -48,10 +47,8 @@ def refuse_long_row(tokens: int, what: str, model: Any, role: str, remedy: str) 
     """
     context = context_length(model)
     if context is not None and tokens > context:
-        raise ValueError(
-            f"{what} has {tokens} tokens, but {describe(model, role)} reads at most {context} at once (its context). "
-            f"{remedy.format(context=context)}"
-        )
+        remedy = remedy.format(context=context)
+        raise ValueError(f"{what} has {tokens} tokens, but {_reads_at_most(model, role)}. {remedy}")
 
 
 def refuse_no_room(
@@ -66,7 +63,7 @@ def refuse_no_room(
         answer: longest answer, in tokens.
         setting: the name of `answer` where the user sets it.
         where: more about the prompt.
-        remedy: what helps beside a lower `setting`. Default: another prompt.
+        remedy: an alternative to a lower `setting`.
 
     Raises:
         ValueError: prompt and answer together are longer than the context.
@@ -77,9 +74,8 @@ def refuse_no_room(
     remedy = remedy or "drop or shorten the prompt"
     remedy = f"set {setting} to at most {context - tokens}, or {remedy}" if context > tokens else remedy
     raise ValueError(
-        f"{describe(model, role)} reads at most {context} tokens at once (its context): too few for {prompt} of "
-        f"{tokens} tokens{where and f' ({where})'} and an answer of {setting}={answer}, {tokens + answer} together. "
-        f"{remedy[0].upper()}{remedy[1:]}."
+        f"{_reads_at_most(model, role)}: too few for {prompt} of {tokens} tokens{where and f' ({where})'} and an "
+        f"answer of {setting}={answer}, {tokens + answer} together. {remedy[0].upper()}{remedy[1:]}."
     )
 
 
@@ -97,7 +93,7 @@ def check_rows_fit(dataset: Any, name: str, model: Any, role: str, remedy: str) 
     """Refuse a tokenised dataset (`input_ids`: a row's tokens, or a list for each completion) that does not fit.
 
     Args:
-        dataset: a Dataset, a stream, a mapping of them by name, or None. Others come back as they are.
+        dataset: a Dataset, a stream, or a mapping of them by name. Anything else comes back as it is.
         name: of the dataset, e.g. "the train dataset".
         model, role, remedy: as in `refuse_long_row`.
 

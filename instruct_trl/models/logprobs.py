@@ -6,8 +6,6 @@ Legend: B rows, P prompt tokens, T completion tokens, N scored tokens of all row
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +17,16 @@ BLOCK = 32  # rows of logits worked on at once where no gradient is kept: they s
 
 def keeps_logits(model: Any) -> bool:
     """True where the model's forward can leave the prompt's logits out (`logits_to_keep`)."""
-    return "logits_to_keep" in inspect.signature(type(_unwrapped(model)).forward).parameters
+    return _takes(model, "logits_to_keep")
 
 
 def takes_positions(model: Any) -> bool:
     """True where the model's forward can be told each token's position (`position_ids`)."""
-    return "position_ids" in inspect.signature(type(_unwrapped(model)).forward).parameters
+    return _takes(model, "position_ids")
+
+
+def _takes(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(type(_unwrapped(model)).forward).parameters
 
 
 def _unwrapped(model: Any) -> Any:
@@ -57,13 +59,20 @@ def completion_logps(
         log-probs (B, T) with gradient if it is enabled, entropies (B, T) in nats or None; float32, 0 where not scored.
     """
     scored = (attention_mask[:, -width:] if scored is None else scored).bool()
-    kept = torch.nn.functional.pad(scored, (0, 1))  # the token before is what a choice is made from
+    # Token t is chosen from the logits at t - 1: the mask moves one place to the left, (B, T + 1).
+    kept = torch.nn.functional.pad(scored, (0, 1))
     base = _unwrapped(model)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if takes_positions(base):
         inputs["position_ids"] = positions(attention_mask)
-    with _head_sees(base.get_output_embeddings(), kept):
+    # The head gets the N scored positions as one row (1, N, H): no logits of prompts or padding are ever made.
+    head = base.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][kept].unsqueeze(0), *args[1:]))
+    try:
         logits = model(**inputs, logits_to_keep=width + 1).logits
+    finally:
+        hook.remove()
+    # A forward that does not call the head as a module passes the hook by, and gives (B, T + 1, V).
     logits = logits[0] if logits.shape[:2] != kept.shape else logits[kept]  # (N, V)
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature
     chosen, entropy = _of_choices(logits, input_ids[:, -width:][scored], compute_entropy)
@@ -76,30 +85,18 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-@contextmanager
-def _head_sees(head: torch.nn.Module, kept: torch.Tensor) -> Iterator[None]:
-    """Inside, `head` projects the N positions of `kept` (B, T + 1) alone, as one row (1, N, H)."""
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][kept].unsqueeze(0), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _of_choices(
     logits: torch.Tensor, targets: torch.Tensor, compute_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log-probs (N,) of `targets` (N,) under `logits` (N, V), and the entropies (N,) without gradient or None."""
-    if not torch.is_grad_enabled() and not compute_entropy:  # in blocks: a second (N, V) is never held
-        blocks = zip(logits.split(BLOCK), targets.split(BLOCK), strict=True)
-        return torch.cat([_chosen(block.log_softmax(dim=-1), chosen) for block, chosen in blocks]), None
+    places = targets.unsqueeze(1)
+    if not torch.is_grad_enabled() and not compute_entropy:
+        # In blocks, so that no second (N, V) is ever held.
+        blocks = zip(logits.split(BLOCK), places.split(BLOCK), strict=True)
+        return torch.cat([block.log_softmax(dim=-1).gather(1, place).squeeze(1) for block, place in blocks]), None
     logps = logits.log_softmax(dim=-1)
-    if not compute_entropy:
-        return _chosen(logps, targets), None
-    with torch.no_grad():
-        entropy = torch.cat([-(block.exp() * block).sum(dim=-1) for block in logps.split(BLOCK)])
-    return _chosen(logps, targets), entropy
-
-
-def _chosen(logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return logps.gather(1, targets.unsqueeze(1)).squeeze(1)
+    entropy = None
+    if compute_entropy:
+        with torch.no_grad():
+            entropy = torch.cat([-(block.exp() * block).sum(dim=-1) for block in logps.split(BLOCK)])
+    return logps.gather(1, places).squeeze(1), entropy

@@ -17,7 +17,7 @@ def one_dtype(kwargs: Any, name: str = "model_init_kwargs") -> Any:
     """`kwargs` of a `from_pretrained`, in which `torch_dtype`, the old name of `dtype`, became `dtype`.
 
     Args:
-        kwargs: a dictionary, which is not changed, or None.
+        kwargs: a dictionary, which is not changed; anything else comes back as it is.
         name: what holds them, for the error.
 
     Raises:
@@ -25,8 +25,17 @@ def one_dtype(kwargs: Any, name: str = "model_init_kwargs") -> Any:
     """
     if not isinstance(kwargs, dict):
         return kwargs
-    kwargs = dict(kwargs)
-    given = {key: _as_dtype(kwargs.pop(key), f"{name}[{key!r}]") for key in ("dtype", "torch_dtype") if key in kwargs}
+    kwargs, given = dict(kwargs), {}
+    for key in ("dtype", "torch_dtype"):
+        if key not in kwargs:
+            continue
+        value = kwargs.pop(key)
+        if value not in (None, "auto"):
+            dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise ValueError(f"{name}[{key!r}] is {value!r}. Give 'float32', 'bfloat16', 'float16' or 'auto'.")
+            value = str(dtype).removeprefix("torch.") if isinstance(value, str) else dtype
+        given[key] = value
     if len(set(given.values())) > 1:
         raise ValueError(
             f"{name} has dtype={given['dtype']!r} and torch_dtype={given['torch_dtype']!r}, which is its old name. "
@@ -35,30 +44,18 @@ def one_dtype(kwargs: Any, name: str = "model_init_kwargs") -> Any:
     return kwargs | ({"dtype": next(iter(given.values()))} if given else {})
 
 
-def _as_dtype(value: Any, where: str) -> Any:
-    """The value itself if it is a floating dtype, the name of one, "auto" or None."""
-    if value in (None, "auto"):
-        return value
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{where} is {value!r}. Give 'float32', 'bfloat16', 'float16' or 'auto'.")
-    return str(dtype).removeprefix("torch.") if isinstance(value, str) else dtype
-
-
 def in_half(module: nn.Module) -> torch.dtype | None:
     """The half precision of the weights that `module` trains, if any of them is in one."""
     return next((p.dtype for p in module.parameters() if p.requires_grad and p.dtype in HALF), None)
 
 
 def is_quantised(model: Any) -> bool:
+    """True for a model whose weights transformers loaded quantised."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def keep_whole_modules_in_float32(model: nn.Module, adapter: str | None = None) -> bool:
     """Give what adapters train whole (`modules_to_save`) float32 weights on a base in half precision.
-
-    A step of the optimizer is smaller than what bf16 tells apart, and would be rounded away. What goes in is cast to
-    float32; what comes out goes back to the base's precision, except from a head, after which nothing follows.
 
     Args:
         model: a PeftModel.
@@ -68,23 +65,22 @@ def keep_whole_modules_in_float32(model: nn.Module, adapter: str | None = None) 
         Whether there was any.
     """
     changed = False
+    output_head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue
-        is_head = name.rpartition(".")[2] in HEADS or module is _output_head(model)
+        is_head = name.rpartition(".")[2] in HEADS or module is output_head
         for key, own in module.modules_to_save.items():
             dtype = next((p.dtype for p in own.parameters() if p.dtype in HALF), None)
             if dtype is not None and adapter in (None, key):
+                # A step of the optimizer is smaller than what bf16 tells apart, and would be rounded away.
                 own.float()
                 own.register_forward_pre_hook(_cast_input)
+                # Layers behind it expect the base's precision. Behind a head there are none.
                 if not is_head:
                     own.register_forward_hook(lambda module, args, output, dtype=dtype: output.to(dtype))
                 changed = True
     return changed
-
-
-def _output_head(model: Any) -> Any:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _cast_input(module: nn.Module, args: tuple) -> tuple:

@@ -30,7 +30,7 @@ from instruct_trl.models.context import check_answer_room, refuse_long_row
 from instruct_trl.models.loading import check_single_label, load_reward_model
 from instruct_trl.models.model_files import load_tokenizer
 from instruct_trl.models.prefix_sharing import ScoringRoute
-from instruct_trl.models.scores import add_reward_bias, reward_bias
+from instruct_trl.models.scores import add_reward_bias
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class RewardScorer:
 
     @property
     def reward_bias(self) -> float:
-        return reward_bias(self.model.config)
+        return add_reward_bias(0.0, self.model.config)
 
     def __call__(
         self,

@@ -10,8 +10,6 @@ from typing import Any
 
 from instruct_trl._upstream import get_callable_name, is_async_callable
 
-_REMEDY = "it must give a list (or an array of one dimension) with one number for each answer"
-
 
 def one_number_each(scores: Any, count: int, name: str) -> list[float | None]:
     """The scores of `count` answers as floats, in their order; None stays None, NaN and infinity stay as they are.
@@ -25,25 +23,21 @@ def one_number_each(scores: Any, count: int, name: str) -> list[float | None]:
     Raises:
         ValueError: no list, one of another length, or an entry that is no number (a text, a list).
     """
+    remedy = "it must give a list (or an array of one dimension) with one number for each answer."
     values = scores.tolist() if hasattr(scores, "tolist") else scores
     if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
         shown = "None" if values is None else f"{values!r:.80} ({type(scores).__name__})"
-        raise ValueError(f"{name} gave {shown} for {count} answers; {_REMEDY}.")
+        raise ValueError(f"{name} gave {shown} for {count} answers; {remedy}")
     values = list(values)
     if len(values) != count:
-        raise ValueError(f"{name} gave {len(values)} scores for {count} answers; {_REMEDY}.")
-    return [_number(value, row, count, name) for row, value in enumerate(values)]
-
-
-def _number(value: Any, row: int, count: int, name: str) -> float | None:
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    if value is None:
-        return None
-    if not isinstance(value, (Real, Decimal)):
-        what = f"{value!r:.80} ({type(value).__name__}) for answer {row}"
-        raise ValueError(f"{name} gave {what}, among {count} scores for {count} answers; {_REMEDY}.")
-    return float(value)
+        raise ValueError(f"{name} gave {len(values)} scores for {count} answers; {remedy}")
+    for row, value in enumerate(values):
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            values[row] = value = value.item()
+        if value is not None and not isinstance(value, (Real, Decimal)):
+            what = f"{value!r:.80} ({type(value).__name__}) for answer {row}"
+            raise ValueError(f"{name} gave {what}, among {count} scores for {count} answers; {remedy}")
+    return [None if value is None else float(value) for value in values]
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,63 +17,55 @@ from instruct_trl._upstream import score_head
 Scores = TypeVar("Scores", float, torch.Tensor)
 
 
-def reward_bias(config: Any) -> float:
-    """The bias in the config of a reward model; 0.0 where it has none."""
-    return float(getattr(config, "reward_bias", 0.0))
-
-
 def add_reward_bias(scores: Scores, config: Any) -> Scores:
     """Scores or values plus the bias in a reward model's config, by which demonstrations score 0 on average.
 
     This is the one place where a score gets its bias (Ouyang et al. 2022, section 3.5). `RewardScorer`, `ValueModel`
     and the roles on one base call it, each once; `RankingRewardTrainer.normalize` sets the bias.
     """
-    return scores + reward_bias(config)
+    return scores + float(getattr(config, "reward_bias", 0.0))
 
 
 @contextmanager
 def head_in_float32(head: nn.Module) -> Iterator[None]:
     """Within, the scalar `head` computes in float32, also under autocast and with weights in half precision.
 
-    bf16 would round it: between 4 and 8 its numbers lie 0.03 apart. The head is still called as a module, so that what
-    gathers its weights (FSDP, DeepSpeed) sees it. A head in half precision that is not one linear layer stays so, and
-    one in ZeRO-3 shards, too.
+    bf16 would round it: between 4 and 8 its numbers lie 0.03 apart.
     """
-    before = vars(head).get("forward")
-    head.forward = partial(_forward_in_float32, head, head.forward)
+    replaced, forward = vars(head).get("forward"), head.forward
+
+    def forward_in_float32(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight: Any = getattr(head, "weight", None)
+        weight = next(head.parameters()) if weight is None else weight
+        linear = type(head) is nn.Linear or hasattr(head, "modules_to_save")  # PEFT's wrapper of a trained head
+        with torch.autocast(hidden.device.type, enabled=False):
+            if weight.dtype == torch.float32:
+                return forward(hidden.float(), *args, **kwargs)
+            # ZeRO-3 gathers a weight for its own forward alone, so a shard cannot be cast here.
+            if linear and weight.is_floating_point() and not hasattr(weight, "ds_id"):
+                bias: Any = head.bias
+                return nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+            return forward(hidden.to(weight.dtype) if weight.is_floating_point() else hidden, *args, **kwargs)
+
+    # The head is still called as a module, so that what gathers its weights (FSDP, DeepSpeed) sees the call.
+    head.forward = forward_in_float32
     try:
         yield
     finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
-
-
-def _forward_in_float32(head: nn.Module, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`forward`(hidden) with hidden (..., H)."""
-    weight: Any = getattr(head, "weight", None)
-    weight = next(head.parameters()) if weight is None else weight
-    linear = type(head) is nn.Linear or hasattr(head, "modules_to_save")  # the latter is PEFT's, around a trained head
-    with torch.autocast(hidden.device.type, enabled=False):
-        if weight.dtype == torch.float32:
-            return forward(hidden.float(), *args, **kwargs)
-        if linear and weight.is_floating_point() and not hasattr(weight, "ds_id"):
-            bias: Any = head.bias
-            return nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        return forward(hidden.to(weight.dtype) if weight.is_floating_point() else hidden, *args, **kwargs)
+        del head.forward
+        if replaced is not None:
+            head.forward = replaced
 
 
 def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """The output of the scalar `head` for every token of `input_ids` (N, T): (N, T), in float32.
 
-    The whole model is called, so that wrappers (DDP, FSDP, DeepSpeed, PEFT, autocast) see a forward; the head's output
-    is picked up where it leaves the head, before transformers' pooling, which compares tokens with the pad id.
-
     Raises:
         ValueError: the head does not score every token (an encoder that pools first), or is not the model's any more.
     """
     outputs: list[torch.Tensor] = []
+    # The whole model is called, so that wrappers (DDP, FSDP, DeepSpeed, PEFT, autocast) see a forward. The output is
+    # picked up as it leaves the head, before transformers' pooling, which compares tokens with the pad id.
     hook = head.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         with head_in_float32(head):
@@ -97,7 +88,7 @@ def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **i
 def score_rows(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, head: nn.Module | None = None
 ) -> torch.Tensor:
-    """Scores (N,) in float32, without bias, read at the last token of each row, which its length gives.
+    """Scores (N,) in float32, without bias, read at the last token of each row.
 
     Args:
         model: a sequence classifier with one label, possibly wrapped.
@@ -105,8 +96,9 @@ def score_rows(
         head: its scalar head; found by name if None, which needs an unwrapped model.
 
     Raises:
-        ValueError: the head does not score every token.
+        ValueError: see `head_outputs`.
     """
     scores = head_outputs(model, head or score_head(model), input_ids, attention_mask=attention_mask)
+    # The length gives the last token. A comparison with the pad id would miss an EOS where the two are one token.
     last = attention_mask.sum(dim=1, keepdim=True) - 1
     return scores.gather(1, last).squeeze(1).float()

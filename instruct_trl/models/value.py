@@ -1,6 +1,6 @@
 """The value function of PPO, initialised from the reward model (Ouyang et al. 2022, section 3.5 and appendix C).
 
-Legend: B episodes, T tokens, H hidden units.
+Legend: B episodes, T tokens.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ValueModel(nn.Module):
     """A sequence classifier read at every token: `forward` gives V of the state after each token.
 
     Args:
-        classifier: a scalar-head sequence classifier; its backbone and head become the value function, and
-            `config.reward_bias`, if there is one, is added to every value.
+        classifier: its backbone and scalar head become the value function; `config.reward_bias`, if there is one, is
+            added to every value.
 
     Raises:
         ValueError: more than one label, or adapters that are not merged.
@@ -59,7 +59,7 @@ class ValueModel(nn.Module):
         return self.classifier._no_split_modules
 
     def active(self) -> AbstractContextManager[None]:
-        """To be held over forward and backward: nothing to do for a model of its own (see `ValueRole`)."""
+        """Held over forward and backward; nothing to do for a model of its own (see `ValueRole`)."""
         return nullcontext()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, values_to_keep: int = 0) -> torch.Tensor:
@@ -90,7 +90,7 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> ValueModel:
-        """Read what `save_pretrained` wrote, or any reward model's folder, an adapter's, too, which is merged.
+        """Read what `save_pretrained` wrote, or any reward model; the adapter of one is merged.
 
         Args:
             path: the folder, or a name on the hub.
@@ -123,16 +123,16 @@ def merged(model: Any) -> Any:
 
 
 def value_model_from_reward_model(reward_model: PreTrainedModel) -> ValueModel:
-    """A value model that starts as an independent copy of `reward_model`, its bias included.
+    """A value model that starts as an independent copy of `reward_model`, its bias included, adapters merged.
 
     At the last token of an answer, before training, the value equals the reward model's score. Dropout is switched
-    off and every parameter is trainable, in float32: in half precision most steps of the critic's learning rate would
-    round to none. Adapters are merged in the copy.
+    off, and every parameter is trainable, in float32.
 
     Raises:
         ValueError: the reward model has more than one label, or adapters on a quantised base.
     """
     classifier = merged(copy.deepcopy(reward_model))
+    # In half precision most steps of the critic's learning rate would round to none.
     value_model = ValueModel(classifier if is_quantised(classifier) else classifier.float())
     switch_off_dropout(value_model)
     return value_model.requires_grad_(True)

@@ -27,9 +27,8 @@ from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_policy_loss, explained_variance, ppo_ptx_loss
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
 from instruct_trl.models.adapters import has_adapters, save_token_rows
-from instruct_trl.models.generation import neutral_generation_config
+from instruct_trl.models.generation import RolloutGenerate, neutral_generation_config
 from instruct_trl.models.role_adapters import RoleAdapters
-from instruct_trl.models.rollout_generation import RolloutGenerate
 from instruct_trl.trainers import checkpoints, ppo_evaluation, ppo_ptx_setup, ppo_rollout
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor

@@ -10,8 +10,7 @@ from transformers import GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
 from instruct_trl.evaluation.language_modeling import mean_token_loss
-from instruct_trl.models.generation import contiguous_head_input, generate_completions
-from instruct_trl.models.rollout_generation import RolloutGenerate
+from instruct_trl.models.generation import RolloutGenerate, contiguous_head_input, generate_completions
 
 
 def make_it_say(model, token):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from instruct_trl.models.generation import RolloutGenerate, replaced_generate
 from instruct_trl.models.logprobs import completion_logps
-from instruct_trl.models.rollout_generation import RolloutGenerate, replaced_generate
 
 EOS, PAD, LIMIT = 256, 257, 12
 LENGTHS = [1, 3, 3, 5, 7, 7, 9, 20]  # of the answers; the last one is cut at the limit
