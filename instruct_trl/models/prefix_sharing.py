@@ -49,7 +49,11 @@ def prefix_attention(
     Returns:
         (1, L, Hq, D), and None in place of the weights.
     """
-    inner = _inner_attention(module, attention)
+    # "eager" is not one function: each architecture has its own, beside its attention class.
+    if attention == "eager":
+        inner: Callable = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        inner = AttentionInterface()[attention]
     if prefix_layout is None:
         return inner(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
     layout = prefix_layout
@@ -58,6 +62,8 @@ def prefix_attention(
     packed = [states.squeeze(0).transpose(0, 1) for states in (query, key, value)]
     prompts = [layout.prompts.pad(states[: layout.cut]).transpose(1, 2) for states in packed]
     completions = [layout.completions.pad(states[layout.cut :]).transpose(1, 2) for states in packed]
+    # A completion sees the keys of its prompt, which were computed once. Autograd adds up what comes back for them
+    # from all K completions, as it would from K copies.
     keys, values = (
         torch.cat([of_prompt.index_select(0, layout.owner), own], dim=2)
         for of_prompt, own in zip(prompts[1:], completions[1:], strict=True)
@@ -70,16 +76,8 @@ def prefix_attention(
 
 
 _NAMES = {attention: f"prefix_sharing_{attention}" for attention in ("sdpa", "eager")}
-
-
 for _attention, _name in _NAMES.items():
     AttentionInterface.register(_name, partial(prefix_attention, _attention))
-
-
-def _inner_attention(module: nn.Module, name: str) -> Callable:
-    if name == "eager":  # each architecture has its own, beside its attention class
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return AttentionInterface()[name]
 
 
 class PrefixSharing:
@@ -101,10 +99,8 @@ class PrefixSharing:
         self.obstacle = _obstacle(model, self.attention)
 
     def active(self) -> AbstractContextManager[None]:
-        """Within, the model's layers attend by `prefix_attention`.
-
-        Gradient checkpointing runs layers again in the backward pass, which therefore belongs inside, too.
-        """
+        """Within, the model's layers attend by `prefix_attention`; a backward pass belongs inside, too."""
+        # Gradient checkpointing runs layers again in the backward pass, by the attention that is set then.
         return self._attending_by(_NAMES.get(self.attention, self.attention))
 
     def inactive(self) -> AbstractContextManager[None]:
@@ -126,30 +122,33 @@ class PrefixSharing:
     def score(self, model: nn.Module, rows: GroupedRows) -> tuple[torch.Tensor, int]:
         """Scores (N,) in float32, without bias, as `score_rows` gives them, and how many tokens were computed.
 
-        Args:
-            model: the model, possibly wrapped.
-
         Raises:
-            RuntimeError: not every layer went through the shared attention.
+            RuntimeError: not every layer of `model` (which may be wrapped) went through the shared attention.
         """
-        layout = PrefixLayout.of(rows, self.attention)
+        layout, config = PrefixLayout.of(rows, self.attention), self._text_config
+        flex = self.attention == "flex_attention"
         inputs: dict[str, Any] = {"position_ids": layout.position_ids}
-        if self.attention == "flex_attention":
-            inputs["attention_mask"] = _flex_masks(layout, self._text_config)
+        if flex:  # it takes any mask, so a block mask of the whole row does; a model that mixes windows takes two
+            window = getattr(config, "sliding_window", None)
+            kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+            masks = {kind: layout.block_mask(window if kind == "sliding_attention" else None) for kind in kinds}
+            inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
         else:
             inputs["prefix_layout"] = layout
         with self.active():
             scores = head_outputs(model, self.head, layout.input_ids, **inputs)
-        expected = self._text_config.num_hidden_layers
-        if self.attention != "flex_attention" and layout.layers != expected:
-            raise RuntimeError(f"{layout.layers} of {expected} layers went through the shared attention")
+        # A layer with an attention of its own would have let completions see each other, without an error.
+        if not flex and layout.layers != config.num_hidden_layers:
+            raise RuntimeError(
+                f"{layout.layers} of {config.num_hidden_layers} layers went through the shared attention"
+            )
         return scores.squeeze(0).index_select(0, layout.last).float(), layout.input_ids.numel()
 
 
 def _obstacle(model: Any, attention: str) -> str | None:
-    config = model.config.get_text_config()
     base = without_adapters(model)
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    kinds -= {"full_attention", "sliding_attention"}
     if getattr(base, "_is_stateful", False):
         return "its layers carry a recurrent state"
     if kinds:
@@ -161,19 +160,8 @@ def _obstacle(model: Any, attention: str) -> str | None:
     return None
 
 
-def _flex_masks(layout: PrefixLayout, config: Any) -> Any:
-    """FlexAttention's block mask of the packed row; a dictionary of two for models that mix kinds of layers."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
-    if not kinds:
-        return layout.block_mask(window)
-    windows = {"full_attention": None, "sliding_attention": window}
-    masks = {kind: layout.block_mask(windows[kind]) for kind in kinds}
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
 class ScoringRoute:
-    """Scores rows with shared prefixes where the model can, and one row a completion where it cannot.
+    """Scores rows with shared prefixes where the model can, and one row per completion where it cannot.
 
     The first batch that has something to share is scored both ways. Where they differ, "auto" goes on without
     sharing and says so once, and "on" raises.
@@ -187,7 +175,7 @@ class ScoringRoute:
         shares: whether prefixes are shared.
 
     Raises:
-        ValueError: mode "on" and a model that cannot share.
+        ValueError: mode "on" and a model that cannot share, when it is made or at the first batch.
     """
 
     def __init__(self, model: Any, mode: str, say: Callable[[str], None]):
@@ -203,8 +191,8 @@ class ScoringRoute:
     def _fall_back(self, reason: str) -> None:
         if self.mode == "on":
             raise ValueError(
-                f"prefix_sharing='on', but the model cannot share prefixes: {reason}. Use 'auto' to score it one row a "
-                "completion."
+                f"prefix_sharing='on', but the model cannot share prefixes: {reason}. Use 'auto' to score it one row "
+                "per completion."
             )
         self.shares = False
         self._say(
@@ -225,11 +213,7 @@ class ScoringRoute:
         return self.sharing.active() if self.shares else nullcontext()
 
     def __call__(self, model: nn.Module, rows: GroupedRows) -> torch.Tensor:
-        """Scores (N,) in float32, without bias; `model` may be wrapped.
-
-        Raises:
-            ValueError: mode "on", and the first batch shows that the model cannot share.
-        """
+        """Scores (N,) in float32, without bias; `model` may be wrapped."""
         if self.shares and int(rows.prefix_lengths.max()) > 0:
             if not self._verified:
                 self._verify(model, rows)
@@ -244,23 +228,20 @@ class ScoringRoute:
 
     @torch.no_grad()
     def _verify(self, model: nn.Module, rows: GroupedRows) -> None:
-        """Score the prompt with the longest prefix both ways.
-
-        Tolerance: 1e-3 of the largest score in float32; a tenth in half precision, which rounds differently by route.
-        """
+        """Score the prompt with the longest prefix both ways, and fall back where the scores differ."""
         prompt = int(rows.prefix_lengths.argmax())
         own = slice(int(rows.group_sizes[:prompt].sum()), int(rows.group_sizes[: prompt + 1].sum()))
-        chosen = GroupedRows(
-            rows.input_ids[own],
-            rows.attention_mask[own],
-            rows.group_sizes[prompt : prompt + 1],
-            rows.prefix_lengths[prompt : prompt + 1],
-        )
-        # What the network computes in shows at its head: accelerate's autocast is not visible from outside the model.
-        dtypes: list[torch.dtype] = []
-        hook = self.sharing.head.register_forward_hook(lambda module, args, output: dtypes.append(_precision(args[0])))
+        chosen = GroupedRows(*(part[own] for part in rows[:2]), *(part[prompt : prompt + 1] for part in rows[2:]))
+        half = False
+
+        def look(head: nn.Module, args: tuple) -> None:
+            # The network's precision shows at its head: accelerate's autocast is not visible from outside the model.
+            nonlocal half
+            half = torch.is_autocast_enabled(args[0].device.type) or args[0].dtype != torch.float32
+
+        hook = self.sharing.head.register_forward_pre_hook(look)
         was_training = model.training
-        model.eval()
+        model.eval()  # dropout would differ from one route to the other
         try:
             with self.sharing.inactive():
                 plain = score_rows(model, chosen.input_ids, chosen.attention_mask, self.sharing.head)
@@ -269,15 +250,10 @@ class ScoringRoute:
             self._fall_back(str(error).strip().split("\n")[0])
         else:
             gap, scale = (plain - shared).abs().max().item(), max(1.0, plain.abs().max().item())
-            if gap > (1e-3 if dtypes[-1] == torch.float32 else 0.1) * scale:
+            # Half precision rounds differently by route: there a tenth is allowed, and 1e-3 in float32.
+            if gap > (0.1 if half else 1e-3) * scale:
                 self._fall_back(f"with sharing, scores of one prompt differ by {gap:.2g} from those without")
         finally:
             hook.remove()
             model.train(was_training)
         self._verified = True
-
-
-def _precision(hidden: torch.Tensor) -> torch.dtype:
-    """What the network computes in where it hands over `hidden`."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

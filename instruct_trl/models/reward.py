@@ -1,6 +1,6 @@
 """The reward model at work: from (prompt, completion) to one number, the same in training, evaluation and RL.
 
-Legend: N rows (one a completion), T tokens.
+Legend: N rows (one per completion), T tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RewardScorer:
     Args:
         model_or_path: a sequence classifier with one label (also a PeftModel), a folder, or a hub name.
         processing_class: its tokenizer; read from the model's path if None.
-        batch_size: completions a forward pass; rows are sorted by length first.
+        batch_size: completions per forward pass; rows are sorted by length first.
         prefix_sharing: "auto" computes a prompt that comes with several completions once for all of them, where the
             model can; "on" raises where it cannot; "off" never shares.
 
@@ -74,7 +74,11 @@ class RewardScorer:
         else:
             self.model, tokenizer = model_or_path, None
             check_single_label(self.model.config, f"The reward model ({type(self.model).__name__})")
-        self.processing_class = processing_class or tokenizer or self._tokenizer_of_model()
+        if processing_class is None and tokenizer is None:
+            if not self.model.config._name_or_path:
+                raise ValueError("The reward model was built in memory: pass its tokenizer as processing_class.")
+            tokenizer = load_tokenizer(self.model.config._name_or_path)
+        self.processing_class = processing_class or tokenizer
         self._route = ScoringRoute(self.model, prefix_sharing, logger.warning)
         self._autocast: Callable[[], AbstractContextManager] = nullcontext
 
@@ -86,12 +90,6 @@ class RewardScorer:
             yield
         finally:
             self._autocast = before
-
-    def _tokenizer_of_model(self) -> Any:
-        name = self.model.config._name_or_path
-        if not name:
-            raise ValueError("The reward model was built in memory: pass its tokenizer as processing_class.")
-        return load_tokenizer(name)
 
     @property
     def reward_bias(self) -> float:
@@ -110,13 +108,13 @@ class RewardScorer:
 
         Args:
             prompts, completions: plain text, or conversational messages.
-            completion_ids: what was generated. Where it is this tokenizer's spelling of the completion, the model reads
-                these very tokens; otherwise it reads the text, and the log says so once.
+            completion_ids: the tokens that were generated. Where they are this tokenizer's spelling of the completion,
+                the model reads these very tokens; otherwise it reads the text, and the log says so once.
             truncated: True for an answer that was cut at the length limit; it is scored without an end. Without
                 `truncated`, an answer was cut if its `completion_ids` do not end in one of `ending_ids`; without both,
                 every completion is finished.
-            prompt_ids: what the policy read. Whoever gives them says that they and `completion_ids` are of this
-                tokenizer and its chat template: the row is then made of these tokens, whatever the text.
+            prompt_ids: the tokens that the policy read. Whoever gives them says that they and `completion_ids` are of
+                this tokenizer and its chat template: the row is then made of these tokens, whatever the text.
             kwargs: TRL's other keywords; `tools` and `chat_template_kwargs` reach the chat template, the rest does not.
 
         Raises:
@@ -126,17 +124,13 @@ class RewardScorer:
         for name, column in (columns | {"prompt_ids": prompt_ids}).items():
             if column is not None and len(column) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts but {len(column)} {name}: give one for each prompt.")
-        if truncated is None:
-            truncated = [
-                completion_ids is not None and not self._finished(completion_ids[i]) for i in range(len(prompts))
-            ]
         rows = []
-        for index in range(len(prompts)):
-            pair = prompts[index], completions[index]
-            given = {"truncated": bool(truncated[index])}
-            given |= template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)})
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             ids = None if completion_ids is None else completion_ids[index]
-            rows.append(self._row(*pair, ids, None if prompt_ids is None else prompt_ids[index], given))
+            cut = (ids is not None and not self._finished(ids)) if truncated is None else bool(truncated[index])
+            given = template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)})
+            of_prompt = None if prompt_ids is None else prompt_ids[index]
+            rows.append(self._row(prompt, completion, ids, of_prompt, {**given, "truncated": cut}))
         scores = self._score(rows, [repr(prompt) for prompt in prompts])
         return [add_reward_bias(score, self.model.config) for score in scores]
 
@@ -148,24 +142,20 @@ class RewardScorer:
         if ids is None or (text is None and prompt_ids is None):
             return tokenize_pair(self.processing_class, prompt, completion, **given)
         ids = [int(i) for i in ids]
-        answer: list[int] | None = ids if given["truncated"] else ids[:-1]
+        # Without the token that ended it: `tokenize_drawn` puts this tokenizer's own end there.
+        spellings = [ids] if given["truncated"] else [ids[:-1], ids]
         if prompt_ids is None:
-            answer = self._spelling(str(text), ids, given["truncated"])
-        if answer is not None:
-            return tokenize_drawn(self.processing_class, prompt, answer, prompt_ids=prompt_ids, **given)
+            # Another tokenizer's ids mean other words here. They are read only if they spell the text.
+            decode = self.processing_class.decode
+            spellings = [
+                answer
+                for answer in spellings
+                if text in (decode(answer), decode(answer, skip_special_tokens=True))  # upstream's text lacks them
+            ]
+        if spellings:
+            return tokenize_drawn(self.processing_class, prompt, spellings[0], prompt_ids=prompt_ids, **given)
         self.say_text_is_read("they are not this tokenizer's spelling of the answers")
         return tokenize_pair(self.processing_class, prompt, completion, **given)
-
-    def _spelling(self, text: str, ids: list[int], truncated: bool) -> list[int] | None:
-        """`ids` less the token that ended the answer, if they spell `text` in this tokenizer's words; else None.
-
-        Upstream's text of an answer lacks its special tokens.
-        """
-        decode = self.processing_class.decode
-        for answer in [ids] if truncated else [ids[:-1], ids]:
-            if text in (decode(answer), decode(answer, skip_special_tokens=True)):
-                return answer
-        return None
 
     def say_text_is_read(self, reason: str) -> None:
         """Log once that the model reads answers as text, tokenised anew, and not as the tokens that were drawn."""
@@ -196,9 +186,8 @@ class RewardScorer:
             sizes = torch.tensor([len(group) for group in groups])
             # One row alone has nobody to share its prompt with.
             shared = [common_prefix_length([rows[i] for i in group]) if len(group) > 1 else 0 for group in groups]
-            prefixes = torch.tensor(shared)
             batch = pad_rows([rows[index] for index in chosen], pad_token_id)
-            grouped = GroupedRows(*(t.to(device) for t in (*batch.values(), sizes, prefixes)))
+            grouped = GroupedRows(*(t.to(device) for t in (*batch.values(), sizes, torch.tensor(shared))))
             with self._autocast():
                 values = self._route(self.model, grouped)
             for index, value in zip(chosen, values.tolist(), strict=True):
@@ -229,13 +218,11 @@ class RewardScorer:
 
     def _place(self) -> None:
         """Move a model that we loaded to this process's accelerator, at the first call: by then a launcher chose it."""
-        if not self._owns_device:
-            return
-        self._owns_device = False
-        if PartialState._shared_state:
+        if self._owns_device and PartialState._shared_state:
             self.model.to(PartialState().device)
-        elif torch.accelerator.is_available():
+        elif self._owns_device and torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
+        self._owns_device = False
 
 
 def check_scorer_room(scorer: Any, prompts: Sequence[Text], max_new_tokens: int, setting: str) -> None:
