@@ -3,15 +3,14 @@
 A reward adapter was trained on a sequence classifier. Its layers have the same names in the causal language model of
 the same family, since both hold the same backbone; its head has none there, and is kept apart.
 
-Where tokens were added for a training, the base on disk lacks their rows. PEFT saves them beside the adapter, as whole
+If tokens were added for a training, the base on disk lacks their rows. PEFT saves them beside the adapter, as whole
 embeddings, as a module that was trained whole, or as single rows; the base must have room before they can be read.
 
-Legend: r rank, in and out sizes of a matrix, H hidden units, V vocabulary.
+Legend: r rank, H hidden units.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,8 @@ from instruct_trl.models.precision import is_quantised, keep_whole_modules_in_fl
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
-# What a config says of how a model is used, not of what it computes.
+_PLAIN = (nn.Embedding, nn.Linear)  # an embedding or head without an adapter on it
+# Entries of a config that say how a model is used, not what it computes.
 _USAGE = {
     "_name_or_path", "_commit_hash", "architectures", "bos_token_id", "classifier_dropout", "dtype", "eos_token_id",
     "id2label", "label2id", "num_labels", "pad_token_id", "problem_type", "quantization_config", "reward_bias",
@@ -42,10 +42,10 @@ _USAGE = {
 
 
 def has_adapters(model: Any, peft_config: Any = None) -> bool:
-    """True where adapters are trained on `model`, a path or a model, or will be by `peft_config`."""
-    if isinstance(model, str):
-        return peft_config is not None or names_adapter(model)
-    return peft_config is not None or hasattr(model, "peft_config")
+    """True if adapters are trained on `model`, a path or a model, or will be by `peft_config`."""
+    if peft_config is not None:
+        return True
+    return names_adapter(model) if isinstance(model, str) else hasattr(model, "peft_config")
 
 
 def without_adapters(model: Any) -> Any:
@@ -62,47 +62,8 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     return {name: parameter for name, parameter in model.named_parameters() if own.search(name)}
 
 
-@contextmanager
-def switched(
-    model: Any, adapters: Sequence[str], *, trainable: Sequence[nn.Parameter] = (), training: bool = False
-) -> Iterator[None]:
-    """Within, `model` runs with exactly `adapters` (added up if several; none switches all off).
-
-    PEFT's own switches change `requires_grad` as they go. Here it is True for `trainable` alone within. On leaving,
-    also after an error, come back: the active adapters and whether they are on, `requires_grad` of every parameter,
-    and train or eval mode (so dropout) of every module.
-
-    A backward pass belongs inside, too: gradient checkpointing runs layers again under the adapters that are active
-    then, and autograd drops the gradient of a parameter whose `requires_grad` is False by then.
-
-    Args:
-        model: a PeftModel.
-        adapters: names; they may target different modules.
-        trainable: parameters of these adapters that shall get gradients.
-        training: train mode within, else eval mode.
-    """
-    was_active, was_on = list(model.base_model.active_adapters), adapters_are_on(model)
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        _activate(model, adapters)
-        model.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        model.train(training)
-        yield
-    finally:
-        _activate(model, was_active)
-        if not was_on:
-            _activate(model, [])
-        for parameter, required in gradients:
-            parameter.requires_grad_(required)
-        for module, mode in modes:
-            module.training = mode
-
-
 def adapters_are_on(model: nn.Module) -> bool:
-    """False where the adapters of `model` are switched off, so that the base alone runs. All layers are alike."""
+    """False if the adapters of `model` are switched off, so that the base alone runs. All layers are alike."""
     return not next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)).disable_adapters
 
 
@@ -113,6 +74,49 @@ def _activate(model: Any, adapters: Sequence[str]) -> None:
     if not adapters_are_on(model):
         model.base_model.enable_adapter_layers()
     model.base_model.set_adapter(list(adapters))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within, no parameter of `model` requires a gradient. On leaving, each is as it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def switched(
+    model: Any, adapters: Sequence[str], *, trainable: Sequence[nn.Parameter] = (), training: bool = False
+) -> Iterator[None]:
+    """Within, the PeftModel runs with exactly `adapters` (added up if several; none switches all off).
+
+    Gradients reach `trainable` alone. `training` is train mode, so dropout; else all is in eval mode. On leaving, also
+    after an error, adapters, `requires_grad` and modes are as they were.
+
+    A backward pass belongs inside, too: gradient checkpointing runs layers again under the adapters that are active
+    then, and autograd drops the gradient of a parameter whose `requires_grad` is False by then.
+    """
+    was_active, was_on = list(model.base_model.active_adapters), adapters_are_on(model)
+    modes = [(module, module.training) for module in model.modules()]
+    with frozen(model):
+        try:
+            _activate(model, adapters)
+            # PEFT's switches change `requires_grad` as they go, so it is set after them.
+            model.requires_grad_(False)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            model.train(training)
+            yield
+        finally:
+            _activate(model, was_active)
+            if not was_on:
+                _activate(model, [])
+            for module, mode in modes:
+                module.training = mode
 
 
 # Token rows ---------------------------------------------------------------------------------------------------------
@@ -130,35 +134,24 @@ def _embeddings(model: Any) -> dict[str, Any]:
 
 
 def resize_token_rows(model: Any, rows: int) -> None:
-    """Give embedding and head of `model` this many rows.
-
-    A new row is the mean of those that were there: the same in every process, and again when an adapter is read.
-
-    Raises:
-        ValueError: an adapter holds the embedding, which would be lost.
-    """
+    """Give embedding and head of `model` this many rows. Raises ValueError if an adapter lies on them."""
     before = token_rows(model)
     if rows == before:
         return
-    if any(type(layer) not in (nn.Embedding, nn.Linear) for layer in _embeddings(model).values()):
+    if any(type(layer) not in _PLAIN for layer in _embeddings(model).values()):
         raise ValueError(
             f"The model has {before} token rows and needs {rows}, but an adapter lies on its embedding or head. Resize "
             f"the base before the adapter is put on it: model.resize_token_embeddings({rows})."
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
+    # A new row is the mean of the old ones, without noise: the same in every process, and when an adapter is read.
     for layer in _embeddings(model).values():
         for part in layer.parameters(recurse=False) if rows > before else ():
             part.data[before:] = part.data[:before].float().mean(dim=0).to(part.dtype)
 
 
 def rows_of_adapter(base: Any, config: Any, weights: dict[str, torch.Tensor]) -> int | None:
-    """The token rows that `base` must have for an adapter; None where those that it has will do.
-
-    Args:
-        base: the model, still without the adapter.
-        config: the adapter's.
-        weights: the tensors of its file.
-    """
+    """The token rows that `base` (still bare) must have for the tensors of an adapter; None if it has them."""
     places = tuple(f"{PREFIX}{name}." for name in _embeddings(base))
     whole = {key for key in weights if key.startswith(places) and key.endswith(".weight") and "lora_" not in key}
     if whole:
@@ -173,9 +166,8 @@ def put_adapter_on(base: Any, path: str | Path, *, config: Any = None, trainable
     """`base` with the adapter of a folder on it, a PeftModel; the base gets the token rows that the adapter needs.
 
     Args:
-        base: the model that it was trained on.
         path: the adapter's folder, or its name on the hub.
-        config: its PeftConfig, where it differs from the one in the folder.
+        config: its PeftConfig, if not the one in the folder.
         trainable: the adapter goes on training.
 
     Raises:
@@ -199,14 +191,10 @@ def put_adapter_on(base: Any, path: str | Path, *, config: Any = None, trainable
 
 
 def save_token_rows(model: Any, folder: str | Path) -> None:
-    """Write beside the adapter in `folder` the embedding and head that its base on disk lacks rows for.
+    """Write the embedding and head that the base on disk lacks rows for beside the adapter of `model` in `folder`.
 
-    PEFT does so itself only where it can read the base's config without a network, and leaves out the head where an
-    adapter lies on the embedding.
-
-    Args:
-        model: the PeftModel that was saved there.
-        folder: holds its `adapter_model.safetensors`.
+    PEFT does so itself only if it can read the base's config without a network, and leaves out the head if an adapter
+    lies on the embedding.
     """
     file = Path(folder, WEIGHTS)
     base, name = without_adapters(model), str(model.active_peft_config.base_model_name_or_path or "")
@@ -217,57 +205,53 @@ def save_token_rows(model: Any, folder: str | Path) -> None:
     if rows in (None, token_rows(base)) or not file.is_file():
         return
     weights = load_peft_weights(str(folder), device="cpu")
-    missing = {
-        f"{PREFIX}{part}.weight": layer.weight.detach().cpu().clone()
-        for part, layer in _embeddings(base).items()
-        if _is_whole(layer) and not any(key.startswith(f"{PREFIX}{part}.") for key in weights)
-    }
+    missing = {}
+    for part, layer in _embeddings(base).items():
+        # This process holds only a part of a sharded weight (ZeRO-3, FSDP2).
+        sharded = hasattr(layer.weight, "ds_id") or hasattr(layer.weight, "full_tensor")
+        saved = any(key.startswith(f"{PREFIX}{part}.") for key in weights)
+        if type(layer) in _PLAIN and not sharded and not saved:
+            missing[f"{PREFIX}{part}.weight"] = layer.weight.detach().cpu().clone()
     if missing:
         save_file(weights | missing, file, metadata={"format": "pt"})
-
-
-def _is_whole(layer: Any) -> bool:
-    """True for a plain layer whose weights lie in this process, not in shards."""
-    sharded = any(hasattr(layer.weight, mark) for mark in ("ds_id", "full_tensor"))
-    return type(layer) in (nn.Embedding, nn.Linear) and not sharded
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
 
 
 class AdapterFolder(NamedTuple):
-    """An adapter as PEFT wrote it.
-
-    Attributes:
-        path: where it was read.
-        config: its LoraConfig, the head struck from `modules_to_save`.
-        weights: name in PEFT's file → tensor, without the head.
-        head: the head's tensors (`weight` (1, H), perhaps `bias` (1,)), empty if there is none.
-        head_name: its name in the classifier.
-        saved: see `read_reward_config`.
-    """
+    """An adapter as PEFT wrote it."""
 
     path: str
-    config: LoraConfig
-    weights: dict[str, torch.Tensor]
-    head: dict[str, torch.Tensor]
+    config: LoraConfig  # the head struck from `modules_to_save`
+    weights: dict[str, torch.Tensor]  # by their names in PEFT's file, without the head
+    head: dict[str, torch.Tensor]  # `weight` (1, H), perhaps `bias` (1,); empty if there is none
     head_name: str
-    saved: dict[str, Any]
+    saved: dict[str, Any]  # see `read_reward_config`
 
     @property
     def base(self) -> str:
-        """Folder or name of the model that it was trained on, "" where it does not say."""
+        """Folder or name of the model that it was trained on, "" if it does not say."""
         return str(self.config.base_model_name_or_path or "")
+
+    def scalar_head(self) -> nn.Linear:
+        """The head of a reward adapter, (H) → (1), in float32. Raises ValueError if the folder holds no such head."""
+        weight = self.head.get("weight")
+        if weight is None or weight.dim() != 2 or len(weight) != 1 or not self.head.keys() <= {"weight", "bias"}:
+            found = {name: tuple(tensor.shape) for name, tensor in self.head.items()}
+            raise ValueError(
+                f"The adapter {self.path!r} does not hold a scalar score head (found: {found or 'none'}). Train it "
+                "with RankingRewardTrainer and LoraConfig(task_type='SEQ_CLS')."
+            )
+        head = nn.Linear(weight.shape[1], 1, bias="bias" in self.head)
+        head.load_state_dict({name: tensor.float() for name, tensor in self.head.items()})
+        return head
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
-    """Read an adapter from a folder or the hub, on the CPU.
-
-    Raises:
-        ValueError: no adapter there, or not a LoRA.
-    """
-    path, config = str(path), adapter_config(path)
-    config = check_lora(config, f"The adapter {path!r}")
+    """Read an adapter from a folder or the hub, on the CPU. Raises ValueError if there is none, or it is no LoRA."""
+    path = str(path)
+    config = check_lora(adapter_config(path), f"The adapter {path!r}")
     weights = load_peft_weights(path, device="cpu")
     head, head_name = {}, "score"
     for key in list(weights):
@@ -279,26 +263,24 @@ def read_adapter(path: str | Path) -> AdapterFolder:
 
 
 def check_lora(config: Any, name: str) -> LoraConfig:
-    """`config`, if adapters of it can share a base.
-
-    Raises:
-        ValueError: not a LoRA, one that trains single token rows, or one that changes the base's weights when made.
-    """
+    """`config`, if adapters of it can share a base. Raises ValueError if not, with the remedy."""
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{name} is a {type(config).__name__}; roles on one base are LoRA adapters (LoraConfig).")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(
-            f"{name} has init_lora_weights={config.init_lora_weights!r}, which changes weights of the base, and other "
-            "roles share it. Use True, or convert the adapter (`path_initial_model_for_weight_conversion` of PEFT)."
+        fault = f"is a {type(config).__name__}; roles on one base are LoRA adapters (LoraConfig)."
+    elif config.init_lora_weights not in (True, False, "gaussian"):
+        fault = (
+            f"has init_lora_weights={config.init_lora_weights!r}, which changes weights of the base, and other roles "
+            "share it. Use True, or convert the adapter (`path_initial_model_for_weight_conversion` of PEFT)."
         )
-    if config.trainable_token_indices:
-        raise ValueError(
-            f"{name} has trainable_token_indices, and PEFT keeps no others beside those on one embedding. Train with "
+    elif config.trainable_token_indices:
+        fault = (
+            "has trainable_token_indices, and PEFT keeps no others beside those on one embedding. Train with "
             "modules_to_save=['embed_tokens', 'lm_head'] instead; or merge it, and give the merged model as base."
         )
-    if config.bias != "none":
-        raise ValueError(f"{name} has bias={config.bias!r}, which trains the base's biases. Use bias='none'.")
-    return config
+    elif config.bias != "none":
+        fault = f"has bias={config.bias!r}, which trains the base's biases. Use bias='none'."
+    else:
+        return config
+    raise ValueError(f"{name} {fault}")
 
 
 def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
@@ -308,16 +290,12 @@ def adapter_state(model: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def load_adapter_weights(model: Any, name: str, folder: AdapterFolder) -> None:
-    """Copy the weights of `folder` into the adapter `name` of `model`.
-
-    Raises:
-        ValueError: a tensor is missing, left over, or of another shape.
-    """
+    """Copy the weights of `folder` into the adapter `name` of `model`. Raises ValueError if they do not fit."""
     expected = adapter_state(model, name)
     weights = {
         key: value
         for key, value in folder.weights.items()
-        if key in expected or not _is_embedding(model, key, value, folder.path)
+        if key in expected or not _of_base(model, key, value, folder)
     }
     for key in sorted(expected.keys() | weights.keys()):
         theirs, ours = (tuple(part[key].shape) if key in part else None for part in (weights, expected))
@@ -329,116 +307,77 @@ def load_adapter_weights(model: Any, name: str, folder: AdapterFolder) -> None:
     set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
-def _is_embedding(model: Any, key: str, value: torch.Tensor, path: str) -> bool:
+def _of_base(model: Any, key: str, value: torch.Tensor, folder: AdapterFolder) -> bool:
     """True for the base's own embedding or head, which PEFT saves after a resize or below an adapter; not changed."""
-    name = key.removesuffix(".weight").removesuffix(".base_layer")
-    layer = _embeddings(model).get(name)
+    layer = _embeddings(model).get(key.removesuffix(".weight").removesuffix(".base_layer"))
     if layer is None or not key.endswith(".weight"):
         return False
     ours = getattr(layer, "base_layer", layer).weight.detach().cpu()
     rows = min(len(ours), len(value))
     # File or base may be coarser than the other: they are compared as the coarser one rounds them.
-    fits = value.shape[1:] == ours.shape[1:] and any(
+    if value.shape[1:] == ours.shape[1:] and any(
         torch.allclose(value[:rows].to(dtype), ours[:rows].to(dtype)) for dtype in (value.dtype, ours.dtype)
-    )
-    if not fits:
-        raise ValueError(f"The adapter {path!r} carries embeddings that are not those of this base.")
-    return True
+    ):
+        return True
+    raise ValueError(f"The adapter {folder.path!r} carries embeddings that are not those of this base.")
 
 
+@torch.no_grad()
 def copy_adapter(model: Any, source: str, target: str) -> None:
     """Make the adapter `target` compute what `source` computes; it may have a higher rank and more target modules.
 
-    A's first r rows and B's first r columns are the source's, rescaled; B's other columns are 0. Modules that `target`
-    alone trains whole (`modules_to_save`) stay the base's, as PEFT made them.
-
-    Raises:
-        ValueError: `target` has no room: a lower rank, fewer target modules, or another kind of LoRA.
+    Modules that `target` alone trains whole (`modules_to_save`) stay the base's, as PEFT made them. Raises ValueError
+    if `target` has no room: a lower rank, fewer target modules, or another kind of LoRA.
     """
     theirs, ours = adapter_state(model, source), adapter_state(model, target)
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     alike = all(layer.scaling.get(source) == layer.scaling.get(target) for layer in layers)
     if alike and {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}:
         set_peft_model_state_dict(model, theirs, adapter_name=target)
         return
-    whole = [key for key in ours.keys() - theirs.keys() if "lora_" not in key]
-    tensors = [*theirs.items(), *((key, value) for key, value in ours.items() if key not in whole)]
-    if any(not key.endswith(("lora_A.weight", "lora_B.weight")) or value.dim() != 2 for key, value in tensors):
-        raise ValueError(
-            f"The {target} adapter has another shape than {source}, from which it starts. That works for LoRA on "
-            f"linear layers alone, without DoRA, if {source} has no modules_to_save. Leave its config out to take the "
-            "same shape."
-        )
+    added = {key: value for key, value in ours.items() if key in theirs or "lora_" in key}
+    for key, value in (*theirs.items(), *added.items()):
+        if not key.endswith(("lora_A.weight", "lora_B.weight")) or value.dim() != 2:
+            raise ValueError(
+                f"The {target} adapter has another shape than {source}, from which it starts. That works for LoRA on "
+                f"linear layers alone, without DoRA, if {source} has no modules_to_save. Leave its config out to take "
+                "the same shape."
+            )
     for layer in layers:
-        if source in layer.lora_A:
-            _copy_layer(layer, source, target)
-
-
-@torch.no_grad()
-def _copy_layer(layer: Any, source: str, target: str) -> None:
-    rank = layer.r[source]
-    if target not in layer.lora_A or layer.r[target] < rank:
-        has = f"rank {layer.r[target]}" if target in layer.lora_A else "nothing"
-        raise ValueError(
-            f"The {target} adapter cannot start as a copy of {source}, which has rank {rank} on a layer of shape "
-            f"{(layer.in_features, layer.out_features)} where it has {has}. Raise its r, or add the target module."
-        )
-    layer.lora_A[target].weight[:rank] = layer.lora_A[source].weight
-    layer.lora_B[target].weight.zero_()
-    scale = layer.scaling[source] / layer.scaling[target]
-    layer.lora_B[target].weight[:, :rank] = layer.lora_B[source].weight * scale
-
-
-def make_head(folder: AdapterFolder) -> nn.Linear:
-    """The scalar head of a reward adapter, (H) → (1), in float32.
-
-    Raises:
-        ValueError: the folder holds none, or not a single matrix with one row.
-    """
-    weight = folder.head.get("weight")
-    if weight is None or weight.dim() != 2 or len(weight) != 1 or not folder.head.keys() <= {"weight", "bias"}:
-        found = {name: tuple(tensor.shape) for name, tensor in folder.head.items()}
-        raise ValueError(
-            f"The adapter {folder.path!r} does not hold a scalar score head (found: {found or 'none'}). Train it with "
-            "RankingRewardTrainer and LoraConfig(task_type='SEQ_CLS')."
-        )
-    head = nn.Linear(weight.shape[1], 1, bias="bias" in folder.head)
-    head.load_state_dict({name: tensor.float() for name, tensor in folder.head.items()})
-    return head
-
-
-def save_sequence_adapter(model: Any, name: str, head: nn.Linear, head_name: str, path: str | Path) -> None:
-    """Write an adapter and its head as PEFT writes a reward model, so that PEFT, or `load_reward_model`, reads it."""
-    os.makedirs(path, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(model, name).items()}
-    state |= {f"{PREFIX}{head_name}.{key}": value.detach().cpu() for key, value in head.state_dict().items()}
-    save_file(state, Path(path, WEIGHTS), metadata={"format": "pt"})
-    config = copy.deepcopy(model.peft_config[name])
-    config.task_type, config.inference_mode = "SEQ_CLS", True
-    config.modules_to_save = [*(config.modules_to_save or []), head_name]
-    config.save_pretrained(str(path))
+        if source not in layer.lora_A:
+            continue
+        rank, a, b = layer.r[source], layer.lora_A, layer.lora_B
+        if target not in a or layer.r[target] < rank:
+            has = f"rank {layer.r[target]}" if target in a else "nothing"
+            raise ValueError(
+                f"The {target} adapter cannot start as a copy of {source}, which has rank {rank} on a layer of shape "
+                f"{(layer.in_features, layer.out_features)} where it has {has}. Raise its r, or add the target module."
+            )
+        # s'B'A' = sBA: the first r rows of A' are A, the first r columns of B' are B·s/s', and its others are 0.
+        a[target].weight[:rank] = a[source].weight
+        b[target].weight.zero_()
+        b[target].weight[:, :rank] = b[source].weight * (layer.scaling[source] / layer.scaling[target])
 
 
 # Does an adapter belong to a base? ----------------------------------------------------------------------------------
 
 
 def same_place(first: str, second: str) -> bool:
-    """True where two names are one folder, or one name on the hub."""
+    """True if two names are one folder, or one name on the hub."""
     return first == second or (os.path.isdir(first) and os.path.realpath(first) == os.path.realpath(second))
 
 
 def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: str | None, other_name: bool) -> None:
-    """Refuse an adapter of another base: another revision, config or name.
+    """Refuse an adapter of another base, as far as can be seen: another revision, config or name.
 
     Args:
-        folder: the adapter.
         base: the config of our base.
-        base_name: where our base was read, "" if it was built in memory.
+        base_name: its folder or name, "" if it was built in memory.
         revision: of our base, if one was asked for; else it is "main".
-        other_name: its base may have another name, where its config is the same.
+        other_name: the adapter's base may have another name, if its config is the same.
 
     Raises:
-        ValueError: it belongs to another base, as far as can be seen.
+        ValueError: it belongs to another base.
     """
     theirs, name = folder.config.revision, folder.base
     if theirs and theirs != (revision or "main"):
@@ -448,11 +387,11 @@ def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: st
         )
     if not name or same_place(name, base_name):
         return
+    ours = base.to_dict()
     try:
         config = AutoConfig.from_pretrained(name, revision=theirs).to_dict()
     except (OSError, ValueError):
-        config = base.to_dict()  # cannot be read, so nothing to compare
-    ours = base.to_dict()
+        config = ours  # cannot be read, so nothing to compare
     keys = [key for key in sorted((config.keys() | ours.keys()) - _USAGE) if config.get(key) != ours.get(key)]
     if keys:
         raise ValueError(
@@ -464,27 +403,4 @@ def check_base(folder: AdapterFolder, *, base: Any, base_name: str, revision: st
         raise ValueError(
             f"The adapter {folder.path!r} was trained on {name!r}, but the base is {base_name!r}. Give that base; or, "
             "if they are the same weights under two names, pass allow_other_base_name=True."
-        )
-
-
-def check_token_room(folder: AdapterFolder, base: Any, *, resized: bool) -> None:
-    """Refuse an adapter that was trained with more tokens than a shared base has rows for.
-
-    Args:
-        folder: the adapter.
-        base: the model.
-        resized: embeddings that were only saved, not trained, count, too. A reward model's may hold one row more, for a
-            pad token that nobody reads.
-
-    Raises:
-        ValueError: it was.
-    """
-    weights = {key: value for key, value in folder.weights.items() if resized or "modules_to_save" in key}
-    rows = rows_of_adapter(base, folder.config, weights)
-    if rows is not None and rows > token_rows(base):
-        raise ValueError(
-            f"The adapter {folder.path!r} was trained with {rows} token rows, and the base has {token_rows(base)}: "
-            "tokens were added, and all roles share the base. Make the grown model the base "
-            f"(model.resize_token_embeddings({rows}), save_pretrained, its tokenizer beside it) and train all adapters "
-            "on it; or run PPOPtxTrainer with models of their own."
         )

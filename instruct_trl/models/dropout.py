@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from instruct_trl.models.adapters import without_adapters
 
-# What a layer calls its attention-like branch (a recurrent mixer stands in its place) and its MLP-like one. `fc2` is
+# Names of a layer's attention-like branch (a recurrent mixer stands in its place) and of its MLP-like one. `fc2` is
 # for OPT and its kin, whose layer holds the two projections of the MLP itself.
 _ATTENTION = re.compile(r"attn|attention|mamba|mixer|linear_attn|short_conv")
 _MLP = re.compile(r"mlp|feed_forward|ffn|moe|^fc2$")
@@ -40,8 +40,6 @@ _OWN_MODULE = re.compile(
 )
 # ... or as numbers given to F.dropout. A bare `dropout` counts on the layer only: in attention it is about the weights.
 _OWN_NUMBER = ("hidden_dropout", "residual_dropout", "resid_pdrop")
-
-
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -50,26 +48,22 @@ def switch_off_dropout(model: nn.Module) -> None:
 
     Architectures keep their rates as `nn.Dropout` modules (TRL switches off no others), as numbers of a module that
     calls `F.dropout` or drops attention weights (OPT, Starcoder2, Llama), or in the config, which they read at each
-    call (Falcon, GPT-J). The model's own config stays as it is, so that what is saved says what was loaded.
+    call (Falcon, GPT-J). The model's own config stays as it is, so that a saved model says what was loaded.
     """
     for module in model.modules():
+        own = vars(module)
         if isinstance(module, _DROPOUTS):
             module.p = 0.0
-        for name, value in list(vars(module).items()):
+        for name, value in list(own.items()):
             if _is_rate(name, value):
                 setattr(module, name, 0.0)
             elif "drop" in name and isinstance(value, dict):  # PEFT's LoHa and LoKr: a rate for each adapter
                 value.update({key: 0.0 for key, rate in value.items() if _is_rate(name, rate)})
-        _hide_rates_of_config(module)
-
-
-def _hide_rates_of_config(module: nn.Module) -> None:
-    config = vars(module).get("config")
-    if config is None or any(isinstance(part, PreTrainedModel) for part in module.modules()):
-        return  # whole models read no rate at each call, and save their config
-    rates = tuple(name for name, value in vars(config).items() if _is_rate(name, value))
-    if rates:
-        vars(module)["config"] = _ConfigWithout(config, rates)
+        # Whole models read no rate at each call, and they save their config.
+        config = own.get("config")
+        if config is not None and not any(isinstance(part, PreTrainedModel) for part in module.modules()):
+            rates = tuple(name for name, value in vars(config).items() if _is_rate(name, value))
+            own["config"] = _ConfigWithout(config, rates) if rates else config
 
 
 def _is_rate(name: str, value: Any) -> bool:
@@ -77,7 +71,7 @@ def _is_rate(name: str, value: Any) -> bool:
 
 
 class _ConfigWithout:
-    """A config that says 0 for some rates; all else, also what is set later, is that of the config behind it."""
+    """A config that says 0 for some rates; everything else, also what is set later, is the config's behind it."""
 
     def __init__(self, config: Any, rates: tuple[str, ...]):
         vars(self).update(_config=config, _rates=rates)
@@ -101,7 +95,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     for root in (decoder, base):
         for module in root.modules():
-            if isinstance(module, nn.ModuleList) and len(module) and all(_is_decoder_layer(m) for m in module):
+            if isinstance(module, nn.ModuleList) and len(module) and all(all(_branches(part)) for part in module):
                 return list(module)
     raise ValueError(
         f"residual_dropout: no decoder layers with an attention and an MLP branch found in {type(base).__name__}. "
@@ -110,7 +104,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def residual_branches(model: nn.Module) -> list[nn.Module]:
-    """The modules whose output (B, T, H) is what a branch adds to the residual stream: two or more a layer.
+    """The modules whose output (B, T, H) is what a branch adds to the residual stream: two or more per layer.
 
     Raises:
         ValueError: see `decoder_layers`.
@@ -122,8 +116,7 @@ def residual_branches(model: nn.Module) -> list[nn.Module]:
 def residual_dropout(model: nn.Module, p: float | None) -> Iterator[None]:
     """Within the block, in train mode, each branch's output is dropped out with probability `p` before it is added.
 
-    Embedding and attention-weight dropout stay as they are. On leaving, the model is as before: plain. Gradient
-    checkpointing recomputes the same masks, since torch restores the random state for it.
+    Embedding and attention-weight dropout stay as they are. On leaving, the model is as before: plain.
 
     Args:
         model: a decoder, wrapped by PEFT or not.
@@ -137,13 +130,15 @@ def residual_dropout(model: nn.Module, p: float | None) -> Iterator[None]:
         return
     if not 0 <= p < 1:
         raise ValueError(f"residual_dropout must be in [0, 1), got {p}.")
-    layers = decoder_layers(model)
-    own = [knob for layer in layers for knob in _own_residual_dropout(layer)]
-    ends = [end for layer in layers for end in _branch_ends(layer)] if p > 0 else []
+    own = [knob for layer in decoder_layers(model) for knob in _own_residual_dropout(layer)]
+    # Gradient checkpointing recomputes the same masks: torch restores the random state for it.
+    ends = residual_branches(model) if p > 0 else []
     handles = [end.register_forward_hook(partial(_drop, p)) for end in ends]
     try:
         for holder, name, value in own:
-            setattr(holder, name, _switched_off(value))
+            # Falcon's layer reads the rate from the config that it shares with the model: it gets one that says 0.
+            off = 0.0 if isinstance(value, (int, float)) else _ConfigWithout(value, ("hidden_dropout",))
+            setattr(holder, name, off)
         yield
     finally:
         for holder, name, value in own:
@@ -160,11 +155,6 @@ def _drop(p: float, module: nn.Module, args: Any, output: Any) -> Any:
     return (F.dropout(output[0], p), *output[1:])  # attention also returns its weights
 
 
-def _is_decoder_layer(module: nn.Module) -> bool:
-    attention, mlp = _branches(module)
-    return bool(attention) and bool(mlp)
-
-
 def _branches(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     children = [(n, m) for n, m in layer.named_children() if not _NOT_A_BRANCH.search(n)]
     attention = [m for n, m in children if _ATTENTION.search(n)]
@@ -172,25 +162,20 @@ def _branches(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def _branch_ends(layer: nn.Module) -> list[nn.Module]:
+    """The module of each branch from which its output reaches the residual stream."""
     attention, mlp = _branches(layer)
     post_mlp = [getattr(layer, n) for n in _POST_MLP_NORM if hasattr(layer, n)]
     if post_mlp:
         post_attention = [getattr(layer, n) for n in _POST_ATTENTION_NORM if hasattr(layer, n)]
         return [*(post_attention[:1] or attention), *post_mlp]
-    return [_output_projection(m) if _adds_residual_itself(m) else m for m in (*attention, *mlp)]
-
-
-def _adds_residual_itself(module: nn.Module) -> bool:
-    """Bloom and MPT hand the residual to the branch, which returns the sum: dropout there would drop the stream."""
-    return "residual" in inspect.signature(module.forward).parameters
-
-
-def _output_projection(module: nn.Module) -> nn.Module:
-    """The last matrix of a branch, in the order in which it declares them."""
-    matrices = [
-        m for m in module.children() if isinstance(w := getattr(m, "weight", None), torch.Tensor) and w.dim() == 2
-    ]
-    return matrices[-1]
+    ends = []
+    for branch in (*attention, *mlp):
+        # Bloom and MPT hand the residual to the branch, which returns the sum: dropout there would drop the stream.
+        # Their branch ends in its last matrix, in the order in which it declares them.
+        if "residual" in inspect.signature(branch.forward).parameters:
+            branch = [part for part in branch.children() if getattr(getattr(part, "weight", None), "ndim", 0) == 2][-1]
+        ends.append(branch)
+    return ends
 
 
 def _own_residual_dropout(layer: nn.Module) -> list[tuple[Any, str, Any]]:
@@ -206,8 +191,3 @@ def _own_residual_dropout(layer: nn.Module) -> list[tuple[Any, str, Any]]:
     if isinstance(getattr(getattr(layer, "config", None), "hidden_dropout", None), (int, float)):
         found.append((layer, "config", layer.config))
     return found
-
-
-def _switched_off(value: Any) -> Any:
-    """0, or for Falcon, whose layer reads the rate from the config it shares with the model, one that says 0."""
-    return 0.0 if isinstance(value, (int, float)) else _ConfigWithout(value, ("hidden_dropout",))

@@ -42,6 +42,7 @@ def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: An
         ValueError: no such path; an adapter of a reward model, or one that does not fit its base.
     """
     path = str(path)
+    # transformers loads a bf16 checkpoint in bf16, in which small steps of an optimizer are lost.
     kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
     check_model_path(path, **kwargs)
     if not names_adapter(path):
@@ -59,7 +60,7 @@ def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: An
 
 
 def check_causal(path: str | Path, **kwargs: Any) -> None:
-    """Refuse a classifier, such as a reward model, in a language model's place: its head for words would be random.
+    """Refuse a classifier, such as a reward model, in a language model's place.
 
     Args:
         path: of a full model, not of an adapter.
@@ -78,11 +79,7 @@ def check_causal(path: str | Path, **kwargs: Any) -> None:
 
 
 def load_policy_and_tokenizer(path: str | Path, processing_class: Any = None) -> tuple[Any, Any]:
-    """As `load_causal_model`, in eval mode, and its tokenizer, whose tokens it has rows for.
-
-    Raises:
-        ValueError: as there, or the tokenizer has tokens that the model lacks.
-    """
+    """As `load_causal_model`, in eval mode, and its tokenizer, whose tokens it has rows for."""
     model = load_causal_model(path)
     tokenizer = processing_class or load_tokenizer(path)
     check_token_rows(model, tokenizer, f"The model {str(path)!r}")
@@ -123,14 +120,16 @@ def load_reward_model(path: str | Path, *, trainable: bool = False, **kwargs: An
 def _load_reward_adapter(path: str, tokenizer: Any, trainable: bool, kwargs: dict[str, Any]) -> Any:
     base_path, saved = base_of_adapter(path), read_reward_config(path)
     check_model_path(base_path)
-    defaults: dict[str, Any] = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
-    options: dict[str, Any] = {"dtype": "float32", **defaults, **kwargs, "num_labels": 1}
+    # The head was trained on the hidden states of this base in this precision, so it is loaded so again.
+    as_trained: dict[str, Any] = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
+    options: dict[str, Any] = {"dtype": "float32", **as_trained, **kwargs, "num_labels": 1}
     on_sft = is_sft_adapter(base_path)
     with suppress_seqcls_warning():
         load = classifier_on_sft if on_sft else AutoModelForSequenceClassification.from_pretrained
         base = load(base_path, **options)
     keep_4bit_trainable(base)
     base.config.reward_bias = saved.get("reward_bias", getattr(base.config, "reward_bias", 0.0))
+    # Before the adapter lies on it: it may hold rows of tokens that training added.
     fit_model_to_tokenizer(base, tokenizer)
     model = put_adapter_on(base, path, trainable=trainable)
     kinds = [] if on_sft else AutoConfig.from_pretrained(base_path).architectures or []
@@ -144,10 +143,7 @@ def _load_reward_adapter(path: str, tokenizer: Any, trainable: bool, kwargs: dic
 
 
 def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
-    """A sequence classifier with one label on the base of an SFT adapter, the adapter merged into it.
-
-    Its name is the adapter's path, so that a reward adapter trained on it says what it was trained on. Tokens that SFT
-    added are the classifier's, too.
+    """A sequence classifier with one label on the base of an SFT adapter, the adapter and its added tokens merged in.
 
     Args:
         path: the adapter's folder.
@@ -168,6 +164,7 @@ def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
     config = adapter_config(path)
     config.task_type = None  # a classifier takes the adapter of a causal model; its layers are the same
     merged: Any = put_adapter_on(base, path, config=config).merge_and_unload()
+    # PEFT writes this name beside a reward adapter that is trained on it, which so says what it stands on.
     merged.config._name_or_path = merged.name_or_path = path
     return merged
 
@@ -187,13 +184,13 @@ def check_single_label(config: Any, name: str) -> None:
 def ensure_distinct_pad_token(tokenizer: Any, model: nn.Module | None = None) -> str | None:
     """Give `tokenizer` a pad token that is not its EOS: an unused special token if it has one, else a new `<|pad|>`.
 
-    With pad == EOS, transformers' pooling takes the last token before the EOS, and no checkpoint that ends so can be
-    read elsewhere. With `model`, its embeddings grow where the new token needs it, and its config learns the pad id.
+    With `model`, its embeddings grow if the new token needs it, and its config learns the pad id.
 
     Returns:
         One line that says what changed, to be logged; None where the pad token was fine already.
     """
     line = None
+    # With pad == EOS, transformers' pooling reads the token before the EOS, and scores otherwise than we do.
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         was = "missing" if tokenizer.pad_token is None else f"its EOS token {tokenizer.eos_token!r}"
         free = tokenizer.get_vocab().keys() - {tokenizer.eos_token, tokenizer.bos_token}

@@ -42,7 +42,7 @@ def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -
     Args:
         path: local folder or hub name.
         weights: look at a folder's weights too, not at its config and tokenizer alone.
-        kwargs: those that the model is going to be loaded with; `subfolder`, `token` and their like say where it lies.
+        kwargs: of the `from_pretrained` that is to come; `subfolder`, `token` and their like say where the model lies.
 
     Raises:
         ValueError: neither a folder with a whole model nor a reachable repository of the hub with this name.
@@ -52,9 +52,9 @@ def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -
         return
     if os.path.isdir(path):
         folder = Path(path, kwargs.get("subfolder") or "")
-        check_config(folder)
+        _check_config(folder)
         if weights:
-            check_weights(folder)
+            _check_weights(folder)
         return
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"There is no model folder {redact(path)!r}. Check the path, or train the model first.")
@@ -70,19 +70,14 @@ def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -
         ) from error
 
 
-def holds_model(folder: str | Path) -> bool:
-    """True for a local folder of a whole model or of an adapter."""
-    return any(Path(folder, name).is_file() for name in _WEIGHTS)
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _WEIGHTS)
 
 
-def check_config(folder: Path) -> None:
-    """Refuse a folder that holds no model, or whose json files cannot be read.
-
-    Raises:
-        ValueError: names the folder, or the file, and the remedy.
-    """
-    if not holds_model(folder):
-        inside = sorted(path.name for path in folder.iterdir() if holds_model(path))
+def _check_config(folder: Path) -> None:
+    """Refuse a folder that holds no model, or whose json files cannot be read."""
+    if not _holds_model(folder):
+        inside = sorted(path.name for path in folder.iterdir() if _holds_model(path))
         remedy = f"Its folders {', '.join(inside)} hold one: name one of these." if inside else _AGAIN
         raise ValueError(f"The folder {str(folder)!r} holds no model: neither {' nor '.join(_WEIGHTS)}. {remedy}")
     for path in sorted(path for path in folder.glob("*.json") if path.name.endswith(_JSON)):
@@ -92,33 +87,26 @@ def check_config(folder: Path) -> None:
             raise ValueError(f"{str(path)!r} is broken or cut short: {error}. {_AGAIN}") from error
 
 
-def check_weights(folder: Path) -> None:
-    """Refuse a model folder without weights, with a part of them missing, or with a file of them cut short.
-
-    Raises:
-        ValueError: names the folder and the file, and the remedy.
-    """
+def _check_weights(folder: Path) -> None:
+    """Refuse a model folder without weights, with a part of them missing, or with a file of them cut short."""
     for config, candidates in _WEIGHTS.items():
         if not (folder / config).is_file():
             continue
         found = next((folder / name for name in candidates if (folder / name).is_file()), None)
-        for path in _files_of(found) if found else []:
-            if problem := _problem(path):
-                raise ValueError(f"The weights of {str(folder)!r} {problem}: {path.name!r}. {_AGAIN}")
+        parts = [found] if found else []
+        if found is not None and found.suffix == ".json":
+            names = set(json.loads(found.read_bytes()).get("weight_map", {}).values())
+            parts = [folder / name for name in sorted(names)]
+        for path in parts:
+            if fault := _fault(path):
+                raise ValueError(f"The weights of {str(folder)!r} {fault}: {path.name!r}. {_AGAIN}")
         if found is None and not any(
             path.name.endswith(_ANY_WEIGHTS) and not path.name.startswith(_OF_TRAINING) for path in folder.iterdir()
         ):
             raise ValueError(f"The folder {str(folder)!r} is incomplete: its weights are missing. {_AGAIN}")
 
 
-def _files_of(weights: Path) -> list[Path]:
-    if weights.suffix != ".json":
-        return [weights]
-    names = set(json.loads(weights.read_bytes()).get("weight_map", {}).values())
-    return [weights.with_name(name) for name in sorted(names)]
-
-
-def _problem(path: Path) -> str | None:
+def _fault(path: Path) -> str | None:
     """The fault of a file of weights, as the end of "The weights ..."; None where it is whole."""
     if not path.is_file():
         return "lack a file that their index names"

@@ -54,7 +54,7 @@ def is_quantised(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def keep_whole_modules_in_float32(model: nn.Module, adapter: str | None = None) -> bool:
+def keep_whole_modules_in_float32(model: Any, adapter: str | None = None) -> bool:
     """Give what adapters train whole (`modules_to_save`) float32 weights on a base in half precision.
 
     Args:

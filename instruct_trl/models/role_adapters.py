@@ -25,27 +25,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from instruct_trl._upstream import backbone, keep_4bit_trainable
-from instruct_trl.models.adapters import (
-    AdapterFolder,
-    adapter_parameters,
-    adapter_state,
-    check_base,
-    check_lora,
-    check_token_room,
-    copy_adapter,
-    has_adapters,
-    load_adapter_weights,
-    make_head,
-    read_adapter,
-    same_place,
-    save_sequence_adapter,
-    switched,
-    without_adapters,
-)
+from instruct_trl.models import adapters
+from instruct_trl.models.adapters import AdapterFolder, adapter_parameters, adapter_state, load_adapter_weights
 from instruct_trl.models.logprobs import positions
 from instruct_trl.models.model_files import (
     check_model_path,
@@ -87,26 +73,17 @@ class ReferenceRole(nn.Module):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`generate` of the causal language model."""
         with self.active():
             return self._roles.model.generate(*args, **kwargs)
 
 
 class ScalarRole(nn.Module):
-    """An adapter and a scalar head.
+    """The adapter named `adapter` and a scalar head (B, T, H) → (B, T, 1), which both start from `folder`."""
 
-    Args:
-        roles: whose base it runs on.
-        role: its name there.
-        adapter: the name of the adapter that it owns.
-        head: (B, T, H) → (B, T, 1).
-        folder: the reward adapter that it starts from.
-    """
-
-    def __init__(self, roles: RoleAdapters, role: str, adapter: str, head: nn.Linear, folder: AdapterFolder):
+    def __init__(self, roles: RoleAdapters, role: str, adapter: str, folder: AdapterFolder):
         super().__init__()
         self._roles, self._role, self._adapter, self._folder = roles, role, adapter, folder
-        self.score = head
+        self.score = folder.scalar_head()
         self.adapter = nn.ParameterList(adapter_parameters(roles.model, adapter).values())
         self.config = copy.deepcopy(roles.model.config)
         self.config.num_labels = 1
@@ -122,35 +99,37 @@ class ScalarRole(nn.Module):
         return self._roles.active(self._role)
 
     def token_scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int = 0) -> torch.Tensor:
-        """The head's output for every token, (B, T) in float32, the bias added; padding on either side.
-
-        With `keep`, for the last tokens alone.
-        """
+        """The head's output plus the bias, (B, T) in float32, for every token or the last `keep`; any padding side."""
         # The pad token of another tokenizer may lie beyond the vocabulary. No token attends to it, so any id will do.
         ids = input_ids.masked_fill(attention_mask == 0, 0)
         inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "use_cache": False}
         with self.active():
-            output = backbone(without_adapters(self._roles.model))(input_ids=ids, **inputs)
+            output = backbone(adapters.without_adapters(self._roles.model))(input_ids=ids, **inputs)
             with head_in_float32(self.score):
                 scores = self.score(output.last_hidden_state[:, -keep:]).squeeze(-1)
         return add_reward_bias(scores, self.config)
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
-        """Write adapter and head in PEFT's format: `load_reward_model`, or PEFT alone on the base, reads it."""
+        """Write adapter and head as PEFT writes a reward model: `load_reward_model`, or PEFT alone, reads it."""
         model: Any = self._roles.model
-        save_sequence_adapter(model, self._adapter, self.score, self._folder.head_name, path)
-        write_reward_config(path, without_adapters(model), self.config.reward_bias, self._folder.saved)
+        head_name = self._folder.head_name
+        Path(path).mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(model, self._adapter).items()}
+        head = {key: value.detach().cpu() for key, value in self.score.state_dict().items()}
+        state |= {f"{adapters.PREFIX}{head_name}.{key}": value for key, value in head.items()}
+        save_file(state, Path(path, adapters.WEIGHTS), metadata={"format": "pt"})
+        config = copy.deepcopy(model.peft_config[self._adapter])
+        config.task_type, config.inference_mode = "SEQ_CLS", True
+        config.modules_to_save = [*(config.modules_to_save or []), head_name]
+        config.save_pretrained(str(path))
+        write_reward_config(path, adapters.without_adapters(model), self.config.reward_bias, self._folder.saved)
         model.create_or_update_model_card(str(path))
 
     def load_pretrained(self, path: str | Path) -> None:
-        """Take up the weights that `save_pretrained` wrote.
-
-        Raises:
-            ValueError: they do not fit.
-        """
-        folder = read_adapter(path)
+        """Take up the weights that `save_pretrained` wrote. Raises ValueError if they do not fit."""
+        folder = adapters.read_adapter(path)
         load_adapter_weights(self._roles.model, self._adapter, folder)
-        self.score.load_state_dict(make_head(folder).state_dict())
+        self.score.load_state_dict(folder.scalar_head().state_dict())
 
 
 class RewardRole(ScalarRole):
@@ -169,10 +148,7 @@ class ValueRole(ScalarRole):
     """The critic, in the form of [`ValueModel`]: `values[:, t]` is read from the hidden state of token t."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, values_to_keep: int = 0) -> torch.Tensor:
-        """Values (B, T) in float32; gradients, if wanted, reach this role's adapter and head alone.
-
-        Hold `active()` over forward and backward.
-        """
+        """Values (B, T) in float32; gradients reach this role's adapter and head alone. Hold `active()` over both."""
         return self.token_scores(input_ids, attention_mask, values_to_keep)
 
     @property
@@ -243,29 +219,34 @@ class RoleAdapters:
         self._by_path, self._revision = isinstance(base, (str, Path)), revision
         given = one_dtype(model_kwargs, "model_kwargs") or {}
         self._model_kwargs = {"dtype": torch.float32, "revision": revision, **given}
-        sft = None if sft_adapter is None else read_adapter(sft_adapter)
-        reward = read_adapter(reward_adapter)
+        sft = None if sft_adapter is None else adapters.read_adapter(sft_adapter)
+        reward = adapters.read_adapter(reward_adapter)
         model = self._load_base(base, quantization_config)
         self.base_name: str = model.config._name_or_path or ""
+        self.tokenizer_path = sft.path if sft is not None else self.base_name
         on_sft = self._check_pieces(model.config, sft, reward, reward_on_sft, allow_other_base_name)
         below = [SFT] if on_sft else []
         self._stacks = {"policy": [POLICY], "reference": [SFT] if sft is not None else []}
         self._stacks |= {"reward": [*below, REWARD], "value": [*below, CRITIC]}
         self._current: tuple[str, bool] | None = None
-        self.model = self._add_adapters(model, sft, reward, policy_config, value_config)
-        self._make_roles(reward)
-        self.tokenizer_path = sft.path if sft is not None else self.base_name
+        self.model = self.policy = self._add_adapters(model, sft, reward, policy_config, value_config)
+        device = next(self.model.parameters()).device
+        self.policy_adapter = nn.ParameterList(adapter_parameters(self.model, POLICY).values())
+        self.reference = ReferenceRole(self)
+        self.reward = RewardRole(self, "reward", REWARD, reward).to(device).eval().requires_grad_(False)
+        self.value = ValueRole(self, "value", CRITIC, reward).to(device)
+        # At rest the policy trains alone; `active` lets gradients into the critic.
+        self.value.adapter.requires_grad_(False)
 
     def _load_base(self, base: Any, quantization_config: Any) -> Any:
-        if not self._by_path:
-            if quantization_config is not None:
-                raise ValueError("quantization_config is for a base given by name; this one is in memory.")
-            model = base
-        else:
+        if not self._by_path and quantization_config is not None:
+            raise ValueError("quantization_config is for a base given by name; this one is in memory.")
+        model = base
+        if self._by_path:
             check_model_path(base)
             kwargs = {"quantization_config": quantization_config, **self._model_kwargs}
             model = AutoModelForCausalLM.from_pretrained(base, **{k: v for k, v in kwargs.items() if v is not None})
-        if has_adapters(model):
+        if adapters.has_adapters(model):
             place = f" {str(base)!r}" if self._by_path else ""
             raise ValueError(
                 f"The base{place} carries adapters already, and roles are made of adapters of their own. Give the base "
@@ -277,11 +258,11 @@ class RoleAdapters:
     def _check_pieces(
         self, base: Any, sft: AdapterFolder | None, reward: AdapterFolder, on_sft: bool | None, other_name: bool
     ) -> bool:
-        """Whether the reward adapter stands on the SFT adapter; errors where the pieces do not belong together."""
+        """Whether the reward adapter stands on the SFT adapter; errors if the pieces do not belong together."""
         known: dict[str, Any] = {"base": base, "base_name": self.base_name, "revision": self._revision}
         if sft is not None:
-            check_base(sft, other_name=other_name, **known)
-        names_sft = sft is not None and same_place(reward.base, sft.path)
+            adapters.check_base(sft, other_name=other_name, **known)
+        names_sft = sft is not None and adapters.same_place(reward.base, sft.path)
         if on_sft is None and not names_sft and reward.base and names_adapter(reward.base):
             raise ValueError(
                 f"The reward adapter {reward.path!r} was trained on the SFT adapter {reward.base!r}, and means nothing "
@@ -299,39 +280,42 @@ class RoleAdapters:
                     "DoRA's adapters do not add up. Merge the SFT adapter, and give the merged model as base."
                 )
         if not (on_sft and names_sft):
-            check_base(reward, other_name=other_name or on_sft, **known)
+            adapters.check_base(reward, other_name=other_name or on_sft, **known)
         return on_sft
 
     def _add_adapters(
-        self,
-        base: Any,
-        sft: AdapterFolder | None,
-        reward: AdapterFolder,
-        policy_config: LoraConfig | None,
-        value_config: LoraConfig | None,
+        self, base: Any, sft: AdapterFolder | None, reward: AdapterFolder, policy_config: Any, value_config: Any
     ) -> PolicyModel:
         for name, config in (("policy_config", policy_config), ("value_config", value_config)):
             if config is not None:
-                check_lora(config, name)
+                adapters.check_lora(config, name)
         policy_config = policy_config or (sft.config if sft is not None else None)
         if policy_config is None:
             raise ValueError(
                 "There is no SFT adapter whose shape the policy takes: pass policy_config=LoraConfig(...)."
             )
-        if sft is not None:
-            check_token_room(sft, base, resized=True)
-        check_token_room(reward, base, resized=False)
+        pieces = {name: folder for name, folder in ((SFT, sft), (REWARD, reward)) if folder is not None}
+        for name, folder in pieces.items():
+            # Embeddings that a reward model only saved may hold one row more, for a pad token that nobody reads.
+            read = {key: value for key, value in folder.weights.items() if name == SFT or "modules_to_save" in key}
+            rows = adapters.rows_of_adapter(base, folder.config, read) or 0
+            if rows > (has := adapters.token_rows(base)):
+                raise ValueError(
+                    f"The adapter {folder.path!r} was trained with {rows} token rows, and the base has {has}: tokens "
+                    "were added, and all roles share the base. Make the grown model the base "
+                    f"(model.resize_token_embeddings({rows}), save_pretrained, its tokenizer beside it) and train all "
+                    "adapters on it; or run PPOPtxTrainer with models of their own."
+                )
         model = PolicyModel(base, self._own(policy_config), adapter_name=POLICY)
-        for name, folder in ((SFT, sft), (REWARD, reward)):
-            if folder is not None:
-                model.add_adapter(name, copy.deepcopy(folder.config))
-                load_adapter_weights(model, name, folder)
+        for name, folder in pieces.items():
+            model.add_adapter(name, copy.deepcopy(folder.config))
+            load_adapter_weights(model, name, folder)
         if sft is not None:
-            copy_adapter(model, SFT, POLICY)
+            adapters.copy_adapter(model, SFT, POLICY)
         critic = copy.deepcopy(value_config or reward.config)
         critic.base_model_name_or_path, critic.revision = reward.config.base_model_name_or_path, reward.config.revision
         model.add_adapter(CRITIC, critic)
-        copy_adapter(model, REWARD, CRITIC)
+        adapters.copy_adapter(model, REWARD, CRITIC)
         tuner: Any = model.base_model
         tuner.set_adapter([POLICY])
         model.requires_grad_(False)
@@ -346,26 +330,6 @@ class RoleAdapters:
         config.base_model_name_or_path, config.revision = self.base_name or None, self._revision
         return config
 
-    def _make_roles(self, reward: AdapterFolder) -> None:
-        head = make_head(reward)
-        hidden = self.model.get_input_embeddings().weight.shape[1]
-        if head.in_features != hidden:
-            raise ValueError(
-                f"The head of {reward.path!r} reads {head.in_features} hidden units, but this base has {hidden}: it "
-                "belongs to another base."
-            )
-        device = next(self.model.parameters()).device
-        self.policy_adapter = nn.ParameterList(adapter_parameters(self.model, POLICY).values())
-        self.reference = ReferenceRole(self)
-        self.reward = RewardRole(self, "reward", REWARD, copy.deepcopy(head), reward).to(device).eval()
-        self.reward.requires_grad_(False)
-        self.value = ValueRole(self, "value", CRITIC, head, reward).to(device)
-        self.value.adapter.requires_grad_(False)
-
-    @property
-    def policy(self) -> PolicyModel:
-        return self.model
-
     @contextmanager
     def active(self, role: str) -> Iterator[None]:
         """Within, the shared model is `role` ("policy", "reference", "reward" or "value"), and trains it alone.
@@ -375,27 +339,20 @@ class RoleAdapters:
         """
         module, trained = {"policy": (self.model, POLICY), "value": (self.value, CRITIC)}.get(role, (None, None))
         training = module is not None and module.training
-        if self._current == (role, training):
+        if self._current == (role, training):  # a forward inside a block that is held for its backward
             yield
             return
         own = list(adapter_parameters(self.model, trained).values()) if trained else []
         before, self._current = self._current, (role, training)
         try:
-            with switched(self.model, self._stacks[role], trainable=own, training=training):
+            with adapters.switched(self.model, self._stacks[role], trainable=own, training=training):
                 yield
         finally:
             self._current = before
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """Within, nothing of the shared model requires a gradient: what casts or counts trained weights finds none."""
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        self.model.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter, required in flags:
-                parameter.requires_grad_(required)
+        return adapters.frozen(self.model)
 
     def to(self, device: torch.device) -> RoleAdapters:
         """Move the heads after the shared model, which its trainer moves."""
@@ -404,12 +361,8 @@ class RoleAdapters:
         return self
 
     def load_policy(self, path: str | Path) -> None:
-        """Take up the policy's adapter from a folder in PEFT's format.
-
-        Raises:
-            ValueError: it does not fit.
-        """
-        load_adapter_weights(self.model, POLICY, read_adapter(path))
+        """Take up the policy's adapter from a folder in PEFT's format. Raises ValueError if it does not fit."""
+        load_adapter_weights(self.model, POLICY, adapters.read_adapter(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `policy/` and `value/` under `folder`, each an adapter in PEFT's format."""
@@ -419,9 +372,8 @@ class RoleAdapters:
     def merge(self, folder: str | Path) -> Any:
         """Write the policy as a standalone model in float32 into `folder`; the shared base keeps its weights.
 
-        The base is read again, unquantised, where it came by name, and else copied, for as long as this takes. In bf16
-        the small part of what an adapter adds would be rounded away. The tokenizer of the SFT adapter, or of the base,
-        is written beside it where there is one.
+        The base is read again, unquantised, if it came by name, and else copied, for as long as this takes. The
+        tokenizer of the SFT adapter, or of the base, is written beside it if there is one.
 
         Returns:
             the merged model, on the CPU.
@@ -430,6 +382,7 @@ class RoleAdapters:
             ValueError: the base is quantised, and in memory only or as it is stored.
         """
         if self._by_path:
+            # In bf16 the small part that an adapter adds would be rounded away.
             kwargs = {key: value for key, value in self._model_kwargs.items() if key != "device_map"}
             base: Any = AutoModelForCausalLM.from_pretrained(self.base_name, **{**kwargs, "dtype": torch.float32})
             if is_quantised(base):
@@ -443,7 +396,7 @@ class RoleAdapters:
             raise ValueError("A quantised base in memory cannot be merged exactly. Make RoleAdapters from its name.")
         else:
             merged = copy.deepcopy(self.model).cpu().float()
-            vars(without_adapters(merged)).pop("forward", None)  # a trainer's own, bound to this model
+            vars(adapters.without_adapters(merged)).pop("forward", None)  # a trainer's own, bound to this model
         standalone = merged.merge_and_unload(adapter_names=[POLICY]).cpu()
         standalone.save_pretrained(str(folder))
         if has_tokenizer(self.tokenizer_path):

