@@ -28,18 +28,16 @@ def win_rates(details: Details, theme: Any) -> Any:
     """Claim 1: won against SFT, of each policy."""
     from instruct_trl.report.pictures import Dot, draw_dots, new_figure, reference_line
 
-    colors = {"PPO-ptx": theme.subject, "SFT": theme.baseline}
+    roles = {"PPO-ptx": "subject", "SFT": "baseline"}
     rows = []
     for name, (mean, low, high) in details["rates"].items():
         text = f"{100 * mean:.0f} %  ({100 * low:.0f} to {100 * high:.0f})"
-        rows.append(Dot(name, 100 * mean, 100 * low, 100 * high, colors.get(name, theme.other), text))
+        seeds = [100 * rate for rate in details["by_seed"][name]]
+        rows.append(Dot(name, 100 * mean, 100 * low, 100 * high, roles.get(name, "other"), text, ticks=seeds))
     figure = new_figure(1.45 + 0.62 * len(rows), "How often does the labeler prefer each policy to SFT?")
     axes = figure.subplots()
     axes.set_xlim(-4, 104)
     draw_dots(axes, rows, theme)
-    for y, name in enumerate(details["rates"]):
-        axes.plot([100 * rate for rate in details["by_seed"][name]], [y + 0.22] * len(details["by_seed"][name]), "|",
-                  color=theme.muted, markersize=7)  # fmt: skip
     reference_line(axes, 50, "as good as SFT", theme)
     axes.set_xlabel("prompts won, ties count half (%); ticks are seeds")
     return figure

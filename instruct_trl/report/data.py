@@ -160,11 +160,13 @@ def save_report_data(data: ReportData, path: str | Path, selection_picture: str 
 
     A `selection_picture` given here, relative to the file's folder, is written in place of the one in `data`.
     """
-    path = Path(path)
-    raw = _plain(asdict(data))
+    values = asdict(data)
     if selection_picture is not None:
-        raw["selection_picture"] = Path(selection_picture).as_posix()
-    path.write_text(json.dumps(raw, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        values["selection_picture"] = Path(selection_picture).as_posix()
+    # JSON has no NaN and no infinity: Python writes them all the same, and reads them as what it is told to.
+    strict = json.loads(json.dumps(values, default=_plain), parse_constant=lambda _: None)
+    path = Path(path)
+    path.write_text(json.dumps(strict, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     return path
 
 
@@ -178,27 +180,24 @@ def load_report_data(path: str | Path) -> ReportData:
     path = Path(path)
     path = path / REPORT_JSON if path.is_dir() else path
     raw = json.loads(path.read_text(encoding="utf-8"))
-    raw["models"] = [_load_model(entry, path) for entry in raw["models"]]
+    raw["models"] = [_load(ModelResult, entry, path) for entry in raw["models"]]
     raw["samples"] = [_load(Sample, entry, path) for entry in raw.get("samples", [])]
-    picture = raw.get("selection_picture")
-    if picture and not Path(picture).is_absolute():
-        raw["selection_picture"] = str(path.parent / picture)
+    if picture := raw.get("selection_picture"):
+        raw["selection_picture"] = str(path.parent / picture)  # an absolute path stays what it is
     return _load(ReportData, raw, path)
-
-
-def _load_model(entry: dict[str, Any], path: Path) -> ModelResult:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    for name, kind in _NESTED.items():
-        if values.get(name):
-            values[name] = _load(kind, values[name], path)
-    return _load(ModelResult, values, path)
 
 
 def _load(kind: type, entry: dict[str, Any], path: Path) -> Any:
     unknown = sorted(set(entry) - {f.name for f in fields(kind)})
     if unknown:
         raise ValueError(f"{path}: {kind.__name__} has no field {unknown[0]!r}; remove it or fix its spelling.")
-    return kind(**entry)
+    values = dict(entry)
+    for name, value in entry.items():
+        if name in _NESTED and isinstance(value, dict):
+            values[name] = _load(_NESTED[name], value, path)
+        elif name in ("opening", "favourite") and value:
+            values[name] = tuple(value)
+    return kind(**values)
 
 
 def _is_finite(value: Any) -> bool:
@@ -206,12 +205,5 @@ def _is_finite(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()  # NumPy and torch scalars
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
+    """The number of a NumPy or torch scalar; the text of anything else that JSON does not know."""
+    return value.item() if getattr(value, "ndim", None) == 0 else str(value)

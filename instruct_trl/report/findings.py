@@ -15,6 +15,14 @@ Verdict = Literal["better", "worse", "unclear", "missing"]
 NBSP = "\u00a0"
 OVERLAP_LIMIT = 0.05
 """Share of prompts that were trained on above which a page gives no verdict."""
+TRAINING_NAMES = {
+    "score": "RM score",
+    "labeler_score": "labeler score",
+    "kl": "KL",
+    "ptx_loss": "pretraining loss",
+    "value_loss": "value loss",
+    "explained_variance": "explained variance",
+}
 
 
 def estimate(row: Any) -> Estimate:
@@ -57,13 +65,13 @@ def in_words(row: Any, of: str) -> str:
     return f"{rate} of {of}" + (f" (95{NBSP}% interval {bounds}" if bounds else "")
 
 
-def number(value: float, signed: bool = False) -> str:
+def number(value: float) -> str:
     """Three significant digits or so, without exponents in the usual range."""
-    size, sign = abs(value), "+" if signed else ""
+    size = abs(value)
     if size and (size < 5e-4 or size >= 1e7):
-        return minus(value, f"{sign}.1e")
+        return minus(value, ".1e")
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.01 or size == 0 else 4
-    return minus(value, f"{sign},.{digits}f")
+    return minus(value, f",.{digits}f")
 
 
 def duration(seconds: float) -> str:
@@ -83,23 +91,18 @@ def seen_too_often(trained_on: Mapping[str, Any] | None) -> bool:
 
 def headline(data: ReportData) -> tuple[Verdict, str]:
     """The run's verdict and its sentence: does the headline model beat the baseline, by the labeler?"""
-    model, seen = data.headline_model, data.trained_on
+    model, base, seen = data.headline_model, data.baseline, data.trained_on
     if seen_too_often(seen):
-        return "missing", (
-            f"{seen['rows']:,} of the {seen['of']:,} prompts were trained on, so this report gives no verdict."
-        )
-    if model.win is None or model.name == data.baseline:
-        return "missing", (
-            f"No win rate against {data.baseline} was measured, so this report cannot say which is better."
-        )
-    verdicts: dict[str, tuple[Verdict, str]] = {
-        "above": ("better", f"{model.name} beats {data.baseline}"),
-        "below": ("worse", f"{model.name} does worse than {data.baseline}"),
-        "unclear": ("unclear", f"Whether {model.name} beats {data.baseline} is open"),
+        trained = f"{seen['rows']:,} of the {seen['of']:,} prompts were trained on"
+        return "missing", f"{trained}, so this report gives no verdict."
+    if model.win is None or model.name == base:
+        return "missing", f"No win rate against {base} was measured, so this report cannot say which is better."
+    verdicts: dict[str, tuple[Verdict, str, str]] = {
+        "above": ("better", f"{model.name} beats {base}", "The whole interval lies above one half."),
+        "below": ("worse", f"{model.name} does worse than {base}", "The whole interval lies below one half."),
+        "unclear": ("unclear", f"Whether {model.name} beats {base} is open", "The interval holds one half."),
     }
-    side = model.win.verdict
-    verdict, says = verdicts[side]
-    half = "The interval holds one half." if side == "unclear" else f"The whole interval lies {side} one half."
+    verdict, says, half = verdicts[model.win.verdict]
     return verdict, f"{says}: it wins {_prompts_won(model.win)}. {half}"
 
 
@@ -112,17 +115,6 @@ def win(data: ReportData) -> str:
     models = sorted(data.models, key=lambda model: model is not data.headline_model)
     rates = [f"{model.name} wins {_prompts_won(model.win)}" for model in models if model.win]
     return f"Against {data.baseline}, {'; '.join(rates)}."
-
-
-def who_judged(data: ReportData) -> str:
-    """Who stands behind the headline: a program, and whether people judged as well."""
-    text = (
-        f"A program stands in for the paper's labelers: {data.labeler}. "
-        "A win means that this program scores the answer higher, and no more than that."
-    )
-    if any(row["judge"].endswith(("person", "people")) for row in data.judged):
-        return f"{text} What people said is below."
-    return f"No person judged these answers. {text}"
 
 
 def judges_of_subject(data: ReportData) -> list[dict[str, Any]]:
@@ -191,37 +183,23 @@ def pairs_ordered(metrics: Mapping[str, Any]) -> str:
 
 def reward_model(data: ReportData) -> str:
     """How often the RM orders two answers as the labeler does, against a coin's one half."""
-    rate = data.reward_model["pair_accuracy"]
+    rate = estimate(data.reward_model["pair_accuracy"])
     text = f"The reward model orders {pairs_ordered(data.reward_model)} as the labeler does"
-    side = estimate(rate).side_of(0.5).replace("unclear", "which cannot be told from")
-    return f"{text}, {side} a coin's 50{NBSP}%." if rate["low"] is not None else f"{text}."
+    side = rate.side_of(0.5).replace("unclear", "which cannot be told from")
+    return f"{text}, {side} a coin's 50{NBSP}%." if rate.bounds else f"{text}."
 
 
 def pretraining(data: ReportData) -> str:
     """Loss of each model, and the price that the headline model pays against the first one and the baseline."""
     losses = {model.name: model.pretraining_loss.mean for model in data.models if model.pretraining_loss}
     text = f"Loss on {data.pretraining_text}: {', '.join(f'{name} {loss:.3f}' for name, loss in losses.items())}"
-    subject = data.headline_model.name
-    others = [name for name in dict.fromkeys([next(iter(losses)), data.baseline]) if name in losses and name != subject]
-    if subject in losses and others:
-        text += f"; {subject} is {' and '.join(_change(losses[subject] - losses[name], name) for name in others)}"
-    return f"{text}."
-
-
-def _change(difference: float, name: str) -> str:
-    if abs(difference) < 5e-4:
-        return f"level with {name}"
-    return f"{abs(difference):.3f} {'worse' if difference > 0 else 'better'} than {name}"
-
-
-TRAINING_NAMES = {
-    "score": "RM score",
-    "labeler_score": "labeler score",
-    "kl": "KL",
-    "ptx_loss": "pretraining loss",
-    "value_loss": "value loss",
-    "explained_variance": "explained variance",
-}
+    subject, changes = data.headline_model.name, []
+    for name in dict.fromkeys([next(iter(losses)), data.baseline]):
+        if subject in losses and name in losses and name != subject:
+            change = losses[subject] - losses[name]
+            worse = f"{abs(change):.3f} {'worse' if change > 0 else 'better'} than {name}"
+            changes.append(f"level with {name}" if abs(change) < 5e-4 else worse)
+    return f"{text}; {subject} is {' and '.join(changes)}." if changes else f"{text}."
 
 
 def training(data: ReportData) -> str:
@@ -231,12 +209,10 @@ def training(data: ReportData) -> str:
         if values := data.series(key)[1]:
             way = direction(values)
             moved[way].append(name if way else _moved(name, values))
-    text = "; ".join(f"{_listed(names)} {way}".strip() for way, names in moved.items() if names)
+    text = "; ".join(
+        f"{' and '.join(', '.join(names).rsplit(', ', 1))} {way}".strip() for way, names in moved.items() if names
+    )
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def tasks(data: ReportData) -> str:
@@ -269,22 +245,20 @@ def _signs(model: ModelResult, base: ModelResult) -> list[str]:
     if model.win and model.like_length and model.win.verdict == "above" and model.like_length.verdict != "above":
         rates = f"{percent(model.like_length.mean)}, not {percent(model.win.mean)}"
         signs.append(f"among answers of like length it wins {rates}")
-    before = (base.opening or ("", None))[1]
-    shares: list[tuple[str, float | None, float | None, Callable[[float, float], bool]]] = [
-        ("distinct word pairs", model.distinct_2, base.distinct_2, lambda now, old: now < 0.75 * old),
-        ("word triples said before", model.repetition, base.repetition, _rose_by(0.1)),
-        ("answers given to another prompt", model.duplicates, base.duplicates, _rose_by(0.1)),
-        ("answers that end by themselves", model.eos_rate, base.eos_rate, lambda now, old: abs(now - old) > 0.25),
-    ]
-    if model.opening:
-        shares.append((f"answers that begin “{model.opening[0]}”", model.opening[1], before, _rose_by(0.1)))
-    if model.favourite:
-        shares.append((f"answers with “{model.favourite[0]}”", *model.favourite[1:], _rose_by(0.3)))
-    for what, now, old, is_sign in shares:
+
+    def add(what: str, now: float | None, old: float | None, is_sign: Callable[[float, float], bool]) -> None:
         if now is not None and old is not None and is_sign(now, old):
             signs.append(f"{what}: {percent(now)}, {base.name} {percent(old)}")
+
+    def rose(now: float, old: float) -> bool:
+        return now - old > 0.1
+
+    add("distinct word pairs", model.distinct_2, base.distinct_2, lambda now, old: now < 0.75 * old)
+    add("word triples said before", model.repetition, base.repetition, rose)
+    add("answers given to another prompt", model.duplicates, base.duplicates, rose)
+    add("answers that end by themselves", model.eos_rate, base.eos_rate, lambda now, old: abs(now - old) > 0.25)
+    if model.opening and base.opening:
+        add(f"answers that begin “{model.opening[0]}”", model.opening[1], base.opening[1], rose)
+    if model.favourite:
+        add(f"answers with “{model.favourite[0]}”", *model.favourite[1:], lambda now, old: now - old > 0.3)
     return signs
-
-
-def _rose_by(limit: float) -> Callable[[float, float], bool]:
-    return lambda now, old: now - old > limit

@@ -1,4 +1,4 @@
-"""The sentences of the reward model's page, made from `reward_metrics`: what was found, and what to do about it."""
+"""The sentences of the reward model's page, made from `reward_metrics`: what was found."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from instruct_trl.report.findings import NBSP, Verdict, estimate, minus, number, pairs_ordered, percent, seen_too_often
+from instruct_trl.report.findings import NBSP, Verdict, estimate, number, pairs_ordered, percent, seen_too_often, signed
 
 Metrics = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
 
 LENGTH_LIMIT = 0.5
 """|Pearson's r| of reward and length within prompts above which the page warns."""
-ECE_LIMIT = 0.1
-"""Expected calibration error above which the page warns."""
-ECE_FINE = 0.05
+ECE_LIMIT, ECE_FINE = 0.1, 0.05
+"""Expected calibration error above which the page warns, and below which it is about right."""
 FOLD_LOSS_LIMIT = 0.05
 """Loss of accuracy on new labelers above which the page warns, if it is clear; the paper's is 0.028."""
 FEW_PROMPTS = 100
@@ -26,10 +25,8 @@ def headline(metrics: Metrics) -> tuple[Verdict, str]:
     """Whether the reward model agrees with the labeler more often than a coin, and how often."""
     seen, found = metrics.get("trained_on"), estimate(metrics["pair_accuracy"])
     if seen and seen_too_often(seen):
-        return "missing", (
-            f"{seen['rows']:,} of the {seen['of']:,} rows of the test split have prompts that are also in the training "
-            "rows, so this page gives no verdict."
-        )
+        rows = f"{seen['rows']:,} of the {seen['of']:,} rows of the test split"
+        return "missing", f"{rows} have prompts that are also in the training rows, so this page gives no verdict."
     orders = f"it orders {pairs_ordered(metrics)} as the labeler does."
     if found.bounds is None:
         few = "1 prompt is too few" if found.n == 1 else f"{found.n} prompts are too few"
@@ -50,15 +47,13 @@ def accuracy(metrics: Metrics) -> str:
 
 def differs(rows: Rows) -> bool:
     """Do the groups differ by more than chance (Cochran's Q against χ² at 5 %)?"""
-    known = [row for row in rows.values() if row["low"] is not None and row["high"] > row["low"]]
-    if len(known) < 2:
+    known = [(row["mean"], row["high"] - row["low"]) for row in rows.values() if row["low"] is not None]
+    rates, widths = np.array([row for row in known if row[1] > 0]).reshape(-1, 2).T
+    if len(rates) < 2:
         return False
-    rates, widths = (
-        np.array(column) for column in zip(*((r["mean"], r["high"] - r["low"]) for r in known), strict=True)
-    )
     weights = (3.92 / widths) ** 2  # a 95 % interval is 2 × 1.96 errors wide
     q = (weights * (rates - np.average(rates, weights=weights)) ** 2).sum()
-    return bool(stats.chi2.sf(q, len(known) - 1) < 0.05)
+    return bool(stats.chi2.sf(q, len(rates) - 1) < 0.05)
 
 
 def groups(rows: Rows, what: str) -> str:
@@ -75,16 +70,14 @@ def calibration(metrics: Metrics) -> str:
     found = metrics["calibration"]
     if found["ece"] <= max(ECE_FINE, 1.5 * found["ece_by_chance"]):
         return "The reward model is about as sure as it should be"
-    if found["overconfidence"] > 0:
-        return "The reward model is too sure of itself"
-    return "The reward model is not sure enough of itself"
+    return f"The reward model is {'too sure' if found['overconfidence'] > 0 else 'not sure enough'} of itself"
 
 
 def length(metrics: Metrics) -> str:
     """How the score goes with the length of the answer, at equal prompt."""
     found = estimate(metrics["length"]["within_prompt"]["pearson"])
     r, way = found.mean, "higher" if found.mean > 0 else "lower"
-    shown = f"(r = {minus(r, '+.2f')})".replace(" ", NBSP)
+    shown = f"(r = {signed(r)})".replace(" ", NBSP)
     if abs(r) <= 0.1:
         return f"The score hardly depends on length {shown}"
     if found.bounds and found.side_of(0) == "unclear":
@@ -134,89 +127,3 @@ def new_labelers(folds: Metrics) -> str:
     if verb is None:
         return "No clear loss on labelers that the reward model never saw"
     return f"On labelers it never saw, the reward model {verb} {number(100 * abs(change.mean))} points"
-
-
-def warnings(metrics: Metrics) -> list[str]:
-    """Faults of this reward model or of its measurement, and what to do, one sentence or two each."""
-    found = [*_accuracy_warnings(metrics), *_length_warnings(metrics), *_calibration_warnings(metrics)]
-    if seen := metrics.get("trained_on"):
-        found.insert(
-            0,
-            f"{seen['rows']:,} of the {seen['of']:,} rows of the test split have prompts that are also in the training "
-            "rows, so they are not held out. Put other prompts into the test split.",
-        )
-    found += [
-        f"The reward model contradicts {name}: it is right on {percent(row['mean'])} of the pairs. Look at that "
-        "labeler's rows: the scale may be the wrong way round there, or the instructions were read differently."
-        for name, row in metrics["by_labeler"].items()
-        if fails(row)
-    ]
-    folds = metrics.get("labeler_folds")
-    if folds and folds["difference"]["mean"] < -FOLD_LOSS_LIMIT and estimate(folds["difference"]).side_of(0) == "below":
-        found.append(
-            f"{new_labelers(folds)}: it has learned these labelers rather than the task. Collect comparisons from more "
-            "labelers, and report the accuracy on new ones."
-        )
-    return found
-
-
-def _accuracy_warnings(metrics: Metrics) -> list[str]:
-    rate = estimate(metrics["pair_accuracy"])
-    found = []
-    if rate.side_of(0.5) == "below":
-        found.append(
-            "The reward model orders answers the wrong way round. Check the data: `ranks` are lower for the better "
-            "answer, `scores` are higher, a pair names the winner first."
-        )
-    elif rate.bounds and rate.side_of(0.5) == "unclear":
-        found.append(
-            "The accuracy cannot be told from a coin's. Do not train a policy on this reward model. Train it on more "
-            "comparisons or with another learning rate, or evaluate on more prompts if there are few."
-        )
-    if rate.n < FEW_PROMPTS:
-        found.append(
-            f"Only {rate.n} prompts have a compared pair, so the intervals are wide. Evaluate on {FEW_PROMPTS} or "
-            "more, better several hundred."
-        )
-    return found
-
-
-def _length_warnings(metrics: Metrics) -> list[str]:
-    found: list[str] = []
-    if not (measured := metrics["length"]):
-        return found
-    r = (measured["within_prompt"]["pearson"] or {"mean": 0.0})["mean"]
-    if abs(r) > LENGTH_LIMIT:
-        longer, shorter = ("longer", "shorter") if r > 0 else ("shorter", "longer")
-        found.append(
-            f"The score follows length: r = {minus(r, '+.2f')} within prompts. A policy trained on it will learn to "
-            f"write {longer} answers. Add comparisons that the {shorter} answer wins, balance lengths in the training "
-            "data, or take the length's share out of the score; watch answer length during PPO."
-        )
-    for name, other in (("shorter", "longer"), ("longer", "shorter")):
-        if fails(row := measured[f"if_{name}_wins"]):
-            found.append(
-                f"Where the {name} answer is the better one, the reward model still picks the {other} one: "
-                f"{percent(row['mean'])} right, less than a coin. The average hides this."
-            )
-    gain = estimate(measured["gain_over_rule"])
-    if gain.bounds and gain.side_of(0) != "above":
-        found.append(
-            f"The reward model does not clearly beat the rule “{best_rule(metrics)}”. What it knows may be length "
-            "alone. Look at its accuracy where that rule is wrong before you train a policy on it."
-        )
-    return found
-
-
-def _calibration_warnings(metrics: Metrics) -> list[str]:
-    found = metrics["calibration"]
-    if found["ece"] <= max(ECE_LIMIT, 1.5 * found["ece_by_chance"]):
-        return []
-    text = f"The calibration is poor: ECE {number(found['ece'])}. "
-    if found["overconfidence"] > 0:
-        text += "The reward model is too sure: train for fewer epochs (the paper: one) or with a lower learning rate"
-    else:
-        text += "The reward model is not sure enough: train longer or with a higher learning rate"
-    if found["temperature"] is not None:
-        text += f", or divide its scores by {number(found['temperature'])}, which changes no order"
-    return [f"{text}. In PPO the scale of the score and the KL coefficient act together."]

@@ -22,11 +22,10 @@ from instruct_trl.report import findings, findings_reward
 from instruct_trl.report.data import REPORT_JSON, ModelResult, ReportData, load_report_data, save_report_data
 from instruct_trl.report.pictures import MOST_ROWS, draw_all, require_matplotlib
 from instruct_trl.report.pictures_reward import GROUPS, reward_pictures
-from instruct_trl.report.pictures_run import draw_pictures
+from instruct_trl.report.pictures_run import run_pictures
 
 METRICS_JSON = "metrics.json"
 VERDICTS = {"better": "Yes", "worse": "No", "unclear": "Cannot tell", "missing": "Not measured"}
-Pictures = Mapping[str, tuple[Path, Path | None]]
 
 
 def write_report(data: ReportData, output_dir: str | Path) -> Path:
@@ -43,26 +42,19 @@ def write_report(data: ReportData, output_dir: str | Path) -> Path:
     """
     require_matplotlib()
     folder = Path(output_dir)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    selection = _adopt_selection(data, folder / "pictures")
-    pictures: dict[str, tuple[Path, Path | None]] = {**draw_pictures(data, folder / "pictures")}
+    target, selection = folder / "pictures" / "selection.png", data.selection_picture
+    if selection and not Path(selection).is_file():
+        raise FileNotFoundError(
+            f"selection_picture {selection} is not there; give the PNG of select_checkpoint, or None."
+        )
+    pictures: dict[str, tuple[Path, Path | None]] = {**draw_all(run_pictures(data), folder / "pictures")}
     if selection:
-        pictures["selection"] = (selection, None)
-    fill("run", folder, pictures, title=f"Report: {data.run_name}", data=data)
-    save_report_data(data, folder / REPORT_JSON, selection.relative_to(folder) if selection else None)
+        if Path(selection).resolve() != target.resolve():
+            shutil.copyfile(selection, target)  # into the report's own folder, so that the folder can be moved
+        pictures["selection"] = (target, None)
+    _fill("run", folder, pictures, title=f"Report: {data.run_name}", data=data)
+    save_report_data(data, folder / REPORT_JSON, target.relative_to(folder) if selection else None)
     return folder / "report.html"
-
-
-def _adopt_selection(data: ReportData, folder: Path) -> Path | None:
-    """Bring the selection picture into the report's own folder, so that the folder can be moved."""
-    if data.selection_picture is None:
-        return None
-    source, target = Path(data.selection_picture), folder / "selection.png"
-    if not source.is_file():
-        raise FileNotFoundError(f"selection_picture {source} is not there; give the PNG of select_checkpoint, or None.")
-    if source.resolve() != target.resolve():
-        shutil.copyfile(source, target)
-    return target
 
 
 def write_reward_report(
@@ -96,15 +88,27 @@ def write_reward_report(
     folder = Path(folder)
     metrics = {**reward_metrics(records), "labeler_folds": labeler_folds}
     metrics["trained_on"] = {"rows": trained_on[0], "of": trained_on[1]} if trained_on and trained_on[0] else None
-    metrics["warnings"] = findings_reward.warnings(metrics)
+    metrics["warnings"] = reward_warnings(metrics)
     pictures = draw_all(reward_pictures(metrics, records), folder / "pictures")
-    fill("reward_model", folder, pictures, title=title, metrics=metrics, notes=notes)
+    _fill("reward_model", folder, pictures, title=title, metrics=metrics, notes=notes)
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / METRICS_JSON).write_text(text + "\n", encoding="utf-8")
     return metrics
 
 
-def fill(template: str, folder: Path, pictures: Pictures, **values: Any) -> None:
+def reward_warnings(metrics: Mapping[str, Any]) -> list[str]:
+    """Faults of a reward model or of its measurement, and what to do: the texts of warnings.jinja that apply."""
+    found: list[str] = []
+
+    def warn(caller: Callable[[], str]) -> str:
+        found.append(_one_line(caller()))
+        return ""
+
+    environment("md").get_template("warnings.jinja").render(metrics=metrics, warn=warn)
+    return found
+
+
+def _fill(template: str, folder: Path, pictures: Mapping[str, tuple[Path, Path | None]], **values: Any) -> None:
     """Write report.html and report.md of one template into `folder`."""
     for kind in ("html", "md"):
         page = environment(kind).get_template(f"{template}.jinja")
@@ -129,12 +133,12 @@ def environment(kind: str) -> Any:
         "data_uri": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"),
         "fenced": _fenced,
         "md": escape_markdown,
-        "md_start": _line,
-        "one_line": lambda text: re.sub(r"[ \n]+", " ", text).strip(" "),
-        "by_model": by_model,
+        "md_start": _escape_line,
+        "one_line": _one_line,
+        "by_model": _by_model,
     }
-    made.globals |= {"find": findings, "about": findings_reward, "groups": GROUPS, "most_rows": MOST_ROWS}
-    made.globals["verdicts"] = VERDICTS
+    made.globals |= {"find": findings, "about": findings_reward, "verdicts": VERDICTS}
+    made.globals |= {"groups": GROUPS, "most_rows": MOST_ROWS}
     return made
 
 
@@ -145,10 +149,14 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"\r\n|\r|\n", "<br>", text)
 
 
-def _line(text: str) -> str:
+def _escape_line(text: str) -> str:
     """`escape_markdown` for the start of a line, where "- ", "1. " or "===" would begin something else."""
     text = re.sub(r"^([-+=])", r"\\\1", escape_markdown(text))
     return re.sub(r"^(\d+)([.)])", r"\1\\\2", text)
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"[ \n]+", " ", text).strip(" ")  # but for spaces that do not break
 
 
 def _fenced(text: str) -> str:
@@ -156,14 +164,14 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def by_model(rows: Iterable[tuple[str, str, Callable[[Any], str]]], models: Sequence[ModelResult]) -> list[list[str]]:
+def _by_model(rows: Iterable[tuple[str, str, Callable[[Any], str]]], models: Sequence[ModelResult]) -> list[list[str]]:
     """A line per (label, field of `ModelResult`, format of its value) that any model has a value for."""
-    found = [(label, [getattr(model, name) for model in models], form) for label, name, form in rows]
-    return [
-        [label, *("–" if value is None else form(value) for value in values)]
-        for label, values, form in found
-        if any(value is not None for value in values)
-    ]
+    table = []
+    for label, name, form in rows:
+        values = [getattr(model, name) for model in models]
+        if any(value is not None for value in values):
+            table.append([label, *("–" if value is None else form(value) for value in values)])
+    return table
 
 
 def main(arguments: list[str] | None = None) -> None:

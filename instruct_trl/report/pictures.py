@@ -12,22 +12,22 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from instruct_trl.evaluation.estimates import Estimate
 from instruct_trl.report.findings import estimate, share
 
+STYLE = Path(__file__).with_name("templates") / "pictures.mplstyle"
 WIDTH = 5.6  # inches; with 10.5 pt text this still reads at a phone's 360 CSS pixels
 DPI = 200
 LONGEST_NAME = 24  # characters; longer task names of lm-eval and paths lose their middle
 MOST_ROWS = 12  # of a dot plot, so that it fits a phone's screen
-WON = (-4.0, 104.0)  # axis of win rates in per cent, with room for a dot at either end
 
 
 @dataclass(frozen=True)
 class Theme:
     """Colours of one version of the pictures."""
 
-    name: str
     background: str
     text: str
     muted: str
@@ -38,11 +38,12 @@ class Theme:
     faint: float
 
 
-LIGHT = Theme("light", "#ffffff", "#1b1f24", "#5b6570", "#e3e7eb", "#c1500a", "#0067a5", "#5b6570", 0.28)
-DARK = Theme("dark", "#14181d", "#e8ebee", "#a3adb8", "#2c333b", "#f5a623", "#62b8ec", "#a3adb8", 0.32)
+LIGHT = Theme("#ffffff", "#1b1f24", "#5b6570", "#e3e7eb", "#c1500a", "#0067a5", "#5b6570", 0.28)
+DARK = Theme("#14181d", "#e8ebee", "#a3adb8", "#2c333b", "#f5a623", "#62b8ec", "#a3adb8", 0.32)
 
 Draw = Callable[[Theme], Any]
-Drawn = dict[str, tuple[Path, Path]]
+Role = Literal["subject", "baseline", "other"]
+"""A colour of the theme, by its name: that of the headline model, of the baseline, of anything else."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,30 @@ class Dot:
     value: float
     low: float | None
     high: float | None
-    color: str
+    role: Role
     text: str
     hollow: bool = False
+    ticks: Sequence[float] = ()
+    """Single values that the dot is the mean of."""
 
 
-def rate_dot(label: str, row: Any, color: str, hollow: bool = False) -> Dot:
+def rate_dot(label: str, row: Any, role: Role, **more: Any) -> Dot:
     """The dot of a rate, in per cent."""
     found = estimate(row)
     low, high = (None if bound is None else 100 * bound for bound in (found.low, found.high))
-    return Dot(label, 100 * found.mean, low, high, color, share(row), hollow)
+    return Dot(label, 100 * found.mean, low, high, role, **{"text": share(row), **more})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A panel of `curves_picture`: estimates or numbers, and the place and name of the one that is picked."""
+
+    label: str
+    rows: Sequence[Any]
+    role: Role
+    picked: int | None = None
+    text: str = ""
+    below: bool = False  # on which side of the picked point its name stands
 
 
 def require_matplotlib() -> None:
@@ -77,7 +92,7 @@ def require_matplotlib() -> None:
         raise ImportError("The report's pictures need matplotlib: pip install instruct-trl[report]") from error
 
 
-def draw_all(pictures: Mapping[str, Draw], folder: Path) -> Drawn:
+def draw_all(pictures: Mapping[str, Draw], folder: Path) -> dict[str, tuple[Path, Path]]:
     """Draw each picture twice: `folder/name.png` is the light one, `folder/dark/name.png` the dark one."""
     drawn = {name: (folder / f"{name}.png", folder / "dark" / f"{name}.png") for name in pictures}
     (folder / "dark").mkdir(parents=True, exist_ok=True)
@@ -92,33 +107,13 @@ def save_picture(draw: Draw, theme: Theme, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    style: Any = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10.5,
-        "figure.facecolor": theme.background,
-        "figure.titlesize": 12,
-        "figure.titleweight": "bold",
-        "axes.facecolor": theme.background,
-        "axes.edgecolor": theme.muted,
-        "axes.labelcolor": theme.muted,
-        "axes.labelsize": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlecolor": theme.text,
-        "axes.titlesize": 10.5,
-        "axes.axisbelow": True,
+    colors: Any = {
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), theme.background),
+        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), theme.muted),
+        **dict.fromkeys(("axes.titlecolor", "text.color"), theme.text),
         "grid.color": theme.grid,
-        "legend.frameon": False,
-        "legend.fontsize": 9.5,
-        "lines.solid_capstyle": "butt",
-        "text.color": theme.text,
-        "text.parse_math": False,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "xtick.labelsize": 9.5,
-        "ytick.labelsize": 9.5,
     }
-    with rc_context(style), warnings.catch_warnings():
+    with rc_context(colors, fname=STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in letters that the font has not
         figure = draw(theme)
         FigureCanvasAgg(figure).print_figure(path, dpi=DPI, facecolor=theme.background)
@@ -150,6 +145,11 @@ def say(axes: Any, text: str, place: tuple[float, float], offset: tuple[float, f
     axes.annotate(text, place, xytext=offset, textcoords="offset points", zorder=5, path_effects=halo(theme), **kw)
 
 
+def in_corner(axes: Any, text: str, place: tuple[float, float], theme: Theme, **kw: Any) -> None:
+    """Text at a place of the axes, both from 0 to 1."""
+    say(axes, text, place, (0, 0), theme, xycoords="axes fraction", **kw)
+
+
 def halo(theme: Theme) -> list[Any]:
     """An edge in the background's colour."""
     from matplotlib.patheffects import withStroke
@@ -158,7 +158,7 @@ def halo(theme: Theme) -> list[Any]:
 
 
 def dot_picture(
-    title: str, rows: Sequence[Dot], theme: Theme, limits: tuple[float, float], mark: tuple[float, str], label: str
+    title: str, rows: Sequence[Dot], limits: tuple[float, float], mark: tuple[float, str], label: str, theme: Theme
 ) -> Any:
     """A dot plot of its own: `mark` is the place and the name of the dashed line, `label` that of the x axis."""
     figure, (axes,) = panels(1.45 + 0.56 * len(rows), title)
@@ -171,29 +171,30 @@ def dot_picture(
 
 def draw_dots(axes: Any, rows: Sequence[Dot], theme: Theme) -> None:
     """Rows from top to bottom: name at the left, dot on its interval, the numbers above the dot."""
-    for y, row in enumerate(rows):
+    colors = [getattr(theme, row.role) for row in rows]
+    for y, (row, color) in enumerate(zip(rows, colors, strict=True)):
         if row.low is not None and row.high is not None:
-            axes.plot([row.low, row.high], [y, y], color=row.color, linewidth=3, solid_capstyle="butt", alpha=0.75)
-        face = theme.background if row.hollow else row.color
+            axes.plot([row.low, row.high], [y, y], color=color, linewidth=3, alpha=0.75)
+        face = theme.background if row.hollow else color
         style = {"markersize": 9, "markerfacecolor": face, "markeredgewidth": 2, "zorder": 3, "clip_on": False}
-        axes.plot(row.value, y, "o", color=row.color, **style)
+        axes.plot(row.value, y, "o", color=color, **style)
         left, right = axes.get_xlim()
         place = (row.value - left) / (right - left)
         align = "left" if place < 0.2 else "right" if place > 0.8 else "center"
-        say(axes, row.text, (row.value, y), (0, 8), theme, ha=align, color=row.color)
+        say(axes, row.text, (row.value, y), (0, 8), theme, ha=align, color=color)
+        axes.plot(row.ticks, [y + 0.22] * len(row.ticks), "|", color=theme.muted, markersize=7)
     name_rows(axes, [row.label for row in rows], len(rows) - 0.6)
-    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set(color=row.color, fontsize=10.5, fontweight="bold")
+    for label, color in zip(axes.get_yticklabels(), colors, strict=True):
+        label.set(color=color, fontsize=10.5, fontweight="bold")
 
 
-def name_rows(axes: Any, names: Sequence[str], bottom: float, places: Sequence[float] | None = None) -> None:
+def name_rows(axes: Any, names: Sequence[str], bottom: float) -> None:
     """Names in place of a y axis, from top to bottom, with vertical grid lines alone."""
     axes.set_ylim(bottom, -0.75)
-    axes.set_yticks(range(len(names)) if places is None else places, names)
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
 
 
 def reference_line(axes: Any, x: float, text: str, theme: Theme) -> None:
@@ -209,23 +210,39 @@ def accuracy_picture(title: str, rows: Sequence[Dot], theme: Theme) -> Any:
     """Shares of held-out pairs, on an axis in per cent that starts at 40, or lower where the data do."""
     shown = [value for row in rows for value in (row.value, row.low) if value is not None]
     limits = max(-2.0, min(40.0, 5 * (min(shown) // 5))), 100.0
-    return dot_picture(title, rows, theme, limits, (50, "coin flip"), "held-out pairs ordered as the labeler does (%)")
+    return dot_picture(title, rows, limits, (50, "coin flip"), "held-out pairs ordered as the labeler does (%)", theme)
 
 
-def accuracy_by_distance(title: str, metrics: Mapping[str, Any], theme: Theme) -> Any:
+def accuracy_dots(metrics: Mapping[str, Any]) -> list[Dot]:
     """Pair accuracy of `reward_metrics`: of all pairs, then by distance in rank."""
-    rows = [rate_dot("all pairs", metrics["pair_accuracy"], theme.subject)]
-    for distance, row in list(metrics["by_rank_distance"].items())[:MOST_ROWS]:
-        rows.append(rate_dot(f"{distance} rank{'s' * (distance != '1')} apart", row, theme.baseline))
-    return accuracy_picture(title, rows, theme)
+    distances = list(metrics["by_rank_distance"].items())[:MOST_ROWS]
+    return [
+        rate_dot("all pairs", metrics["pair_accuracy"], "subject"),
+        *(rate_dot(f"{distance} rank{'s' * (distance != '1')} apart", row, "baseline") for distance, row in distances),
+    ]
 
 
-def with_intervals(axes: Any, x: Sequence[Any], rows: Sequence[Any], color: str) -> None:
-    """A line through estimates with their intervals."""
-    found = [estimate(row) for row in rows]
-    ends = [[abs(bound - each.mean) for bound in each.bounds or (each.mean, each.mean)] for each in found]
-    style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.6, "elinewidth": 1.4, "capsize": 3}
-    axes.errorbar(x, [each.mean for each in found], yerr=list(zip(*ends, strict=True)), **style)
+def curves_picture(title: str, x: Sequence[Any], x_label: str, curves: Sequence[Curve], theme: Theme) -> Any:
+    """A panel per curve over one axis; a dashed line and a dot mark what is picked."""
+    figure, grid = panels(1 + 1.8 * len(curves), title, len(curves))
+    for axes, curve in zip(grid, curves, strict=True):
+        color = getattr(theme, curve.role)
+        rows = [Estimate(row, None, None, 0) if isinstance(row, int | float) else estimate(row) for row in curve.rows]
+        axes.plot(x, [row.mean for row in rows], "-o", color=color, markersize=4, linewidth=1.6)
+        for at, row in zip(x, rows, strict=True):
+            axes.plot([at] * len(row.bounds or ()), row.bounds or (), color=color, linewidth=1.4)
+        axes.set_title(curve.label, loc="left")
+        axes.margins(x=0.08, y=0.35)
+        axes.locator_params(axis="x", integer=True)
+        if curve.picked is not None:
+            place = (x[curve.picked], rows[curve.picked].mean)
+            axes.axvline(place[0], color=color, linewidth=1.2, linestyle=(0, (4, 3)), alpha=0.6)
+            axes.plot(*place, "o", markersize=11, color=color, markeredgecolor=theme.background, zorder=3)
+            side, shift = ("right", -8) if curve.picked > (len(rows) - 1) / 2 else ("left", 8)
+            style = {"va": "center", "ha": side, "color": color, "fontweight": "bold"}
+            say(axes, curve.text, place, (shift, -13 if curve.below else 13), theme, **style)
+    grid[-1].set_xlabel(x_label)
+    return figure
 
 
 def short(name: str, longest: int = LONGEST_NAME) -> str:

@@ -16,9 +16,10 @@ from instruct_trl.report.pictures import (
     MOST_ROWS,
     Draw,
     Theme,
-    accuracy_by_distance,
+    accuracy_dots,
     accuracy_picture,
-    name_rows,
+    dot_picture,
+    in_corner,
     panels,
     rate_dot,
     say,
@@ -37,25 +38,31 @@ GROUPS: dict[str, tuple[str, Callable[[str], str]]] = {
 
 def reward_pictures(metrics: Metrics, records: Sequence[Record]) -> dict[str, Draw]:
     """The pictures that there are numbers for, by name."""
-    length, folds = metrics["length"], metrics.get("labeler_folds") or {}
-    pictures: dict[str, tuple[Any, Draw]] = {
-        "accuracy": (True, partial(draw_accuracy, metrics)),
-        **{name: (metrics[name], partial(draw_groups, metrics, name)) for name in GROUPS},
-        "labeler_folds": (folds, partial(draw_folds, folds)),
-        "calibration": (True, partial(draw_calibration, metrics)),
-        "length": (
-            length and length["within_prompt"]["pearson"],
-            partial(draw_length, metrics, records),
-        ),
-        "length_rules": (length, partial(draw_rules, metrics)),
-        "scores": ("best_mean" in metrics["scores"], partial(draw_scores, metrics, records)),
+    overall = rate_dot("all pairs", metrics["pair_accuracy"], "subject")
+    pictures: dict[str, Draw] = {
+        "accuracy": partial(accuracy_picture, findings.accuracy(metrics), accuracy_dots(metrics)),
+        "calibration": partial(draw_calibration, metrics),
     }
-    return {name: draw for name, (applies, draw) in pictures.items() if applies}
-
-
-def draw_accuracy(metrics: Metrics, theme: Theme) -> Any:
-    """Pair accuracy: of all pairs, then by distance in rank."""
-    return accuracy_by_distance(findings.accuracy(metrics), metrics, theme)
+    for name, (what, label) in GROUPS.items():
+        if rows := metrics[name]:
+            dots = [overall, *(rate_dot(label(group), row, "baseline") for group, row in shown_groups(rows).items())]
+            pictures[name] = partial(accuracy_picture, findings.groups(rows, what), dots)
+    if folds := metrics.get("labeler_folds"):
+        pictures["labeler_folds"] = partial(draw_folds, folds)
+    if length := metrics["length"]:
+        # The model beside two rules that know nothing but length, and where it stands when length misleads.
+        dots = [rate_dot("reward model", metrics["pair_accuracy"], "subject")]
+        for name in ("longer", "shorter"):
+            if row := length[f"if_{name}_wins"]:
+                dots.append(rate_dot(f"… where the {name} wins", row, "subject", hollow=True))
+        for name in ("longer", "shorter"):
+            dots.append(rate_dot(f"rule: {name} is better", length[f"{name}_is_better"], "baseline"))
+        pictures["length_rules"] = partial(accuracy_picture, findings.rules(metrics), dots)
+        if length["within_prompt"]["pearson"]:
+            pictures["length"] = partial(draw_length, metrics, records)
+    if "best_mean" in metrics["scores"]:
+        pictures["scores"] = partial(draw_scores, metrics, records)
+    return pictures
 
 
 def shown_groups(rows: Rows) -> Rows:
@@ -64,47 +71,18 @@ def shown_groups(rows: Rows) -> Rows:
     return {name: row for name, row in rows.items() if name in largest}
 
 
-def draw_groups(metrics: Metrics, name: str, theme: Theme) -> Any:
-    """Pair accuracy of each group, under that of all pairs."""
-    what, label = GROUPS[name]
-    rows = [rate_dot("all pairs", metrics["pair_accuracy"], theme.subject)]
-    rows += [rate_dot(label(group), row, theme.baseline) for group, row in shown_groups(metrics[name]).items()]
-    return accuracy_picture(findings.groups(metrics[name], what), rows, theme)
-
-
-def draw_rules(metrics: Metrics, theme: Theme) -> Any:
-    """The model beside two rules that know nothing but length, and where it stands when length misleads."""
-    rows, length = [rate_dot("reward model", metrics["pair_accuracy"], theme.subject)], metrics["length"]
-    for name in ("longer", "shorter"):
-        if length[f"if_{name}_wins"]:
-            rows.append(rate_dot(f"… where the {name} wins", length[f"if_{name}_wins"], theme.subject, hollow=True))
-    rows += [rate_dot(f"rule: {n} is better", length[f"{n}_is_better"], theme.baseline) for n in ("longer", "shorter")]
-    return accuracy_picture(findings.rules(metrics), rows, theme)
-
-
 def draw_folds(folds: Metrics, theme: Theme) -> Any:
-    """Each fold's accuracy on its training labelers and on its held-out ones, joined; below them the means."""
-    n = len(folds["folds"])
-    figure, (axes,) = panels(2.2 + 0.42 * n, findings.new_labelers(folds))
-    colors = {"held_in": theme.baseline, "held_out": theme.subject}
-    values = np.array([[100 * fold[name]["mean"] for name in colors] for fold in folds["folds"]])
-    axes.plot(values.T, np.tile(np.arange(n), (2, 1)), color=theme.muted, linewidth=1.5, zorder=1)
-    for i, (name, color) in enumerate(colors.items()):
-        axes.plot(values[:, i], range(n), "o", color=color, markersize=7, zorder=3)
-        found, place = estimate(folds[name]), n + 0.3 + i
-        bounds = [100 * bound for bound in found.bounds or ()]
-        axes.plot(bounds, [place] * len(bounds), color=color, linewidth=3, zorder=3)
-        axes.plot([100 * found.mean], [place], "o", color=color, markersize=9, zorder=3)
-        style = {"ha": "center", "color": color, "fontweight": "bold", "annotation_clip": False}
-        say(axes, share(found, 1), (100 * found.mean, place), (0, 8), theme, **style)
-    margin = max(4.0, 0.5 * np.ptp(values))
-    axes.set_xlim(values.min() - margin, values.max() + margin)
-    names = [*(f"fold {i + 1}" for i in range(n)), "seen labelers", "new labelers"]
-    name_rows(axes, names, n + 1.8, [*range(n), n + 0.3, n + 1.3])
-    for label, color in zip(axes.get_yticklabels()[n:], colors.values(), strict=True):
-        label.set(color=color, fontweight="bold")
-    axes.set_xlabel("held-out pairs ordered as the labeler does (%)")
-    return figure
+    """Accuracy on labelers in training and on new ones: means with their intervals, and a tick per fold."""
+    seen, new = ([100 * fold[name]["mean"] for fold in folds["folds"]] for name in ("held_in", "held_out"))
+    rows = [
+        rate_dot("seen labelers", folds["held_in"], "baseline", text=share(folds["held_in"], 1), ticks=seen),
+        rate_dot("new labelers", folds["held_out"], "subject", text=share(folds["held_out"], 1), ticks=new),
+    ]
+    shown = [value for row in rows for value in (row.low, row.value, row.high, *row.ticks) if value is not None]
+    margin = max(4.0, 0.5 * (max(shown) - min(shown)))
+    limits, mark = (min(shown) - margin, max(shown) + margin), (rows[0].value, "seen labelers")
+    label = "held-out pairs ordered as the labeler does (%)\nticks are folds"
+    return dot_picture(findings.new_labelers(folds), rows, limits, mark, label, theme)
 
 
 def draw_calibration(metrics: Metrics, theme: Theme) -> Any:
@@ -125,13 +103,9 @@ def draw_calibration(metrics: Metrics, theme: Theme) -> Any:
     axes.set_ylim(max(-2, lowest - 2), 101)
     axes.set_xlim(49.5, 100.5)
     ece = f"ECE {number(metrics['calibration']['ece'])}"
-    corner: Any
-    for place, text, corner in (
-        ((0.03, 0.96), ece, {"va": "top", "color": theme.subject, "fontsize": 12, "fontweight": "bold"}),
-        ((0.04, 0.83), "dashed: right as often as it says", {"fontsize": 9.5}),
-        ((0.97, 0.05), "below the line:\ntoo sure", {"ha": "right", "color": theme.muted, "fontsize": 9.5}),
-    ):
-        say(axes, text, place, (0, 0), theme, xycoords="axes fraction", **corner)
+    in_corner(axes, ece, (0.03, 0.96), theme, va="top", color=theme.subject, fontsize=12, fontweight="bold")
+    in_corner(axes, "dashed: right as often as it says", (0.04, 0.83), theme, fontsize=9.5)
+    in_corner(axes, "below the line:\ntoo sure", (0.97, 0.05), theme, ha="right", color=theme.muted, fontsize=9.5)
     axes.set_ylabel("pairs it ordered right (%)")
     pairs = np.array([row["accuracy"]["n_pairs"] for row in bins])
     style = {"align": "edge", "color": theme.baseline, "edgecolor": theme.background}
@@ -155,8 +129,8 @@ def draw_length(metrics: Metrics, records: Sequence[Record], theme: Theme) -> An
     axes.plot(*means, "-o", color=theme.subject, linewidth=2.2, markersize=6)
     axes.set_xlim(*(1.1 * np.quantile(x, [0.005, 0.995])))
     axes.set_ylim(*(np.quantile(y, [0.005, 0.995]) * [1.1, 1.35]))
-    style = {"va": "top", "color": theme.subject, "fontweight": "bold", "xycoords": "axes fraction"}
-    say(axes, "mean of an eighth of the answers", (0.03, 0.97), (0, 0), theme, **style)
+    text, style = "mean of an eighth of the answers", {"color": theme.subject, "fontweight": "bold"}
+    in_corner(axes, text, (0.03, 0.97), theme, va="top", **style)
     axes.set_xlabel("length minus the prompt's mean (tokens)   longer →")
     axes.set_ylabel("reward minus the prompt's mean\n(logits)")
     return figure
@@ -169,12 +143,16 @@ def draw_scores(metrics: Metrics, records: Sequence[Record], theme: Theme) -> An
     spread = max(high - low, 1e-6)
     edges = np.linspace(low - 0.02 * spread, high + 0.02 * spread, 31)
     figure, (above, below) = panels(4.4, findings.scores(metrics), 2, height_ratios=[1, 1.5])
-    _histogram(above, groups["all"], edges, theme.other)
     above.set_title(f"all {len(groups['all']):,} answers", loc="left", color=theme.other, fontweight="bold")
-    names = sorted(("best", "worst"), key=lambda name: groups[name].mean())
-    for name, align, shift in zip(names, ("right", "left"), (-6, 6), strict=True):
-        color, mean = theme.subject if name == "best" else theme.baseline, groups[name].mean()
-        _histogram(below, groups[name], edges, color)
+    lower, higher = sorted(("best", "worst"), key=lambda name: groups[name].mean())
+    colors = {"all": theme.other, "best": theme.subject, "worst": theme.baseline}
+    for axes, name in ((above, "all"), (below, lower), (below, higher)):
+        inside = np.clip(groups[name], edges[0], edges[-1])  # what lies outside counts in the outermost bars
+        shares = 100 * np.histogram(inside, edges)[0] / max(1, len(inside))
+        axes.stairs(shares, edges, fill=True, color=colors[name], alpha=0.3)
+        axes.stairs(shares, edges, color=colors[name], linewidth=1.6)
+    for name, align, shift in ((lower, "right", -6), (higher, "left", 6)):
+        color, mean = colors[name], groups[name].mean()
         below.axvline(mean, color=color, linewidth=1.6, linestyle=(0, (4, 3)))
         style = {"ha": align, "va": "top", "color": color, "fontweight": "bold", "xycoords": ("data", "axes fraction")}
         say(below, f"{name}-ranked\nmean {number(mean)}", (mean, 1), (shift, -2), theme, **style)
@@ -184,10 +162,3 @@ def draw_scores(metrics: Metrics, records: Sequence[Record], theme: Theme) -> An
         axes.grid(visible=False)
     below.set_xlabel("reward (logits: 1 more means odds of 2.7 to 1)")
     return figure
-
-
-def _histogram(axes: Any, values: np.ndarray, edges: np.ndarray, color: str) -> None:
-    """Shares in per cent; what lies outside the edges counts in the outermost bars."""
-    shares = 100 * np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / max(1, len(values))
-    axes.stairs(shares, edges, fill=True, color=color, alpha=0.3)
-    axes.stairs(shares, edges, color=color, linewidth=1.6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,16 @@ from instruct_trl.evaluation.gold import best_checkpoint, path_means
 from instruct_trl.report.data import LogRows, ReportData, series
 from instruct_trl.report.findings import NBSP, estimate, judges_of_subject, minus, number
 from instruct_trl.report.pictures import (
-    WON,
+    Curve,
     Dot,
-    Drawn,
+    Draw,
+    Role,
     Theme,
-    accuracy_by_distance,
+    accuracy_dots,
+    accuracy_picture,
+    curves_picture,
     dot_picture,
-    draw_all,
+    in_corner,
     name_rows,
     panels,
     rate_dot,
@@ -28,7 +30,6 @@ from instruct_trl.report.pictures import (
     say,
     short,
     short_names,
-    with_intervals,
 )
 
 SCORES = {"labeler_score": "Labeler score (what we want)", "score": "Reward model score (what PPO maximises)"}
@@ -40,16 +41,34 @@ TRAINING = {
     "value_loss": "Value loss (score²)",
     "explained_variance": "Explained variance (1 is perfect)",
 }
+# Limits of an axis that keep one wild step from flattening the rest; matplotlib's own do for the other curves.
+LIMITS: dict[str, Callable[[Sequence[float]], tuple[float, float]]] = {
+    "explained_variance": lambda y: (max(min(y) - 0.05, -1.0), 1.05),
+    "value_loss": lambda y: (0.0, max(1e-6, 1.05 * min(max(y), 4 * float(np.quantile(y, 0.75))))),
+}
 MARKERS = ("o", "s", "^", "D", "v", "P")
+WON = (-4.0, 104.0)  # axis of win rates in per cent, with room for a dot at either end
+BOLD: dict[str, Any] = {"fontweight": "bold"}
 
 
-def draw_pictures(data: ReportData, folder: Path) -> Drawn:
-    """Draw every picture that `data` has numbers for, as `draw_all` does."""
-    data = for_pictures(data)
-    return draw_all({name: partial(draw, data) for name, (has, draw) in PICTURES.items() if has(data)}, folder)
+def run_pictures(data: ReportData) -> dict[str, Draw]:
+    """The pictures that `data` has numbers for, by name."""
+    data = with_short_names(data)
+    pictures = {
+        "win_rate": (any(model.win for model in data.models), draw_win_rate),
+        "judges": (judges_of_subject(data), draw_judges),
+        "frontier": (any(data.series(key, against="kl")[1] for key in SCORES), draw_frontier),
+        "runs": (data.runs and len(run_logs(data)) > 1, draw_runs),
+        "checkpoints": (data.checkpoints, draw_checkpoints),
+        "reward_model": (data.reward_model, draw_reward_model),
+        "pretraining": (any(model.pretraining_loss for model in data.models), draw_pretraining),
+        "tasks": (any("change" in row for model in data.models for row in model.tasks.values()), draw_tasks),
+        "training": (any(data.series(key)[1] for key in TRAINING), draw_training),
+    }
+    return {name: partial(draw, data) for name, (applies, draw) in pictures.items() if applies}
 
 
-def for_pictures(data: ReportData) -> ReportData:
+def with_short_names(data: ReportData) -> ReportData:
     """The same report with every name of the user's as pictures show it."""
     models = {model.name for model in data.models} | {data.baseline, data.kl_reference, data.training_reference}
     names = short_names(sorted(models | set(data.runs)))
@@ -67,45 +86,43 @@ def for_pictures(data: ReportData) -> ReportData:
             for row in data.judged
         ],
         runs={names[name]: log for name, log in data.runs.items()},
-        kl_reference=names[data.kl_reference],
         training_reference=names[data.training_reference],
         kl_unit=short(data.kl_unit),
     )
 
 
-def _color(data: ReportData, name: str, theme: Theme) -> str:
+def _role(data: ReportData, name: str) -> Role:
     if name == data.headline_model.name:
-        return theme.subject
-    return theme.baseline if name == data.baseline else theme.other
+        return "subject"
+    return "baseline" if name == data.baseline else "other"
 
 
 def draw_win_rate(data: ReportData, theme: Theme) -> Any:
     """The paper's Fig. 1 in small: win rate of each model against the baseline, which is the 50 % line."""
-    rows = [
-        Dot(model.name, 50, None, None, theme.baseline, "the baseline", hollow=True)
-        if model.name == data.baseline
-        else rate_dot(model.name, model.win, _color(data, model.name, theme))
-        for model in data.models
-        if model.win is not None or model.name == data.baseline
-    ]
+    rows = []
+    for model in data.models:
+        if model.name == data.baseline:
+            rows.append(Dot(model.name, 50, None, None, "baseline", "the baseline", hollow=True))
+        elif model.win is not None:
+            rows.append(rate_dot(model.name, model.win, _role(data, model.name)))
     label = f"prompts won, ties count half (%)\n← {data.baseline} better   |   {data.baseline} worse →"
     title = f"How often does the labeler prefer each model to {data.baseline}?"
-    return dot_picture(title, rows, theme, WON, (50, f"as good as {data.baseline}"), label)
+    return dot_picture(title, rows, WON, (50, f"as good as {data.baseline}"), label, theme)
 
 
 def draw_judges(data: ReportData, theme: Theme) -> Any:
     """The headline model's win rate by every judge, the labeler first."""
     subject = data.headline_model
-    rows = [rate_dot("labeler", subject.win, theme.subject)] if subject.win else []
-    rows += [rate_dot(row["judge"], row, theme.baseline) for row in judges_of_subject(data)]
-    title = f"Who prefers {subject.name} to {data.baseline}?"
-    mark = (50, f"as good as {data.baseline}")
-    return dot_picture(title, rows, theme, WON, mark, "prompts won, ties count half (%)")
+    rows = [rate_dot("labeler", subject.win, "subject")] if subject.win else []
+    rows += [rate_dot(row["judge"], row, "baseline") for row in judges_of_subject(data)]
+    title, label = f"Who prefers {subject.name} to {data.baseline}?", "prompts won, ties count half (%)"
+    return dot_picture(title, rows, WON, (50, f"as good as {data.baseline}"), label, theme)
 
 
 def draw_reward_model(data: ReportData, theme: Theme) -> Any:
     """Held-out pairs that the RM orders as the labeler does: all of them, then by distance in rank."""
-    return accuracy_by_distance("How often does the reward model agree with the labeler?", data.reward_model, theme)
+    title = "How often does the reward model agree with the labeler?"
+    return accuracy_picture(title, accuracy_dots(data.reward_model), theme)
 
 
 def draw_pretraining(data: ReportData, theme: Theme) -> Any:
@@ -115,14 +132,13 @@ def draw_pretraining(data: ReportData, theme: Theme) -> Any:
     rows = []
     for name, loss in losses.items():
         text = f"{loss.mean:.3f}" + ("" if name == first else f"  ({minus(loss.mean - start, '+.3f')})")
-        rows.append(Dot(name, loss.mean, loss.low, loss.high, _color(data, name, theme), text))
+        rows.append(Dot(name, loss.mean, loss.low, loss.high, _role(data, name), text))
     shown = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
     # A change below 0.05 nats is small: a tight axis must not make it look large.
     margin = max(0.25 * (max(shown) - min(shown)), 0.05)
-    limits, label = (min(shown) - margin, max(shown) + margin), "loss (nats per token)\n← better   |   worse →"
-    return dot_picture(
-        "What does training cost on pretraining text?", rows, theme, limits, (start, f"as {first}"), label
-    )
+    limits, mark = (min(shown) - margin, max(shown) + margin), (start, f"as {first}")
+    title, label = "What does training cost on pretraining text?", "loss (nats per token)\n← better   |   worse →"
+    return dot_picture(title, rows, limits, mark, label, theme)
 
 
 def _score_panels(data: ReportData, title: str, logs: Sequence[LogRows]) -> tuple[Any, dict[str, Any]]:
@@ -141,19 +157,18 @@ def draw_frontier(data: ReportData, theme: Theme) -> Any:
     figure, grid = _score_panels(data, f"What does moving away from {data.training_reference} buy?", [data.training])
     for key, axes in grid.items():
         color = theme.subject if key == "labeler_score" else theme.baseline
-        axes.set_title(SCORES[key], loc="left", color=color, fontweight="bold")
+        axes.set_title(SCORES[key], loc="left", color=color, **BOLD)
         kl, scores = data.series(key, against="kl")
         x, y = path_means(kl), path_means(scores)
         if len(x) < len(kl):
             axes.plot(kl, scores, "o", markersize=3, color=color, alpha=theme.faint, markeredgewidth=0)
         axes.plot(x, y, "-o", color=color, linewidth=1.6, markersize=4)
-        axes.plot(x[0], y[0], "o", markersize=10, color=color, markerfacecolor=theme.background, markeredgewidth=2)
-        axes.plot(x[-1], y[-1], "o", markersize=10, color=color)
         # Each label goes to the side that the path does not take.
-        below = (bool(np.median(y) >= y[0]), bool(np.median(y) > y[-1]))
-        for i, label, align, under in ((0, "start", "left", below[0]), (-1, "end", "right", below[1])):
-            place = (0, -19 if under else 10)
-            say(axes, f"{label} {number(y[i])}", (x[i], y[i]), place, theme, ha=align, fontweight="bold")
+        start_below, end_below = np.median(y) >= y[0], np.median(y) > y[-1]
+        for i, text, align, below in ((0, "start", "left", start_below), (-1, "end", "right", end_below)):
+            face = theme.background if text == "start" else color
+            axes.plot(x[i], y[i], "o", markersize=10, color=color, markerfacecolor=face, markeredgewidth=2)
+            say(axes, f"{text} {number(y[i])}", (x[i], y[i]), (0, -19 if below else 10), theme, ha=align, **BOLD)
     return figure
 
 
@@ -168,18 +183,16 @@ def draw_runs(data: ReportData, theme: Theme) -> Any:
     logs, own = run_logs(data), data.headline_model.name
     title = f"What does distance from {data.training_reference} buy, run by run?"
     figure, grid = _score_panels(data, title, list(logs.values()))
-    for row, (key, axes) in enumerate(grid.items()):
+    for key, axes in grid.items():
         axes.set_ylabel("labeler score" if key == "labeler_score" else "RM score")
         for place, (name, log) in enumerate(logs.items()):
             x, y = series(log, key, "kl")
-            if not y:
-                continue
             color = theme.subject if name == own else theme.baseline if place == 1 else theme.other
             marker, line = MARKERS[place % len(MARKERS)], ("-", "--", ":", "-.")[place % 4]
             style = {"color": color, "marker": marker, "linestyle": line, "linewidth": 1.6, "markersize": 4}
-            axes.plot(path_means(x), path_means(y), label=name, **style)
-        if row == 0:
-            _legend(axes)
+            if y:
+                axes.plot(path_means(x), path_means(y), label=name, **style)
+    _legend(next(iter(grid.values())))
     return figure
 
 
@@ -190,19 +203,14 @@ def _legend(axes: Any) -> None:
 def draw_checkpoints(data: ReportData, theme: Theme) -> Any:
     """Labeler and RM score of the run's checkpoints on validation prompts; the labeler's best is marked."""
     rows = [row for row in data.checkpoints if row.get("labeler_score") is not None]
-    steps, best = [row["step"] for row in rows], best_checkpoint(rows)
-    figure, (upper, lower) = panels(4.6, "Which checkpoint does the labeler like best?", 2)
-    with_intervals(upper, steps, [row["labeler_score"] for row in rows], theme.subject)
-    place = (best["step"], best["labeler_score"]["mean"])
-    upper.plot(*place, "o", markersize=11, color=theme.subject)
-    say(upper, f"best {number(place[1])}", place, (0, 10), theme, ha="center", fontweight="bold")
-    upper.set_ylabel("labeler score")
-    lower.plot(steps, [row["score"] for row in rows], "-s", color=theme.baseline, linewidth=1.6, markersize=5)
-    lower.set_ylabel("RM score")
-    lower.set_xlabel("optimizer step")
-    for axes in (upper, lower):
-        axes.margins(x=0.08, y=0.25)
-    return figure
+    best: Any = best_checkpoint(rows)
+    text = f"best {number(best['labeler_score']['mean'])}"
+    curves = [
+        Curve("Labeler score", [row["labeler_score"] for row in rows], "subject", rows.index(best), text),
+        Curve("Reward model score", [row["score"] for row in rows], "baseline"),
+    ]
+    title = "Which checkpoint does the labeler like best?"
+    return curves_picture(title, [row["step"] for row in rows], "optimizer step", curves, theme)
 
 
 def draw_tasks(data: ReportData, theme: Theme) -> Any:
@@ -212,15 +220,14 @@ def draw_tasks(data: ReportData, theme: Theme) -> Any:
     figure, (axes,) = panels(height, f"What do the tasks lose or gain against {data.models[0].name}?")
     step = 0.7 / len(models)
     for place, model in enumerate(models):
-        color, marker = _color(data, model.name, theme), MARKERS[place % len(MARKERS)]
+        color, marker = getattr(theme, _role(data, model.name)), MARKERS[place % len(MARKERS)]
         axes.plot([], [], marker, linestyle="", markersize=7, color=color, label=model.name)
-        for y, row in enumerate(model.tasks.get(name, {}) for name in data.tasks):
-            if "change" not in row:
-                continue
-            at, change = y - 0.35 + step * (place + 0.5), estimate(row["change"])
-            bounds = [100 * bound for bound in change.bounds or ()]
-            axes.plot(bounds, [at] * len(bounds), color=color, linewidth=2.5, alpha=0.75)
-            axes.plot([100 * change.mean], [at], marker, markersize=7, color=color, zorder=3)
+        for y, name in enumerate(data.tasks):
+            if change := model.tasks.get(name, {}).get("change"):
+                at, found = y - 0.35 + step * (place + 0.5), estimate(change)
+                bounds = [100 * bound for bound in found.bounds or ()]
+                axes.plot(bounds, [at] * len(bounds), color=color, linewidth=2.5, alpha=0.75)
+                axes.plot([100 * found.mean], [at], marker, markersize=7, color=color, zorder=3)
     reference_line(axes, 0, "", theme)
     name_rows(axes, data.tasks, len(data.tasks) - 0.4)
     axes.set_xlabel("change in points\n← worse   |   better →")
@@ -235,16 +242,22 @@ def draw_training(data: ReportData, theme: Theme) -> Any:
     figure, grid = panels(0.75 + 1.75 * rows, "How did PPO training go?", rows, ncols=2)
     for axes, (key, (x, y)) in zip(grid, curves.items(), strict=False):
         color = theme.subject if key == "labeler_score" else theme.baseline
-        limits = _limits(key, y)
-        smooth = _smooth(np.clip(y, *limits) if limits else np.asarray(y))
+        low, high = LIMITS[key](y) if key in LIMITS else (-np.inf, np.inf)
+        smooth = _smooth(np.clip(y, low, high))
         axes.plot(x, y, color=color, alpha=theme.faint, linewidth=1)
         axes.plot(x, smooth, color=color, linewidth=2)
         axes.plot(x[-1], smooth[-1], "o", color=color, markersize=5, clip_on=False, zorder=4)
         axes.set_title(TRAINING[key].format(unit=data.kl_unit), loc="left", fontsize=9.5)
-        style = {"va": "center", "color": color, "fontweight": "bold", "fontsize": 9.5, "annotation_clip": False}
+        style = {"va": "center", "color": color, "fontsize": 9.5, "annotation_clip": False} | BOLD
         say(axes, number(smooth[-1]), (x[-1], smooth[-1]), (6, 0), theme, **style)
-        if limits:
-            _limit(axes, limits, y)
+        if key in LIMITS:
+            axes.set_ylim(low, high)
+        for outside, text, place in ((np.less(y, low), "↓", 0.05), (np.greater(y, high), "↑", 0.95)):
+            if outside.any():
+                align = {"ha": "right", "va": "bottom" if place < 0.5 else "top"}
+                in_corner(
+                    axes, f"{outside.sum()}{NBSP}off the axis {text}", (0.97, place), theme, fontsize=8.5, **align
+                )
         axes.locator_params(axis="x", nbins=4)
         axes.locator_params(axis="y", nbins=5)
         if max(x) >= 10_000:
@@ -262,37 +275,3 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """Centred moving mean over about a tenth of the values; shorter windows at the ends."""
     half = len(values) // 20
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
-
-
-def _limits(key: str, values: Sequence[float]) -> tuple[float, float] | None:
-    """Axis limits that keep one wild step from flattening the rest; None where matplotlib's own will do."""
-    if key == "explained_variance":
-        return max(min(values) - 0.05, -1.0), 1.05
-    if key == "value_loss":
-        return 0.0, max(1e-6, 1.05 * min(max(values), 4 * float(np.quantile(values, 0.75))))
-    return None
-
-
-def _limit(axes: Any, limits: tuple[float, float], values: Sequence[float]) -> None:
-    axes.set_ylim(*limits)
-    below, above = sum(value < limits[0] for value in values), sum(value > limits[1] for value in values)
-    for outside, arrow, y, align in ((below, "↓", 0.05, "bottom"), (above, "↑", 0.95, "top")):
-        if outside:
-            text = f"{outside}{NBSP}off the axis {arrow}"
-            axes.text(0.97, y, text, transform=axes.transAxes, fontsize=8.5, ha="right", va=align)
-
-
-PICTURES: dict[str, tuple[Callable[[ReportData], bool], Callable[[ReportData, Theme], Any]]] = {
-    "win_rate": (lambda data: any(model.win for model in data.models), draw_win_rate),
-    "frontier": (lambda data: any(data.series(key, against="kl")[1] for key in SCORES), draw_frontier),
-    "reward_model": (lambda data: bool(data.reward_model), draw_reward_model),
-    "pretraining": (lambda data: any(model.pretraining_loss for model in data.models), draw_pretraining),
-    "training": (lambda data: any(data.series(key)[1] for key in TRAINING), draw_training),
-    "judges": (lambda data: bool(judges_of_subject(data)), draw_judges),
-    "tasks": (
-        lambda data: any("change" in row for model in data.models for row in model.tasks.values()),
-        draw_tasks,
-    ),
-    "runs": (lambda data: bool(data.runs) and len(run_logs(data)) > 1, draw_runs),
-    "checkpoints": (lambda data: bool(data.checkpoints), draw_checkpoints),
-}

@@ -8,7 +8,7 @@ from typing import Any
 from instruct_trl.evaluation.selection import Difference, SelectionResult, save_selection
 from instruct_trl.report.findings import figure, minus
 from instruct_trl.report.pages import environment
-from instruct_trl.report.pictures import LIGHT, Theme, panels, save_picture, short, with_intervals
+from instruct_trl.report.pictures import LIGHT, Curve, Theme, curves_picture, save_picture, short
 
 
 def write_selection(result: SelectionResult, folder: Path) -> None:
@@ -66,33 +66,16 @@ def _name(result: SelectionResult, checkpoint: str) -> str:
 
 def draw_selection(result: SelectionResult, theme: Theme) -> Any:
     """RM score above, validation loss below, over epochs; a filled, named dot where each criterion picks."""
-    n = 1 if result.best_by_loss is None else 2
-    figure, grid = panels(1 + 1.8 * n, f"SFT selection by RM score: {short(_name(result, result.best))}", n)
-    has_epoch = all(row.epoch is not None for row in result.rows)
-    x = [row.epoch if has_epoch else (row.step or i) for i, row in enumerate(result.rows)]
-    with_intervals(grid[0], x, [row.rm_score for row in result.rows], theme.subject)
-    grid[0].set_title("RM score of its answers (95 % interval; higher is better)", loc="left")
-    _mark(grid[0], result, result.best, (x, [row.rm_score.mean for row in result.rows]), theme.subject, 13)
+    rows, has_epoch = result.rows, all(row.epoch is not None for row in result.rows)
+    places = {row.checkpoint: i for i, row in enumerate(rows)}
+    picks = f"picks {short(_name(result, result.best))}"
+    label = "RM score of its answers (95 % interval; higher is better)"
+    curves = [Curve(label, [row.rm_score for row in rows], "subject", places[result.best], picks)]
     if result.best_by_loss is not None:
-        losses = [row.validation_loss for row in result.rows]
-        grid[1].plot(x, losses, color=theme.baseline, marker="o", markersize=4, linewidth=1.6)
-        grid[1].set_title("Validation loss (nats per token; lower is better)", loc="left")
-        _mark(grid[1], result, result.best_by_loss, (x, losses), theme.baseline, -13)
-    grid[-1].set_xlabel("epoch" if has_epoch else "training step")
-    for axes in grid:
-        axes.margins(x=0.08, y=0.35)
-        axes.locator_params(axis="x", integer=True)
-    return figure
-
-
-def _mark(axes: Any, result: SelectionResult, checkpoint: str, curve: tuple[Any, Any], color: str, above: int) -> None:
-    """Name the picked point, above a maximum and below a minimum: there the curve is not in the way."""
-    index = [row.checkpoint for row in result.rows].index(checkpoint)
-    place = (curve[0][index], curve[1][index])
-    axes.axvline(place[0], color=color, linewidth=1.2, linestyle=(0, (4, 3)), alpha=0.6)
-    axes.plot(*place, "o", markersize=11, color=color, markeredgecolor=axes.get_facecolor(), zorder=3)
-    left = index > (len(result.rows) - 1) / 2
-    axes.annotate(
-        f"picks {short(_name(result, checkpoint))}", place, xytext=(-8 if left else 8, above), va="center",
-        textcoords="offset points", ha="right" if left else "left", color=color, fontweight="bold",
-    )  # fmt: skip
+        losses, picks = [row.validation_loss for row in rows], f"picks {short(_name(result, result.best_by_loss))}"
+        label = "Validation loss (nats per token; lower is better)"
+        # Below a minimum, as above a maximum, the curve is not in the way of the name.
+        curves.append(Curve(label, losses, "baseline", places[result.best_by_loss], picks, below=True))
+    x = [row.epoch if has_epoch else (row.step or i) for i, row in enumerate(rows)]
+    title = f"SFT selection by RM score: {short(_name(result, result.best))}"
+    return curves_picture(title, x, "epoch" if has_epoch else "training step", curves, theme)

@@ -14,6 +14,7 @@ from instruct_trl.judges import find_questions
 from instruct_trl.judges.base import Reply
 from instruct_trl.judges.tally import tally_pairs, tally_question, win_rate_difference
 from instruct_trl.report import findings_reward as reward_captions
+from instruct_trl.report.pages import reward_warnings
 
 
 def test_standard_error_of_one_row_a_prompt_and_of_equal_prompts():
@@ -165,5 +166,5 @@ def test_a_page_on_one_or_two_prompts_says_that_there_is_no_interval(prompts):
         verdict, text = reward_captions.headline(metrics)
         few = "1 prompt is too few" if prompts == 1 else "2 prompts are too few"
         assert (verdict, text.startswith(f"{few} for an interval")) == ("missing", True)
-        assert any(f"Only {prompts} prompt" in warning for warning in reward_captions.warnings(metrics))
+        assert any(f"Only {prompts} prompt" in warning for warning in reward_warnings(metrics))
         json.dumps(metrics, allow_nan=False)

@@ -86,11 +86,6 @@ def test_hacks_are_named_with_their_numbers():
     assert "None of the usual signs" in findings.hacks(example_report(models=same))
 
 
-def test_a_report_says_whether_people_judged():
-    assert findings.who_judged(example_report(judged=[])).startswith("No person judged these answers.")
-    assert findings.who_judged(example_report()).endswith("What people said is below.")
-
-
 def test_judges_that_disagree_are_named():
     text = plain(findings.judges(example_report()))
     assert "judge-1 40 % (34 to 46)" in text

@@ -12,7 +12,6 @@ from launch_helpers import run_program
 from report_example import NASTY, example_report, task
 
 from instruct_trl.report import pictures
-from instruct_trl.report import pictures_run as plots
 from instruct_trl.report.data import ModelResult, ReportData, load_report_data, save_report_data
 from instruct_trl.report.pages import environment, main, write_report
 from instruct_trl.report.pictures import require_matplotlib
@@ -71,7 +70,7 @@ def test_markdown_shows_answers_as_they_are(written):
     assert "line one<br><br>line two" in html
     assert "script" not in page.tags
     assert [link for link in page.links if not link.startswith("pictures/")] == []
-    assert {link for link in page.links} == {f"pictures/{name}.png" for name in plots.PICTURES}
+    assert set(page.links) == {f"pictures/{path.name}" for path in (written[1] / "pictures").glob("*.png")}
 
 
 def test_markdown_line_starts_stay_text():
@@ -93,6 +92,8 @@ def test_report_says_that_a_program_judges(written):
         text = (written[1] / name).read_text(encoding="utf-8")
         assert "A program stands in for the paper" in text
         assert "a word list" in text
+        assert "What people said is below." in text
+        assert "No person judged" not in text
 
 
 def test_report_holds_the_numbers(written):
@@ -170,6 +171,7 @@ def test_moved_folder_is_redrawn(tmp_path, capsys, written):
 def test_missing_parts_are_named_and_left_out(tmp_path):
     data = ReportData("bare", [ModelResult("base"), ModelResult("SFT"), ModelResult("PPO-ptx")])
     text = write_report(data, tmp_path).with_name("report.md").read_text(encoding="utf-8")
+    assert "No person judged these answers. A program stands in" in text
     assert text.count("Not in this report:") == 11
     assert "Not measured" in text
     assert list((tmp_path / "pictures").rglob("*.png")) == []

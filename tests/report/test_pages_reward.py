@@ -11,7 +11,7 @@ from report_example import estimate
 from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.report import findings_reward as captions
 from instruct_trl.report import pictures_reward as plots
-from instruct_trl.report.pages import write_reward_report
+from instruct_trl.report.pages import reward_warnings, write_reward_report
 from instruct_trl.report.pictures import LIGHT
 
 NASTY = '<script>alert("1")</script> | `b` & *c*'
@@ -104,7 +104,7 @@ def test_sections_without_data_are_left_out(tmp_path):
 
 def test_a_good_model_is_not_warned_about():
     metrics = reward_metrics(make(n=200, noise=0.3, scale=3.0), n_boot=200)
-    assert captions.warnings(metrics) == []
+    assert reward_warnings(metrics) == []
     assert captions.headline(metrics)[0] == "better"
 
 
@@ -124,7 +124,7 @@ def test_a_good_model_is_not_warned_about():
 )
 def test_warnings(options, warning):
     metrics = reward_metrics(make(**options), n_boot=200)
-    assert any(warning in text for text in captions.warnings(metrics)), captions.warnings(metrics)
+    assert any(warning in text for text in reward_warnings(metrics)), reward_warnings(metrics)
 
 
 def test_warning_about_new_labelers_and_its_place_on_the_page(written):
@@ -140,7 +140,7 @@ def test_warning_about_new_labelers_and_its_place_on_the_page(written):
 
 def test_accuracy_picture_shows_the_numbers():
     metrics = reward_metrics(make(), n_boot=100)
-    figure = plots.draw_accuracy(metrics, LIGHT)
+    figure = plots.reward_pictures(metrics, make())["accuracy"](LIGHT)
     dots = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
     rates = [metrics["pair_accuracy"], *metrics["by_rank_distance"].values()]
     assert dots == pytest.approx([100 * rate["mean"] for rate in rates])

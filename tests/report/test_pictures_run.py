@@ -9,8 +9,8 @@ from report_example import example_report, win_of
 from instruct_trl.evaluation.win_rate import WinRate
 from instruct_trl.report import pictures_run as plots
 from instruct_trl.report.data import ModelResult
-from instruct_trl.report.pictures import DARK, LIGHT, save_picture, short_names
-from instruct_trl.report.pictures_run import for_pictures
+from instruct_trl.report.pictures import DARK, LIGHT, draw_all, save_picture, short_names
+from instruct_trl.report.pictures_run import run_pictures, with_short_names
 
 
 def _dots(axes):
@@ -62,7 +62,7 @@ def test_pictures_draw_without_warnings_from_any_number_of_rows(tmp_path, rows):
     ]
     data = example_report(models=models, subject="PPO-ptx")
     data.training = data.training[:rows]
-    assert set(plots.draw_pictures(data, tmp_path)) == set(plots.PICTURES)
+    assert len(draw_all(run_pictures(data), tmp_path)) == 9
 
 
 LONG = "<b>$x_{$ \U0001f600 \u4e2d\u202e\n" + "n" * 200
@@ -80,7 +80,7 @@ def test_pictures_draw_without_warnings_whatever_things_are_called(tmp_path):
     data.baseline, data.training_reference = names["SFT"], LONG
     data.judged = [row | {"judge": LONG + row["judge"], "model": names[row["model"]]} for row in data.judged]
     data.runs = {f"_{LONG}run": data.runs["PPO"]}
-    shown = for_pictures(data)
+    shown = with_short_names(data)
     for draw in (plots.draw_judges, plots.draw_tasks):
         save_picture(partial(draw, shown), LIGHT, tmp_path / "picture.png")
     legend = plots.draw_runs(shown, LIGHT).axes[0].get_legend()
