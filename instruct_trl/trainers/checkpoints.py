@@ -6,16 +6,21 @@ A checkpoint is complete if every file of it is there, whole, and none is being 
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl import GRPOConfig
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"  # Trainer writes it last
+
+# The settings that a trajectory depends on: how many answers to which prompts a step and an iteration take.
+SETTINGS = (
+    *("generation_batch_size", "num_generations", "num_iterations", "seed", "data_seed", "shuffle_dataset"),
+    *("minibatch_size", "per_device_train_batch_size"),
+)
 
 
 def begin_checkpoint(folder: Path) -> None:
@@ -45,16 +50,14 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def complete_steps(folder: str | os.PathLike[str]) -> list[int]:
-    """The N of every complete `checkpoint-N` in `folder`, newest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = [int(match[1]) for match in map(re.compile(r"checkpoint-(\d+)").fullmatch, names) if match]
-    return sorted((step for step in steps if is_complete(Path(folder) / f"checkpoint-{step}")), reverse=True)
-
-
-def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete `checkpoint-N` in `folder`, or None."""
-    return next((os.path.join(folder, f"checkpoint-{step}") for step in complete_steps(folder)), None)
+def last_complete_checkpoint(folder: str | os.PathLike[str], newest: float = math.inf) -> str | None:
+    """The complete `checkpoint-N` in `folder` with the highest N up to `newest`, or None."""
+    steps = [name.removeprefix("checkpoint-") for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        checkpoint = Path(folder, f"checkpoint-{step}")
+        if step <= newest and is_complete(checkpoint):
+            return str(checkpoint)
+    return None
 
 
 def checkpoint_to_resume(folder: str) -> str:
@@ -70,26 +73,26 @@ def checkpoint_to_resume(folder: str) -> str:
 # The place of a PPO run inside an iteration ---------------------------------------------------------------------------
 
 
-def save_rollout(checkpoint: str, args: GRPOConfig, step: int, buffered_inputs: Any, pretraining_position: int) -> None:
+def save_rollout(checkpoint: str, args: Any, step: int, buffered_inputs: Any, pretraining_position: int) -> None:
     """Write the rollout of this process, its micro-batch `step`, and how many pretraining texts were drawn."""
     position = {
         "step": step,
         "processes": args.world_size,
-        "settings": _settings(args),
-        "micro_batches": _micro_batches(args),
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "micro_batches": args.steps_per_generation * args.num_iterations,  # of an iteration
         "buffered_inputs": buffered_inputs,
         "pretraining_position": pretraining_position,
     }
-    torch.save(position, _rollout_file(checkpoint, args))
+    torch.save(position, os.path.join(checkpoint, f"rollout_{args.process_index}.pt"))
 
 
-def load_rollout(checkpoint: str, args: GRPOConfig) -> tuple[int, Any, int]:
+def load_rollout(checkpoint: str, args: Any) -> tuple[int, Any, int]:
     """Read `step`, `buffered_inputs` and `pretraining_position` back.
 
     Raises:
         ValueError: the checkpoint is not one of PPO-ptx, or was written under settings that make another trajectory.
     """
-    path = _rollout_file(checkpoint, args)
+    path = os.path.join(checkpoint, f"rollout_{args.process_index}.pt")
     remedy = "Resume with the number of processes that the run had, or start afresh."
     if not os.path.isfile(path):
         raise ValueError(
@@ -102,33 +105,18 @@ def load_rollout(checkpoint: str, args: GRPOConfig) -> tuple[int, Any, int]:
         raise ValueError(
             f"{checkpoint} was written by {position['processes']} processes, these are {args.world_size}. {remedy}"
         )
-    step = position["step"]
+    step, before = position["step"], position["settings"]
     iterations, inside = divmod(step, position["micro_batches"])
-    before, now = position["settings"], _settings(args)
-    changed = [name for name in now if before[name] != now[name]]
-    if not inside:  # no micro-batch of a rollout is left: they may have another size now
-        step = iterations * _micro_batches(args)
+    changed = [name for name in SETTINGS if before[name] != getattr(args, name)]
+    if not inside:  # no micro-batch of a rollout is left, so they may have another size now
+        step = iterations * args.steps_per_generation * args.num_iterations
         changed = [name for name in changed if name != "per_device_train_batch_size"]
     if changed:
-        was, asked = (", ".join(f"{name}={values[name]}" for name in changed) for values in (before, now))
+        was = ", ".join(f"{name}={before[name]}" for name in changed)
+        asked = ", ".join(f"{name}={getattr(args, name)}" for name in changed)
         raise ValueError(
-            f"{checkpoint} was written with {was}, and this run has {asked}: it would go on from there with other "
-            "prompts, or with other minibatches of the rollout that it stands in. Resume with the settings that the "
-            "run had, or start a run of its own from the policy that the checkpoint holds."
+            f"{checkpoint} was written with {was}, and this run has {asked}: it would go on with other prompts, or "
+            "with other minibatches of its rollout. Resume with the settings that the run had, or start a run of its "
+            "own from the policy that the checkpoint holds."
         )
     return step, position["buffered_inputs"], position["pretraining_position"]
-
-
-def _settings(args: GRPOConfig) -> dict[str, Any]:
-    """The settings that a trajectory depends on: how many answers to which prompts a step and an iteration take."""
-    names = ("generation_batch_size", "num_generations", "num_iterations", "seed", "data_seed", "shuffle_dataset")
-    return {name: getattr(args, name) for name in (*names, "minibatch_size", "per_device_train_batch_size")}
-
-
-def _micro_batches(args: Any) -> int:
-    """Micro-batches of one iteration on one process."""
-    return args.steps_per_generation * args.num_iterations
-
-
-def _rollout_file(checkpoint: str, args: GRPOConfig) -> str:
-    return os.path.join(checkpoint, f"rollout_{args.process_index}.pt")

@@ -1,6 +1,6 @@
 """The critic of PPO: the value model with its own optimizer, schedule and gradient clip (section 3.5, appendix C).
 
-Legend: B episodes, T completion tokens.
+Legend: B episodes, P prompt tokens, T completion tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
-from instruct_trl._upstream import critic_optimizer
+from instruct_trl._upstream import critic_optimizer, reshard
 from instruct_trl.maths.masking import masked_mean
 from instruct_trl.maths.objectives import clipped_value_loss
 from instruct_trl.models.role_adapters import ValueRole
 from instruct_trl.models.value import ValueModel
-from instruct_trl.trainers.engines import prepare_beside_policy, whole_state_dict
+from instruct_trl.trainers.engines import prepare_beside_policy
 from instruct_trl.trainers.minibatches import Batch, join_rows
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
@@ -28,7 +28,7 @@ OPTIMIZER_STEM = "value_optimizer"  # a file, or under DeepSpeed a folder
 
 
 class Critic:
-    """Drives the value model beside the policy: values of a rollout, one clipped update a minibatch.
+    """Drives the value model beside the policy: values of a rollout, one clipped update per minibatch.
 
     Args:
         value_model: gives values (B, P + T) for token rows (B, P + T).
@@ -52,19 +52,22 @@ class Critic:
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.scheduler: Any = None
 
-    def create_scheduler(self, num_training_steps: int) -> None:
-        """The policy's schedule, around the value model's own peak."""
-        kwargs: Any = self.args.lr_scheduler_kwargs
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        self.scheduler = get_scheduler(
-            self.args.lr_scheduler_type, self.optimizer, warmup, num_training_steps, scheduler_specific_kwargs=kwargs
-        )
+    @property
+    def unwrapped(self) -> ValueModel | ValueRole:
+        return self.accelerator.unwrap_model(self.model)
+
+    def create_scheduler(self, steps: int) -> None:
+        """The policy's schedule over `steps` optimizer steps, around the value model's own peak."""
+        args, kwargs = self.args, {"scheduler_specific_kwargs": self.args.lr_scheduler_kwargs}
+        warmup = args.get_warmup_steps(steps)
+        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, steps, **kwargs)
 
     def completion_values(self, batch: Batch) -> torch.Tensor:
         """V (B, T) of the state before each completion token."""
         with self.autocast():
             values = self.model(*join_rows(batch), values_to_keep=batch["completion_ids"].size(1) + 1)
-        return values[:, :-1]  # one token to the left: V must not have seen the token that it is to judge
+        # One token to the left: V must not have seen the token that it is to judge.
+        return values[:, :-1]
 
     @torch.no_grad()
     def rollout_values(self, rows: Batch) -> torch.Tensor:
@@ -84,20 +87,18 @@ class Critic:
             metrics, each the mean over an answer's tokens, for the answers that count, (N,).
         """
         self.model.train()
-        # On a shared base, forward and backward run under the critic's adapters, which checkpointing calls up again.
+        # On a shared base, forward and backward run under the critic's adapters. The backward, too: checkpointing runs
+        # the forward again there, under whatever adapter is active then.
         with self.unwrapped.active(), nullcontext() if sync else self.engine.accumulating():
             values = self.completion_values(batch)
             mask = batch["loss_mask"]
             # Clipped around the rollout's values, as PPO clips the ratio; the paper does not publish the value loss.
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
+            # Divided by the whole minibatch's tokens, as the policy's loss is: 8 × 1 equals 1 × 8.
             self.engine.backward((losses * mask).sum() / token_count, sync)
         clipped = (values.detach() - batch["old_values"]).abs() > self.args.value_clip
         metrics = {"value_loss": losses.detach(), "value_clip_fraction": clipped.float()}
         return {name: masked_mean(value, mask, dim=1)[mask.any(dim=1)] for name, value in metrics.items()}
-
-    def clip_gradients(self) -> float:
-        """Clip the gradients of the minibatch; returns their norm before."""
-        return self.engine.clip_gradients()
 
     def step(self, taken: bool) -> None:
         """Step and advance the schedule, if the step is taken; forget the gradients either way."""
@@ -107,13 +108,10 @@ class Critic:
         else:
             self.engine.skip_step()
 
-    @property
-    def unwrapped(self) -> ValueModel | ValueRole:
-        return self.accelerator.unwrap_model(self.model)
-
     def save_model(self, folder: str, tokenizer: Any = None) -> None:
         """Write the weights as a plain checkpoint, the tokenizer beside them; called by every process."""
-        weights = whole_state_dict(self.accelerator, self.model)
+        reshard(self.model)
+        weights = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
             state = {name.removeprefix("classifier."): tensor for name, tensor in weights.items()}
             self.unwrapped.save_pretrained(folder, state_dict=state)

@@ -27,7 +27,7 @@ class EMACallback(TrainerCallback):
     def __init__(self, model: torch.nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {decay}. Set ema_decay to null to keep no average.")
-        self.decay, self.model, self.is_sharded = decay, model, False
+        self.model, self.is_sharded = model, False
         self.shadow = [shard.float().clone() for shard in local_shards(model)]
         self._average = get_ema_multi_avg_fn(decay)
 
@@ -64,21 +64,15 @@ class EMACallback(TrainerCallback):
             for shard, value in zip(shards, source, strict=True):
                 shard.copy_(value)
 
-    def state_dict(self) -> dict[str, list[torch.Tensor]]:
-        return {"shadow": self.shadow}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, list[torch.Tensor]]) -> None:
-        for mine, saved in zip(self.shadow, state["shadow"], strict=True):
-            mine.copy_(saved)
-
     def save(self, checkpoint: str, args: TrainingArguments) -> None:
         """Write the average, or this process's shards of it; called by every process."""
         if args.should_save or self.is_sharded:
-            torch.save(self.state_dict(), self._file(checkpoint, args))
+            torch.save({"shadow": self.shadow}, self._file(checkpoint, args))
 
     def load(self, checkpoint: str, args: TrainingArguments) -> None:
-        self.load_state_dict(torch.load(self._file(checkpoint, args), map_location="cpu", weights_only=True))
+        saved = torch.load(self._file(checkpoint, args), map_location="cpu", weights_only=True)["shadow"]
+        for mine, theirs in zip(self.shadow, saved, strict=True):
+            mine.copy_(theirs)
 
     def _file(self, checkpoint: str, args: TrainingArguments) -> str:
         return os.path.join(checkpoint, f"ema_{args.process_index}.pt" if self.is_sharded else "ema.pt")

@@ -13,12 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as whole
 
 from instruct_trl._upstream import (
     DeepSpeedSteps,
@@ -29,8 +24,6 @@ from instruct_trl._upstream import (
 )
 from instruct_trl.models.value import ValueModel
 
-State = dict[str, Any]
-
 
 class ModelEngine:
     """A model with its own optimizer beside the trainer's, under accelerate: one process, DDP or FSDP2.
@@ -38,7 +31,7 @@ class ModelEngine:
     Args:
         accelerator: the trainer's.
         model, optimizer: to be prepared; `optimizer` holds `model`'s trainable parameters.
-        max_norm: its gradients are clipped to this norm; None for no clip.
+        max_norm: its gradients are clipped to this norm; None or 0 for no clip.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None):
@@ -76,7 +69,7 @@ class ModelEngine:
     def load(self, stem: str, folder: str) -> None:
         """Take up the weights in `folder`, as the model's own `save_pretrained` wrote them, and what `save` wrote."""
         self.accelerator.unwrap_model(self.model).load_pretrained(folder)
-        self.optimizer.load_state_dict(_read(stem))
+        self.optimizer.load_state_dict(torch.load(f"{stem}.pt", map_location="cpu", weights_only=True))
 
 
 class FSDPModelEngine(ModelEngine):
@@ -88,22 +81,22 @@ class FSDPModelEngine(ModelEngine):
         return float(norm.full_tensor())
 
     def save(self, stem: str, is_main: bool) -> None:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = whole.get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
         if is_main:
             torch.save(state, f"{stem}.pt")
 
     def load(self, stem: str, folder: str) -> None:
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, ValueModel.from_pretrained(folder).state_dict(), options=options)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, _read(stem), options=options)
+        options = whole.StateDictOptions(full_state_dict=True)
+        whole.set_model_state_dict(self.model, ValueModel.from_pretrained(folder).state_dict(), options=options)
+        state = torch.load(f"{stem}.pt", map_location="cpu", weights_only=True)
+        whole.set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
 
 
 class DeepSpeedModelEngine(ModelEngine):
     """The same as a DeepSpeed engine of its own, with the trainer's DeepSpeed configuration but for the clip."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, max_norm: float | None, args: Any):
-        self.accelerator = accelerator
         self.model, self.optimizer = prepare_deepspeed_model(accelerator, model, optimizer, max_norm, args)
         self.steps = DeepSpeedSteps(self.model)
 
@@ -114,7 +107,7 @@ class DeepSpeedModelEngine(ModelEngine):
         self.steps.backward(loss, sync_gradients=sync, scale_wrt_gas=False)
 
     def clip_gradients(self) -> float:
-        return self.steps.get_global_grad_norm()
+        return self.steps.get_global_grad_norm()  # the engine's own step clips
 
     def step(self) -> None:
         self.steps.step()
@@ -134,12 +127,7 @@ class DeepSpeedModelEngine(ModelEngine):
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Refuse launcher settings under which PPO-ptx would not be what it says.
-
-    Raises:
-        ValueError: FSDP 1, weights that are read by one process only, DeepSpeed without ZeRO, weights in shards that
-            nothing would put together for saving.
-    """
+    """Refuse launcher settings under which PPO-ptx would not be what it says."""
     fsdp, deepspeed = getattr(accelerator.state, "fsdp_plugin", None), accelerator.state.deepspeed_plugin
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError(f"fsdp_version {fsdp.fsdp_version} is not supported. Set fsdp_version: 2.")
@@ -200,26 +188,19 @@ def finish_policy_step(accelerator: Accelerator, model: nn.Module, taken: bool) 
 
 @contextmanager
 def before_last_backward(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Inside, backwards are never the minibatch's last: a backward of PPO's follows.
-
-    DDP does not communicate in them. DeepSpeed and FSDP2 do, since an unsharded gradient is what they are there to
-    avoid; under DeepSpeed no gradient accumulation boundary is set.
-    """
-    if accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    """Inside, no backward is the minibatch's last: one of PPO's follows."""
+    if not is_sharding(accelerator):
         with accelerator.no_sync(model):
             yield
         return
+    # DeepSpeed and FSDP2 communicate in each backward all the same: an unsharded gradient is what they are there to
+    # avoid. Under DeepSpeed this sets no gradient accumulation boundary.
     state, sync = accelerator.gradient_state, accelerator.sync_gradients
     state._set_sync_gradients(False)
     try:
         yield
     finally:
         state._set_sync_gradients(sync)
-
-
-def backward_arguments(accelerator: Accelerator) -> dict[str, bool]:
-    """Keywords for `accelerator.backward` with a loss that is already divided by the minibatch's tokens."""
-    return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
 
 def local_shards(model: nn.Module) -> list[torch.Tensor]:
@@ -231,10 +212,8 @@ def local_shards(model: nn.Module) -> list[torch.Tensor]:
 @contextmanager
 def local_shards_to_write(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """The same, to be written to; on leaving, whole copies that the engine keeps are made anew."""
-    reshard(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with writable_shards(parameters):
-        yield [_shard(parameter) for parameter in parameters]
+    with writable_shards([parameter for parameter in model.parameters() if parameter.requires_grad]):
+        yield local_shards(model)
 
 
 def _shard(parameter: Any) -> torch.Tensor:
@@ -243,13 +222,3 @@ def _shard(parameter: Any) -> torch.Tensor:
     if hasattr(parameter, "to_local"):  # DTensor, FSDP2
         return parameter.detach().to_local()
     return parameter.detach()
-
-
-def _read(stem: str) -> State:
-    return torch.load(f"{stem}.pt", map_location="cpu", weights_only=True)
-
-
-def whole_state_dict(accelerator: Accelerator, model: nn.Module) -> State:
-    """The weights of a prepared model, gathered; called by every process, of use on the main one."""
-    reshard(model)
-    return accelerator.get_state_dict(model)

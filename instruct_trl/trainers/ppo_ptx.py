@@ -359,7 +359,7 @@ class PPOPtxTrainer(GRPOTrainer):
         grad_norm = super()._get_grad_norm(self._trained(model), grad_norm)
         metrics = self._metrics["train"]
         with self.stopwatch("value_update"):
-            norms = {"value_grad_norm": self.critic.clip_gradients()}
+            norms = {"value_grad_norm": self.critic.engine.clip_gradients()}
             metrics["value_grad_norm"].append(norms["value_grad_norm"])
             if grad_norm is not None:  # DeepSpeed may not know it
                 norms["grad_norm"] = float(grad_norm)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from instruct_trl._upstream import fused_head_is_compact
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.maths.objectives import ppo_ptx_loss
-from instruct_trl.trainers.engines import backward_arguments
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
 
@@ -50,11 +50,13 @@ class PretrainingGradient:
         # TRL's fused head spares the logits, but divides them by the sampling temperature, which text must not see.
         fused = self.args.temperature == 1 and fused_head_is_compact(self.accelerator.device)
         head: dict[str, Any] = {"fused_lm_head": True} if fused else {}
+        # The loss is divided by the minibatch's tokens already; DeepSpeed would divide it by the accumulation again.
+        unscaled = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         for _ in range(self.args.ptx_ratio):
             batch = self.stream.collate(self._window.pop(), self.accelerator.device)
             with self.autocast():
                 loss = model(**batch, num_items_in_batch=self._tokens, use_cache=False, **head).loss
             ptx_loss = ppo_ptx_loss(torch.zeros_like(loss), loss, self.args.ptx_coef)  # Eq. 2, second term
-            self.accelerator.backward(ptx_loss, **backward_arguments(self.accelerator))
+            self.accelerator.backward(ptx_loss, **unscaled)
             total += self.accelerator.reduce(loss.detach(), "mean").item()
         return total

@@ -11,19 +11,16 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by stage, exclusive: time spent in an inner stage is not counted again in the one around it.
-
-    An accelerator works on after its kernels were launched. The stopwatch waits for `device` when a stage begins or
-    ends, so that time counts in the stage that caused it.
-    """
+    """Seconds by stage, exclusive: time spent in an inner stage is not counted again in the one around it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.iterations = device, 0
         self._seconds: dict[str, float] = defaultdict(float)
-        self._inner: list[float] = []
+        self._inner: list[float] = []  # seconds of inner stages, for each stage that is open
         self._start = self._now()
 
     def _now(self) -> float:
+        # An accelerator works on after its kernels were launched; time counts in the stage that caused it.
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
@@ -46,11 +43,9 @@ class Stopwatch:
                 self._inner[-1] += elapsed
 
     def finish_iteration(self, episodes: int) -> dict[str, float]:
-        """`time/<stage>`, seconds since the last call, their wall time as `time/iteration`; `episodes_per_second`."""
-        now = self._now()
-        wall = now - self._start
+        """`time/<stage>` and, as `time/iteration`, the wall time since the start, in seconds; `episodes_per_second`."""
+        wall = self._now() - self._start
         report = {f"time/{stage}": spent for stage, spent in {**self._seconds, "iteration": wall}.items()}
-        report["episodes_per_second"] = episodes / wall
-        self._seconds.clear()
-        self._start, self.iterations = now, self.iterations + 1
-        return report
+        self.iterations += 1
+        self.start_iteration()
+        return report | {"episodes_per_second": episodes / wall}

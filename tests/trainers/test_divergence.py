@@ -12,7 +12,8 @@ from ppo_helpers import make
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from instruct_trl import PPOPtxConfig, value_model_from_reward_model
-from instruct_trl.trainers.divergence import SKIP_LIMIT, DivergenceGuard, last_good_checkpoint
+from instruct_trl.trainers.checkpoints import last_complete_checkpoint
+from instruct_trl.trainers.divergence import SKIP_LIMIT, DivergenceGuard
 
 HEALTHY = {"policy_loss": 0.1, "ratio": 1.0, "value_loss": 0.5, "ptx_loss": 3.0, "grad_norm": 1.0, "entropy": 2.0}
 
@@ -50,7 +51,7 @@ def test_kl_above_kl_stop_stops(action):
     assert guard.judge_rollout({"kl": math.nan}).action == "stop"
     verdict = guard.judge_rollout({"kl": 20.5})
     assert verdict.action == "stop"
-    assert verdict.reason.startswith("kl is 20.5 nats an answer, above kl_stop=20. Raise beta or lower learning_rate")
+    assert verdict.reason.startswith("kl is 20.5 nats per answer, above kl_stop=20. Raise beta or lower learning_rate")
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
@@ -76,7 +77,7 @@ def test_a_collapse_of_the_entropy_stops():
     assert guard.judge_step({**HEALTHY, "entropy": 0.1}).action == "go_on"
     verdict = guard.judge_step({**HEALTHY, "entropy": 0.05})
     assert verdict.action == "stop"
-    assert verdict.reason.startswith("entropy is 0.05 nats a token, below entropy_stop=0.1")
+    assert verdict.reason.startswith("entropy is 0.05 nats per token, below entropy_stop=0.1")
 
 
 def test_answers_that_never_end_stop_after_that_many_rollouts_in_a_row():
@@ -105,7 +106,7 @@ def test_what_a_guard_remembers_survives_json():
     guard.judge_rollout({"eos_rate": 0.0})
     for _ in range(8):
         guard.judge_step({"value_loss": 1.0})
-    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    other.memory = json.loads(json.dumps(guard.memory))
     assert other.judge_rollout({"eos_rate": 0.0}).action == "stop"
     assert other.judge_step({"value_loss": 10.1}).action == "stop"
 
@@ -116,7 +117,7 @@ def test_what_a_guard_remembers_survives_json():
         ({"kl_stop": 0}, "kl_stop must be above 0, got 0"),
         ({"kl_stop": math.nan}, "kl_stop must be above 0, got nan"),
         ({"value_loss_stop": 1.0}, "value_loss_stop must be above 1"),
-        ({"entropy_stop": -1.0}, "entropy_stop must not be negative"),
+        ({"entropy_stop": -1.0}, "entropy_stop must be at least 0"),
         ({"eos_rate_stop": 1.0}, r"eos_rate_stop must be in \[0, 1\)"),
         ({"eos_rate_patience": 0}, "eos_rate_patience must be at least 1"),
         ({"divergence_action": "halt"}, "divergence_action must be .* got 'halt'"),
@@ -132,10 +133,10 @@ def test_the_last_good_checkpoint_is_complete_and_not_too_new(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step != 16:  # torn
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert last_good_checkpoint(str(tmp_path), 99) == str(tmp_path / "checkpoint-24")
-    assert last_good_checkpoint(str(tmp_path), 23) == str(tmp_path / "checkpoint-8")
-    assert last_good_checkpoint(str(tmp_path), 7) is None
-    assert last_good_checkpoint(str(tmp_path / "nowhere"), 7) is None
+    assert last_complete_checkpoint(str(tmp_path), 99) == str(tmp_path / "checkpoint-24")
+    assert last_complete_checkpoint(str(tmp_path), 23) == str(tmp_path / "checkpoint-8")
+    assert last_complete_checkpoint(str(tmp_path), 7) is None
+    assert last_complete_checkpoint(str(tmp_path / "nowhere"), 7) is None
 
 
 # In the trainer ------------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ class AtStepEnd(TrainerCallback):
 
 def everything(trainer):
     """A copy of all that a step changes."""
-    states = [trainer.model.state_dict(), trainer.critic.unwrapped.state_dict(), trainer.ema.state_dict()]
+    states = [trainer.model.state_dict(), trainer.critic.unwrapped.state_dict(), trainer.ema.shadow]
     states += [part.state_dict() for part in (trainer.optimizer, trainer.critic.optimizer)]
     states += [trainer.lr_scheduler.state_dict(), trainer.critic.scheduler.state_dict()]
     return copy.deepcopy(states)
