@@ -58,9 +58,11 @@ class Critic:
 
     def create_scheduler(self, steps: int) -> None:
         """The policy's schedule over `steps` optimizer steps, around the value model's own peak."""
-        args, kwargs = self.args, {"scheduler_specific_kwargs": self.args.lr_scheduler_kwargs}
-        warmup = args.get_warmup_steps(steps)
-        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, warmup, steps, **kwargs)
+        kwargs: Any = self.args.lr_scheduler_kwargs
+        warmup = self.args.get_warmup_steps(steps)
+        self.scheduler = get_scheduler(
+            self.args.lr_scheduler_type, self.optimizer, warmup, steps, scheduler_specific_kwargs=kwargs
+        )
 
     def completion_values(self, batch: Batch) -> torch.Tensor:
         """V (B, T) of the state before each completion token."""

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # The same answer, scored in another batch, differs by the rounding of float32. That is a tie.
 ROUNDING = {"rel_tol": 1e-5, "abs_tol": 1e-6}
-Place = tuple[str, int]  # of a row in an evaluation: what it holds, and how often that came before
+Place = tuple[str, int]  # of a row in an evaluation: its content, and how often that came before
 Numbers = dict[str, float | None]
 
 
@@ -92,29 +92,12 @@ class Evaluation:
         if self.reference is not None:
             self.reference.start()
 
-    def places(self, rows: list[dict[str, Any]]) -> list[Place]:
-        """The places of B rows; none without a win rate."""
-        return [] if self.reference is None else self.reference.places(rows)
-
-    def lacks_reference(self, places: list[Place]) -> bool:
-        """True if a process has no score of the reference's for one of its B rows. All sample then, or none."""
-        if self.reference is None:
-            return False
-        lacking = torch.tensor(float(self.reference.lacks(places)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(lacking, "sum").item())
-
-    def keep_reference(self, places: list[Place], scores: torch.Tensor) -> None:
-        """Keep the reference's scores, (B,), NaN if missing."""
-        if self.reference is not None:
-            self.reference.keep(places, scores)
-
     def note(self, columns: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
         """Note a number per row, (B,), in each column; only rows `counted` (B,) count. All processes call it alike."""
-        kept = [column.detach().float() for column in columns.values()]
+        table = torch.stack([column.detach().float() for column in columns.values()], dim=1)
         if counted is not None:
-            kept = [column.masked_fill(~counted, float("nan")) for column in kept]
-        everyone = self.accelerator.gather(torch.stack(kept, dim=1)).cpu().double()
-        for name, column in zip(columns, everyone.unbind(dim=1), strict=True):
+            table = table.masked_fill(~counted.unsqueeze(1), math.nan)
+        for name, column in zip(columns, self.accelerator.gather(table).cpu().double().unbind(dim=1), strict=True):
             self._rows[name].append(column)
 
     def note_batch(self, metrics: dict[str, float], rows: int) -> None:
@@ -128,13 +111,12 @@ class Evaluation:
     ) -> None:
         """Note who won, length, end and rewards of B answers; and take what GRPO knows of the batch as a whole."""
         size, mask = len(inputs["completion_ids"]), inputs["completion_mask"]
+        scored = inputs["loss_mask"].any(dim=1)
         if self.reference is not None:
-            scored = inputs["loss_mask"].any(dim=1)
-            self.reference.compare(places, inputs["scores"].masked_fill(~scored, float("nan")))
-        own = torch.where(inputs["loss_mask"].any(dim=1, keepdim=True), inputs["loss_mask"], mask)  # no tool's words
+            self.reference.compare(places, inputs["scores"].masked_fill(~scored, math.nan))
+        own = torch.where(scored.unsqueeze(1), inputs["loss_mask"], mask)  # no tool's words
         columns = {"_length": own.sum(dim=1), "_ended": ends_in(endings, inputs["completion_ids"], mask)}
-        first = self.accelerator.process_index * size
-        mine = rewards[first : first + size].unbind(dim=1)
+        mine = rewards.view(self.accelerator.num_processes, size, -1)[self.accelerator.process_index].unbind(dim=1)
         self.note(columns | {f"_reward/{name}": column for name, column in zip(self.reward_names, mine, strict=True)})
         self.note_batch({name: values[-1] for name, values in of_batch.items()}, size * self.accelerator.num_processes)
         of_batch.clear()
@@ -146,29 +128,43 @@ class Evaluation:
         self.note({"loss": -objective}, counted=scored)
         return -masked_mean(objective, scored)
 
+    def means(self, count: int | None) -> Numbers:
+        """The mean of each metric over the first `count` rows, None if none counts; not of names that begin with _."""
+        metrics: Numbers = {}
+        for name, values in self._batches.items():
+            if name.endswith(("/min", "/max")):
+                metrics[name] = (min if name.endswith("/min") else max)(value for value, _ in values)
+            else:
+                metrics[name] = sum(value * rows for value, rows in values) / sum(rows for _, rows in values)
+        return metrics | {name: mean(self.column(name, count)) for name in self._rows if name[0] != "_"}
+
     def column(self, name: str, count: int | None) -> torch.Tensor:
         """The first `count` rows, (N,): the others only filled the last batch. None: all."""
         return torch.cat(self._rows[name])[:count]
 
-    def means(self, count: int | None) -> Numbers:
-        """The mean of each metric over the rows that count, None if none does; not of names that begin with _."""
-        metrics: Numbers = {name: _over_batches(name, values) for name, values in self._batches.items()}
-        return metrics | {name: mean(self.column(name, count)) for name in self._rows if name[0] != "_"}
-
     def metrics(self, count: int | None, weights: torch.Tensor) -> Numbers:
-        """All metrics over the first `count` rows, None for all; `weights` are the reward functions'."""
-        rewards = {name: self.column(f"_reward/{name}", count) for name in self.reward_names}
-        metrics = self.means(count) | reward_statistics(rewards, weights)
+        """All metrics over the first `count` rows, None for all, under TRL's names; `weights`: of reward functions."""
+        metrics = self.means(count)
         metrics |= answer_statistics(self.column("_length", count), self.column("_ended", count))
         metrics["missing_rewards"] = self.column("unscored_fraction", count).sum().item()
-        if self.reference is not None:
-            metrics |= self.reference.metrics()
+        table = torch.stack([self.column(f"_reward/{name}", count) for name in self.reward_names], dim=1)
+        total = (table * weights.to(table)).nansum(dim=1).masked_fill(table.isnan().all(dim=1), math.nan)
+        metrics |= {"reward": mean(total), "reward_std": _deviation(total)}
+        for name, column in zip(self.reward_names, table.unbind(dim=1), strict=True):
+            metrics |= {f"rewards/{name}/mean": mean(column), f"rewards/{name}/std": _deviation(column)}
+        metrics |= {} if self.reference is None else self.reference.metrics()
         return metrics
 
 
 def mean(rows: torch.Tensor) -> float | None:
     """The mean of (N,) without its NaN, None if nothing is left."""
-    return _or_none(rows.nanmean())
+    found = rows.nanmean()
+    return None if found.isnan() else found.item()
+
+
+def _deviation(rows: torch.Tensor) -> float | None:
+    rows = rows[~rows.isnan()]
+    return rows.std().item() if len(rows) > 1 else None
 
 
 def answer_statistics(lengths: torch.Tensor, ended: torch.Tensor) -> Numbers:
@@ -176,36 +172,9 @@ def answer_statistics(lengths: torch.Tensor, ended: torch.Tensor) -> Numbers:
     metrics: Numbers = {"completions/clipped_ratio": mean(1 - ended)}
     terminated = lengths[ended.bool()] if ended.any() else lengths.new_zeros(1)
     for kind, values in (("", lengths), ("terminated_", terminated)):
-        metrics |= {
-            f"completions/{name}_{kind}length": _or_none(take(values))
-            for name, take in (("mean", torch.mean), ("min", torch.min), ("max", torch.max))
-        }
+        for name, take in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
+            metrics[f"completions/{name}_{kind}length"] = take(values).item()
     return metrics
-
-
-def reward_statistics(rewards: dict[str, torch.Tensor], weights: torch.Tensor) -> Numbers:
-    """TRL's `rewards/...` and `reward` over N answers, from each function's rewards (N,), NaN if it gave none."""
-    table = torch.stack(list(rewards.values()), dim=1)
-    total = (table * weights.to(table)).nansum(dim=1).masked_fill(table.isnan().all(dim=1), float("nan"))
-    metrics = {"reward": mean(total), "reward_std": _deviation(total)}
-    for name, column in rewards.items():
-        metrics |= {f"rewards/{name}/mean": mean(column), f"rewards/{name}/std": _deviation(column)}
-    return metrics
-
-
-def _over_batches(name: str, values: list[tuple[float, int]]) -> float:
-    if name.endswith(("/min", "/max")):
-        return (min if name.endswith("/min") else max)(value for value, _ in values)
-    return sum(value * rows for value, rows in values) / sum(rows for _, rows in values)
-
-
-def _deviation(rows: torch.Tensor) -> float | None:
-    rows = rows[~rows.isnan()]
-    return _or_none(rows.std()) if len(rows) > 1 else None
-
-
-def _or_none(value: torch.Tensor) -> float | None:
-    return None if value.isnan() else value.item()
 
 
 def count_rows(dataloader: Any, repeats: int) -> Callable[[], int | None]:
@@ -277,12 +246,12 @@ class ReferenceScores:
         self._scores |= dict(zip(places, scores.tolist(), strict=True))
 
     def compare(self, places: list[Place], scores: torch.Tensor) -> None:
-        """Note who won: 1 the policy, with scores (B,), 0 the reference, ½ a tie, NaN if a score is missing."""
+        """Note who won: 1 the policy, with scores (B,), 0 the reference, ½ a tie. A missing score (NaN) is no game."""
         for place, score in zip(places, scores.tolist(), strict=True):
             reference = self._scores[place]
-            tie = math.isclose(score, reference, **ROUNDING)
-            outcome = 0.5 if tie else (1.0 + float(np.sign(score - reference))) / 2
-            self._outcomes.append((place[0], self._prompts[place[0]], outcome))
+            if not math.isnan(score - reference):
+                tie = math.isclose(score, reference, **ROUNDING)
+                self._outcomes.append((place[0], self._prompts[place[0]], 0.5 if tie else float(score > reference)))
 
     def metrics(self) -> dict[str, float]:
         """Win rate over the rows of all processes, its 95 % interval over prompts, and the rows that it counts.
@@ -292,14 +261,27 @@ class ReferenceScores:
         """
         rows: dict[tuple[str, str], list[float]] = defaultdict(list)
         for digest, prompt, outcome in gather_object(self._outcomes):
-            if not math.isnan(outcome):
-                rows[digest, prompt].append(outcome)
+            rows[digest, prompt].append(outcome)
         metrics = {"win_rate_prompts": float(len(rows))}
         if rows:
             found = rate_interval([fmean(outcomes) for outcomes in rows.values()], [prompt for _, prompt in rows])
             low, high = found.bounds or (0.0, 1.0)
             metrics |= {"win_rate": found.mean, "win_rate_low": low, "win_rate_high": high}
         return metrics
+
+
+def score_reference(trainer: Any, rows: list[dict[str, Any]], sample: Callable[[], torch.Tensor]) -> list[Place]:
+    """The places of B rows. For new ones `sample` gives, and we keep, the scores of the reference's answers."""
+    reference, accelerator = trainer.evaluation.reference, trainer.accelerator
+    if reference is None:
+        return []
+    places = reference.places(rows)
+    lacking = torch.tensor(float(reference.lacks(places)), device=accelerator.device)
+    if accelerator.reduce(lacking, "sum").item():  # all processes sample, or none
+        # Seeded by the prompts: a resumed run, too, compares with the same answers.
+        with own_randomness(accelerator.device, trainer.args.seed, "reference", places), as_reference(trainer):
+            reference.keep(places, sample())
+    return places
 
 
 @contextmanager

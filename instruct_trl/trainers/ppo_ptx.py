@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from instruct_trl.maths.objectives import clipped_policy_loss, explained_varianc
 from instruct_trl.maths.returns import generalized_advantages, kl_estimate, token_rewards
 from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.generation import RolloutGenerate, neutral_generation_config
+from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.role_adapters import RoleAdapters
 from instruct_trl.trainers import checkpoints, ppo_evaluation, ppo_ptx_setup, ppo_rollout
 from instruct_trl.trainers.critic import Critic
@@ -37,7 +38,6 @@ from instruct_trl.trainers.engines import before_last_backward, finish_policy_st
 from instruct_trl.trainers.minibatches import Batch, arrange_minibatches, split_rows, trim_padding
 from instruct_trl.trainers.paper import PAPER
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
-from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 from instruct_trl.trainers.room import check_rollouts
 from instruct_trl.trainers.stopwatch import Stopwatch
 
@@ -45,11 +45,9 @@ from instruct_trl.trainers.stopwatch import Stopwatch
 class PPOPtxTrainer(GRPOTrainer):
     """Trainer for PPO with a critic and, for `ptx_coef > 0`, pretraining gradients: PPO-ptx.
 
-    It reads in the order of an iteration: sample, score, value, advantages, minibatches, pretraining gradient, update,
-    critic, log. GRPOTrainer does the rest: generation, reward functions, PEFT, logging, checkpoints.
-
-    Arguments up to `environment_factory` are [`~trl.GRPOTrainer`]'s. Reward models, given as a path or a module, are
-    wrapped as [`RewardScorer`], so that their `reward_bias` counts and they read what they were trained on.
+    GRPOTrainer does the rest: generation, reward functions, PEFT, logging, checkpoints. Arguments up to
+    `environment_factory` are [`~trl.GRPOTrainer`]'s. Reward models, given as a path or a module, are wrapped as
+    [`RewardScorer`], so that their `reward_bias` counts and they read what they were trained on.
 
     Args:
         model: name or path of a causal language model, or one in memory. The folder of an adapter, or a PeftModel
@@ -117,13 +115,13 @@ class PPOPtxTrainer(GRPOTrainer):
 
     def _add_ppo_parts(self, models: ppo_ptx_setup.Models, pretraining_dataset: Any) -> None:
         """Add to GRPO: a reference of its own, the critic, the pretraining gradient, the guards and the average."""
-        args = self.args
+        args, roles = self.args, self.role_adapters
         self.eos_token_ids = ppo_rollout.settle_endings(self)
         self._hands_over_prompt_ids = ppo_rollout.reads_prompt_ids(self)
         check_rollouts(self, models.value_model, models.ref_model)
         self.ref_model: Any = ppo_ptx_setup.settle_models(self, models)
-        roles = self.role_adapters
-        with nullcontext() if roles is None else roles.active("value"):  # its parameters then are those that train
+        # On a shared base only the parameters of the active role train, and the optimizer must hold the critic's.
+        with nullcontext() if roles is None else roles.active("value"):
             self.critic = Critic(models.value_model, args, self.accelerator, self.compute_loss_context_manager)
         self.pretraining = ppo_ptx_setup.pretraining_gradient(self, pretraining_dataset)
         self.divergence = DivergenceMonitor(args)
@@ -132,13 +130,12 @@ class PPOPtxTrainer(GRPOTrainer):
         for callback in self._kept_parts[1:]:
             self.add_callback(callback)
         self.stopwatch = Stopwatch(self.accelerator.device)
-        self._own_randomness = partial(ppo_evaluation.own_randomness, self.accelerator.device, args.seed)
         self._prompt_ids: list[list[int]] | None = None  # of the answers that are scored next
-        self._minibatch: Batch = {}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         ppo_ptx_setup.say_warmup(self.args, num_training_steps, self.accelerator.print)
-        take_over_steps(self.accelerator)  # the policy is prepared by now, and no checkpoint is loaded yet
+        # Here, because the policy is prepared by now, and no checkpoint is loaded yet.
+        take_over_steps(self.accelerator)
         if self.ema is not None:
             self.ema.follow_layout()
         self.critic.create_scheduler(num_training_steps)
@@ -146,11 +143,11 @@ class PPOPtxTrainer(GRPOTrainer):
 
     # 1. Sample: x from the prompts, y from the policy ----------------------------------------------------------------
     def _get_train_sampler(self, dataset: Any = None) -> Any:
+        # Ordered by seed and epoch alone, so that a resumed run sees the prompts that were left.
         sampler: Any = super()._get_train_sampler(dataset)
         return EpochSeededRepeatSampler.like(sampler)
 
     def _tokenize_prompts(self, prompts: list) -> Any:
-        """Tokenise as `encode_prompt` does everywhere; images and environments go upstream's way."""
         if self._is_vlm or self.environment_factories is not None:
             return super()._tokenize_prompts(prompts)
         return ppo_rollout.encode_prompts(self, prompts), None, {}
@@ -170,7 +167,8 @@ class PPOPtxTrainer(GRPOTrainer):
             if continuous or self.use_vllm or images or multimodal_fields:
                 with unchanged_model(self.model) if continuous else nullcontext():
                     return sample(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            drop = not is_sharding(self.accelerator)  # its processes must call `generate` equally often
+            # Rows that have ended leave the batch, but not of processes that must call `generate` equally often.
+            drop = not is_sharding(self.accelerator)
             heat = self.temperature if self.args.old_logps_from_sampler else None
             generate = RolloutGenerate(policy, self.eos_token_ids, drop_ended=drop, temperature=heat)
             size = self.args.local_rollout_forward_batch_size
@@ -185,7 +183,10 @@ class PPOPtxTrainer(GRPOTrainer):
         inputs, completions = ppo_rollout.as_drawn(
             inputs, completions, completion_ids, prompt_ids, self._tokenizer, self.eos_token_ids
         )
-        with self.stopwatch("score"), ppo_rollout.computing_under(self.accelerator.autocast, self.reward_funcs):
+        with self.stopwatch("score"), ExitStack() as precision:
+            for scorer in self.reward_funcs:
+                if isinstance(scorer, RewardScorer):  # the user's own functions choose their precision
+                    precision.enter_context(scorer.computing_under(self.accelerator.autocast))
             self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         return self._rewards
 
@@ -193,6 +194,7 @@ class PPOPtxTrainer(GRPOTrainer):
         """r(x, y) of each answer, (B,), NaN if no reward function scored it; and whether it ends with an EOS, (B,)."""
         scores = ppo_rollout.answer_scores(self._rewards, self.reward_weights)
         mine = scores.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        # By the last real token: the pad token may be the EOS, and would end every row.
         ended = ppo_rollout.ends_in(self.eos_token_ids, rollout["completion_ids"], rollout["completion_mask"])
         return mine - (self.args.missing_eos_penalty or 0.0) * ~ended, ended
 
@@ -200,7 +202,7 @@ class PPOPtxTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Upstream's question, asked of whole rollouts without gradient; `_compute_loss` asks `_logps` itself."""
+        # Upstream asks this of whole rollouts, without gradient; `_compute_loss` asks `_logps` itself.
         more = (value for name, value in kwargs.items() if name != "batch_size")
         if any(value is not None and value is not False for value in more):  # images, mixtures of experts
             ask = super()._get_per_token_logps_and_entropies
@@ -211,11 +213,10 @@ class PPOPtxTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _rollout_logps(self, model: Any, rollout: Batch) -> torch.Tensor:
-        """log π (B, T) of a rollout, without gradient."""
         return ppo_rollout.by_length(self, rollout, lambda rows: self._logps(model, rows)[0])
 
-    def _logps(self, model: Any, rows: Batch, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """log π (B, T) of one forward, and entropies (B, T) or None; by TRL's fused head if that one is compact."""
+    def _logps(self, model: Any, rows: Batch, entropy: bool = False) -> tuple[torch.Tensor, Any]:
+        """log π (B, T) of one forward, and entropies (B, T) or None."""
         return ppo_rollout.forward_logps(self, model, rows, entropy, super()._get_per_token_logps_and_entropies)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -229,6 +230,7 @@ class PPOPtxTrainer(GRPOTrainer):
             rollout = super()._generate_and_score_completions(inputs)
         finally:
             self.beta = beta
+        # A tool's words stand in the answer, but the policy did not choose them: no loss on those.
         rollout["loss_mask"] = rollout["completion_mask"] * rollout.pop("tool_mask", 1)
         if self.args.old_logps_from_sampler:
             again = partial(self._rollout_logps, self.model)
@@ -237,6 +239,7 @@ class PPOPtxTrainer(GRPOTrainer):
             rollout["old_per_token_logps"] = self._rollout_logps(self.model, rollout)
         self._score_rollout(rollout)
         if self.model.training:
+            # Judged here, before the first step on answers that show a collapsed policy.
             self.divergence.judge_rollout(self.state, self.control)
             self._add_advantages(rollout)
         return rollout
@@ -246,6 +249,7 @@ class PPOPtxTrainer(GRPOTrainer):
         mask = rollout["loss_mask"]
         scores, ended = self._score_answers(rollout)
         scored = ~scores.isnan()
+        # An answer that no function scored must move nothing: not whitening, not a loss, not a token count.
         rollout["scores"] = scores.masked_fill(~scored, 0.0)
         rollout["loss_mask"] = mask * scored.unsqueeze(1)
         logps, ref_logps = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
@@ -266,8 +270,7 @@ class PPOPtxTrainer(GRPOTrainer):
         with self.stopwatch("value"):
             values = ppo_rollout.by_length(self, rollout, self.critic.rollout_values)
         # Eq. 2's reward, token by token: −β·KL_t at each, r(x, y) at the last. No KL term is left for the loss.
-        kl = rollout["kl"] * loss_mask  # a tool's words are not the policy's choice
-        rewards = token_rewards(rollout["scores"], kl, mask, self.beta)
+        rewards = token_rewards(rollout["scores"], rollout["kl"] * loss_mask, mask, self.beta)
         # An answer is one episode (section 3.5: a bandit). No discount; λ is not published.
         advantages, returns = generalized_advantages(rewards, values, mask, args.discount, args.gae_lambda)
         scored = loss_mask.any(dim=1)
@@ -284,37 +287,31 @@ class PPOPtxTrainer(GRPOTrainer):
 
     # 5. Minibatches: 512 episodes make 8 of 64 (appendix C) -----------------------------------------------------------
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """The next micro-batch; a new rollout first, when the last one is used up."""
         if not self.model.training:
             return self._prepare_evaluation(generation_batch)
-        before = self._buffered_inputs
+        before, accumulation = self._buffered_inputs, self.args.gradient_accumulation_steps
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not before:  # a rollout, shuffled and split by GRPO
-            self._buffered_inputs = arrange_minibatches(
-                self._buffered_inputs, self.args.gradient_accumulation_steps, self.accelerator
-            )
+            self._buffered_inputs = arrange_minibatches(self._buffered_inputs, accumulation, self.accelerator)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self._minibatch = inputs
-        # The γ term goes here, between sampling and the policy's loss: sampling needs the room that gradients take, and
-        # a model checkpoints its activations in train mode only.
-        if self.pretraining is not None:
-            self._pretraining_backward(self.pretraining)
-        return inputs
+        self._minibatch: Batch = inputs
 
-    # 6. Pretraining gradient: γ·E[log π(x)], the second term of Eq. 2 -------------------------------------------------
-    def _pretraining_backward(self, pretraining: PretrainingGradient) -> None:
-        # "Computed one after the other and both accumulated" (appendix C). PPO's backward follows and is the
-        # minibatch's last: there the processes exchange both gradients at once.
-        with self.stopwatch("pretraining"), before_last_backward(self.accelerator, self.model_wrapped):
-            if self._step % self.args.gradient_accumulation_steps == 0:
-                pretraining.start_minibatch()
-                self._metrics["train"]["ptx_loss"].append(0.0)
-            self._metrics["train"]["ptx_loss"][-1] += pretraining.backward(self.model_wrapped)
+        # 6. Pretraining gradient: γ·E[log π(x)], the second term of Eq. 2. It goes here, between sampling and the
+        # policy's loss: sampling needs the room that gradients take, and a model checkpoints in train mode only.
+        if self.pretraining is not None:
+            # "Computed one after the other and both accumulated" (appendix C). PPO's backward follows and is the
+            # minibatch's last: there the processes exchange both gradients at once.
+            with self.stopwatch("pretraining"), before_last_backward(self.accelerator, self.model_wrapped):
+                if self._step % accumulation == 0:
+                    self.pretraining.start_minibatch()
+                    self._metrics["train"]["ptx_loss"].append(0.0)
+                self._metrics["train"]["ptx_loss"][-1] += self.pretraining.backward(self.model_wrapped)
+        return inputs
 
     # 7. Update: PPO's clipped loss, the first term of Eq. 2 -----------------------------------------------------------
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Accumulate one micro-batch: the pretraining gradient (see `_prepare_inputs`), PPO's, then the critic's."""
-        if self._place_in_iteration() == 0:
+        # The pretraining gradient (see `_prepare_inputs`) and PPO's lie in `super`; then comes the critic's.
+        if self._micro_batch() == 0:
             self.stopwatch.start_iteration()
         sync = self.accelerator.sync_gradients
         with self.stopwatch("update"):
@@ -324,22 +321,24 @@ class PPOPtxTrainer(GRPOTrainer):
             self._log_means(self.critic.backward(batch, batch["minibatch_tokens"], sync))
         return loss
 
-    def _place_in_iteration(self) -> int:
-        return self._step % (self.args.steps_per_generation * self.num_iterations)
+    def _micro_batch(self) -> int:
+        return self._step % (self.args.steps_per_generation * self.num_iterations)  # of the iteration
 
     def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
-        """This micro-batch's share of the clipped policy loss, averaged over the minibatch's completion tokens."""
         if not self.model.training:
             return self.evaluation.loss(inputs, self.beta)
         inputs = trim_padding(inputs)
-        mask = inputs["loss_mask"]
+        mask, low, high = inputs["loss_mask"], self.epsilon_low, self.epsilon_high
         logps, entropies = self._logps(model, inputs, entropy=True)
         old_logps = inputs["old_per_token_logps"].masked_fill(mask == 0, 0.0)  # as `logps` are where nothing is scored
-        losses, ratio = clipped_policy_loss(logps, old_logps, inputs["advantages"], self.epsilon_low, self.epsilon_high)
+        losses, ratio = clipped_policy_loss(logps, old_logps, inputs["advantages"], low, high)
         if "importance_sampling_ratio" in inputs:  # vLLM draws from slightly other weights; TRL corrects for it
             losses = losses * inputs["importance_sampling_ratio"]
-        metrics = ppo_rollout.update_metrics(losses, ratio, entropies, mask, self.epsilon_low, self.epsilon_high)
-        if self.args.old_logps_from_sampler and self._place_in_iteration() < self.args.gradient_accumulation_steps:
+        outside = (ratio < 1 - low) | (ratio > 1 + high)
+        metrics = {"policy_loss": losses, "ratio": ratio, "clip_fraction": outside.float(), "entropy": entropies}
+        metrics = {name: masked_mean(value, mask, dim=1)[mask.any(dim=1)] for name, value in metrics.items()}
+        # Only on the first minibatch: there the weights are those that drew, and any gap is rounding.
+        if self.args.old_logps_from_sampler and self._micro_batch() < self.args.gradient_accumulation_steps:
             metrics["sampler_gap"] = (logps - old_logps).detach()[mask.bool()].abs()
         self._log_means(metrics)
         # Divided by the tokens of the whole minibatch on all processes, not of this micro-batch: 8 × 1 equals 1 × 8.
@@ -355,7 +354,7 @@ class PPOPtxTrainer(GRPOTrainer):
         return super()._clip_grad_norm(self._trained(model))  # PPO and γ term together: one clip, one step
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Step the critic. Trainer asks just before it steps the policy: both step, or neither does."""
+        # Trainer asks for the norm just before it steps the policy: the last moment to step the critic, or neither.
         grad_norm = super()._get_grad_norm(self._trained(model), grad_norm)
         metrics = self._metrics["train"]
         with self.stopwatch("value_update"):
@@ -366,7 +365,7 @@ class PPOPtxTrainer(GRPOTrainer):
             if self.pretraining is not None:
                 norms["ptx_loss"] = metrics["ptx_loss"][-1]
             taken = self.divergence.may_step(self.state, self.control, norms)
-            mark_step_skipped(self.optimizer, not taken)
+            mark_step_skipped(self.optimizer, not taken)  # the policy's schedule then waits, too
             metrics["skipped_steps"] = [sum(metrics["skipped_steps"]) + (not taken)]  # since the last log
             self.critic.step(taken)
             finish_policy_step(self.accelerator, model, taken)
@@ -376,13 +375,15 @@ class PPOPtxTrainer(GRPOTrainer):
 
     # 9. Log -----------------------------------------------------------------------------------------------------------
     def _log_means(self, metrics: dict[str, torch.Tensor], counted: torch.Tensor | None = None) -> None:
-        """Log the mean over all processes of each tensor (B,), of the rows `counted` (B,); show it to the guards."""
+        """Log the mean of each tensor (B,) over all processes, of the rows `counted` (B,); show it to the guards."""
         if not self.model.training:
             self.evaluation.note(metrics, counted)
             return
         for name, values in metrics.items():
-            rows = values if counted is None else values[counted]
-            total, count = ppo_rollout.sum_and_count(self.accelerator, rows)
+            rows = (values if counted is None else values[counted]).detach().float()
+            # Sum and count, not a mean of means: processes may hold unequally many rows that count.
+            mine = torch.stack([rows.sum(), torch.tensor(float(rows.numel()), device=rows.device)])
+            total, count = self.accelerator.reduce(mine, "sum").tolist()
             self._metrics["train"][name].append(total / count if count else float("nan"))
             self.divergence.observe(name, total, count)
 
@@ -391,13 +392,17 @@ class PPOPtxTrainer(GRPOTrainer):
         metrics["episodes"] = [float(step * args.minibatch_size // self.num_iterations)]
         for name, value in self.stopwatch.finish_iteration(args.generation_batch_size).items():
             metrics[name].append(value)
-        if self.stopwatch.iterations == 1:
-            ppo_ptx_setup.say_estimate(args, step, metrics["time/iteration"][-1], self.accelerator.print)
+        seconds, left = metrics["time/iteration"][-1], (args.max_steps - step) // args.steps_per_iteration
+        if self.stopwatch.iterations == 1 and left > 0:
+            self.accelerator.print(
+                f"PPO-ptx: the first iteration took {seconds:.0f} s; {left} to go, about {seconds * left / 60:.0f} min."
+            )
 
     # Evaluation: on held-out prompts, against the reference; it changes nothing that training samples -----------------
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # GRPO's samples from the generators of training. Here each step has a noise of its own, also in a resumed run.
-        with self._own_randomness("evaluation", self.state.global_step, self.args.process_index):
+        purpose = "evaluation", self.state.global_step, self.args.process_index
+        with ppo_evaluation.own_randomness(self.accelerator.device, self.args.seed, *purpose):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -410,19 +415,15 @@ class PPOPtxTrainer(GRPOTrainer):
         return output
 
     def _prepare_evaluation(self, rows: list[dict[str, Any]]) -> Batch:
-        places = self.evaluation.places(rows)
-        if self.evaluation.lacks_reference(places):
-            # Seeded by the prompts: a resumed run, too, compares with the same answers.
-            with self._own_randomness("reference", places), ppo_evaluation.as_reference(self):
-                rollout = super()._generate_and_score_completions(rows)
-                self.evaluation.keep_reference(places, self._score_answers(rollout)[0])
+        sample = super()._generate_and_score_completions
+        places = ppo_evaluation.score_reference(self, rows, lambda: self._score_answers(sample(rows))[0])
         inputs = super()._prepare_inputs(rows)  # type: ignore[arg-type]
         endings = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         self.evaluation.note_answers(places, inputs, self._rewards, endings, self._metrics["eval"])
         return inputs
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
-        """Trainer's; a metric that is None, because no answer had a reward, is no better than any."""
+        # None, because no answer had a reward, is no better than any.
         known = {name: math.nan if value is None else value for name, value in metrics.items()}
         return super()._determine_best_metric(known, trial)
 
@@ -433,7 +434,7 @@ class PPOPtxTrainer(GRPOTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(self, max_steps: int, steps_an_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
-        """A finished run has no epoch left. Upstream would take one step more if it ended inside an epoch."""
+        # A finished run has no epoch left. Upstream would take one step more if it ended inside an epoch.
         position = super()._init_training_state(max_steps, steps_an_epoch, epochs, *args)
         return (epochs, 0) if self.state.global_step >= max_steps else position
 
@@ -476,7 +477,7 @@ class PPOPtxTrainer(GRPOTrainer):
         checkpoints.save_rollout(output_dir, self.args, self._step, self._buffered_inputs, text)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last that each process writes before the main one writes `trainer_state.json`: seal the checkpoint."""
+        # The last that each process writes before the main one writes `trainer_state.json`.
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

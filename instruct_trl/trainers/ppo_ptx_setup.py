@@ -36,8 +36,6 @@ from instruct_trl.trainers.engines import check_engine, is_sharding
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 
-Say = Callable[[str], None]
-
 
 @dataclass
 class Given:
@@ -72,15 +70,19 @@ def build_models(given: Given, reward_funcs: Any, tokenizer: Any, reward_tokeniz
         ValueError: naming the argument and the remedy.
     """
     check_whole(model=given.model, value_model=given.value_model, ref_model=given.ref_model)
-    check_beside_roles(given, args)
     model, value_model, ref_model, roles = given.model, given.value_model, given.ref_model, given.roles
     if roles is not None:
+        check_beside_roles(given, roles, args)
         model, value_model, ref_model = roles.policy, roles.value, roles.reference
         reward_funcs = roles.reward if reward_funcs is None else reward_funcs
     tokenizer = tokenizer or load_policy_tokenizer(model, roles, **starting_model.loading_kwargs(args))
     require_eos(tokenizer)
     reward_funcs = wrap_reward_funcs(reward_funcs, reward_tokenizers, args)
-    check_read_alike(tokenizer, value_model=value_model, ref_model=ref_model)
+    for name, reader in (("value_model", value_model), ("ref_model", ref_model)):
+        if reader is not None and not isinstance(reader, (ValueRole, ReferenceRole)):
+            path = str(reader) if isinstance(reader, (str, Path)) else reader.config._name_or_path
+            if has_tokenizer(tokenizer_source(path)):
+                check_same_tokens(load_tokenizer(path), tokenizer, f"{name} ({path})", name)
     value_model = resolve_value_model(value_model, reward_funcs, tokenizer, args)
     for scorer in (func for func in reward_funcs if isinstance(func, RewardScorer)):
         is_role = isinstance(scorer.model, RewardRole)  # it masks the pad token away
@@ -114,11 +116,8 @@ def check_whole(**models: Any) -> None:
             )
 
 
-def check_beside_roles(given: Given, args: PPOPtxConfig) -> None:
-    """Refuse models, and configs to make them, beside `role_adapters`; and what would change the base under them."""
-    roles = given.roles
-    if roles is None:
-        return
+def check_beside_roles(given: Given, roles: RoleAdapters, args: PPOPtxConfig) -> None:
+    """Refuse models, and configs to make them, beside `roles`; and what would change the base under them."""
     if args.cast_lm_head_to_fp32:
         raise ValueError(
             "cast_lm_head_to_fp32=True rewrites the head of the base, on which all roles of role_adapters stand. Leave "
@@ -139,19 +138,14 @@ def check_beside_roles(given: Given, args: PPOPtxConfig) -> None:
         )
 
 
-def check_read_alike(policy_tokenizer: Any, **models: Any) -> None:
-    """Refuse models, by path or in memory, that were saved beside a tokenizer of other ids than the policy's."""
-    for name, model in models.items():
-        if model is None or isinstance(model, (ValueRole, ReferenceRole)):
-            continue
-        path = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
-        tokenizer = load_tokenizer(path) if has_tokenizer(tokenizer_source(path)) else None
-        if tokenizer is not None and not same_tokens(tokenizer, policy_tokenizer):
-            raise ValueError(
-                f"{name} ({path}) was saved beside a tokenizer that is not the policy's "
-                f"({policy_tokenizer.name_or_path}): it would read the policy's token ids as other words. Pass a model "
-                "with the policy's tokenizer."
-            )
+def check_same_tokens(tokenizer: Any, policy_tokenizer: Any, owner: str, argument: str) -> None:
+    """Refuse a model whose tokenizer has other ids than the policy's."""
+    if not same_tokens(tokenizer, policy_tokenizer):
+        raise ValueError(
+            f"{owner} has a tokenizer ({tokenizer.name_or_path}) that is not the policy's "
+            f"({policy_tokenizer.name_or_path}): it would read the policy's token ids as other words. Pass as "
+            f"{argument}= a model with the policy's tokenizer."
+        )
 
 
 def same_tokens(first: Any, second: Any) -> bool:
@@ -168,10 +162,7 @@ def same_tokens(first: Any, second: Any) -> bool:
 
 
 def load_policy_tokenizer(model: Any, roles: RoleAdapters | None, **kwargs: Any) -> Any:
-    """The tokenizer that was saved with the policy, or with the adapters of `roles`; it pads on the left.
-
-    `kwargs` are those that a policy by path is going to be loaded with.
-    """
+    """The tokenizer saved with the policy (`kwargs`: of its loading), or with the adapters of `roles`."""
     if roles is not None:
         path = roles.tokenizer_path
     else:
@@ -183,11 +174,7 @@ def load_policy_tokenizer(model: Any, roles: RoleAdapters | None, **kwargs: Any)
 
 
 def load_policy(model: Any, args: PPOPtxConfig, quantization_config: Any, peft_config: Any) -> Any:
-    """A path becomes a float32 model here, so that the reference can be its copy; new adapters are put on by upstream.
-
-    Raises:
-        ValueError: the path does not exist, or nothing of the policy would train.
-    """
+    """A path becomes a float32 model here, so that the reference can be its copy; upstream puts new adapters on it."""
     starting_model.settle_model_kwargs(args, has_adapters(model, peft_config))
     starting_model.check_adapters(model, peft_config, "The policy")
     policy = starting_model.load_adapter_to_train(model, args, quantization_config)
@@ -241,11 +228,7 @@ def as_upstream_must_see(args: PPOPtxConfig, models: Models) -> Iterator[None]:
 
 
 def settle_models(trainer: GRPOTrainer, models: Models) -> Any:
-    """Place, cast and check the models once upstream has put adapters on the policy; returns the reference.
-
-    Raises:
-        ValueError: a launcher or tokens that a model does not go with.
-    """
+    """Place, cast and check the models once upstream has put adapters on the policy; returns the reference."""
     args: Any = trainer.args
     policy: Any = trainer.model
     roles, reference = models.roles, models.ref_model
@@ -287,7 +270,7 @@ def settle_models(trainer: GRPOTrainer, models: Models) -> Any:
 
 
 def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxConfig) -> list[Any]:
-    """Reward models, by path or in memory, become `RewardScorer`s; what other functions give is checked."""
+    """Reward models, by path or in memory, become `RewardScorer`s; other functions have their rewards checked."""
     funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     funcs = [func for func in funcs if func is not None]
     if not funcs:
@@ -295,22 +278,20 @@ def wrap_reward_funcs(reward_funcs: Any, processing_classes: Any, args: PPOPtxCo
     tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
     if len(tokenizers) != len(funcs):
         raise ValueError(f"reward_processing_classes has {len(tokenizers)} entries for {len(funcs)} reward functions.")
-    wrapped = [_wrap(func, tokenizer, args) for func, tokenizer in zip(funcs, tokenizers, strict=True)]
+    size, wrapped = args.local_rollout_forward_batch_size, []
+    for func, tokenizer in zip(funcs, tokenizers, strict=True):
+        if isinstance(func, (str, Path, PreTrainedModel, RewardRole)) or has_adapters(func):
+            sharing = "off" if isinstance(func, RewardRole) else "auto"  # a role attends as its base does
+            func = RewardScorer(func, tokenizer, batch_size=size, prefix_sharing=sharing)
+        elif not isinstance(func, (RewardScorer, torch.nn.Module)):
+            func = checked(func)
+        wrapped.append(func)
     scorers = [func for func in wrapped if isinstance(func, RewardScorer)]
-    for scorer in scorers:
+    for number, scorer in enumerate(scorers, start=1):
         check_whole(reward_funcs=scorer.model)
-    if len(scorers) > 1:  # metrics are logged by name
-        for number, scorer in enumerate(scorers, start=1):
+        if len(scorers) > 1:  # metrics are logged by name
             scorer.__name__ = f"reward_model_{number}"
     return wrapped
-
-
-def _wrap(func: Any, tokenizer: Any, args: PPOPtxConfig) -> Any:
-    if isinstance(func, (str, Path, PreTrainedModel, RewardRole)) or has_adapters(func):
-        sharing = "off" if isinstance(func, RewardRole) else "auto"  # a role attends as its base does
-        size = args.local_rollout_forward_batch_size
-        return RewardScorer(func, tokenizer, batch_size=size, prefix_sharing=sharing)
-    return func if isinstance(func, (RewardScorer, torch.nn.Module)) else checked(func)
 
 
 def resolve_value_model(
@@ -322,43 +303,29 @@ def resolve_value_model(
         ValueError: it is not clear which reward model to copy; or the critic could not read the policy's tokens.
     """
     scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
-    if isinstance(value_model, ValueRole):
-        for scorer in scorers:
-            if isinstance(scorer.model, RewardRole):
-                _check_tokens(scorer, policy_tokenizer)
+    is_role, name = isinstance(value_model, ValueRole), "The value model"
+    if value_model is None:
+        name = "The reward model, of which the critic is a copy,"
+        if len(scorers) != 1:
+            raise ValueError(
+                f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
+                "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
+            )
+    for scorer in scorers:  # of these, the one that the critic starts from reads the policy's tokens from now on
+        if value_model is None or (is_role and isinstance(scorer.model, RewardRole)):
+            check_same_tokens(scorer.processing_class, policy_tokenizer, name, "value_model")
+    if is_role:
         return value_model
-    if value_model is not None:
-        if isinstance(value_model, (str, Path)):
-            critic = ValueModel.from_pretrained(value_model, trust_remote_code=args.trust_remote_code)
-        else:
-            critic = value_model if isinstance(value_model, ValueModel) else ValueModel(value_model)
-            starting_model.check_something_trains(critic, "value_model")
-            critic = starting_model.train_in_float32(critic, "value_model", args)
-        check_token_rows(critic.classifier, policy_tokenizer, "The value model")
-        return critic
-    if len(scorers) != 1:
-        raise ValueError(
-            f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
-            "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
-        )
-    _check_tokens(scorers[0], policy_tokenizer)
-    critic = value_model_from_reward_model(scorers[0].model)
-    check_token_rows(critic.classifier, policy_tokenizer, "The reward model, of which the critic is a copy,")
+    if value_model is None:
+        critic = value_model_from_reward_model(scorers[0].model)
+    elif isinstance(value_model, (str, Path)):
+        critic = ValueModel.from_pretrained(value_model, trust_remote_code=args.trust_remote_code)
+    else:
+        critic = value_model if isinstance(value_model, ValueModel) else ValueModel(value_model)
+        starting_model.check_something_trains(critic, "value_model")
+        critic = starting_model.train_in_float32(critic, "value_model", args)
+    check_token_rows(critic.classifier, policy_tokenizer, name)
     return critic
-
-
-def _check_tokens(scorer: RewardScorer, policy_tokenizer: Any) -> None:
-    if not same_tokens(scorer.processing_class, policy_tokenizer):
-        raise ValueError(
-            f"The reward model's tokenizer ({scorer.processing_class.name_or_path}) differs from the policy's "
-            f"({policy_tokenizer.name_or_path}), so its copy cannot read the policy's tokens. Pass value_model= "
-            "with the policy's tokenizer."
-        )
-
-
-def pretraining_length(args: Any, policy: Any) -> int:
-    """Tokens that a pretraining text keeps: `ptx_max_length`, or the policy's context where that is less."""
-    return min(args.ptx_max_length, context_length(policy) or args.ptx_max_length)
 
 
 def pretraining_gradient(trainer: GRPOTrainer, dataset: Any) -> PretrainingGradient | None:
@@ -366,7 +333,8 @@ def pretraining_gradient(trainer: GRPOTrainer, dataset: Any) -> PretrainingGradi
     args: Any = trainer.args
     if args.ptx_coef == 0:
         return None
-    length, seed = pretraining_length(args, trainer.model), args.seed if args.data_seed is None else args.data_seed
+    length, seed = args.ptx_max_length, args.seed if args.data_seed is None else args.data_seed
+    length = min(length, context_length(trainer.model) or length)
     ranks = {"rank": args.process_index, "world_size": args.world_size}
     with args.main_process_first(desc="tokenizing the pretraining texts"):  # the others then read its cache
         texts = PretrainingStream(dataset, trainer._tokenizer, max_length=length, seed=seed, **ranks)
@@ -376,7 +344,7 @@ def pretraining_gradient(trainer: GRPOTrainer, dataset: Any) -> PretrainingGradi
 # What is printed ------------------------------------------------------------------------------------------------------
 
 
-def say_plan(args: PPOPtxConfig, pretraining: PretrainingGradient | None, say: Say) -> None:
+def say_plan(args: PPOPtxConfig, pretraining: PretrainingGradient | None, say: Callable[[str], None]) -> None:
     """Print the sizes that follow from the settings, before training starts."""
     steps = args.steps_per_iteration
     plan = (
@@ -399,7 +367,7 @@ def say_plan(args: PPOPtxConfig, pretraining: PretrainingGradient | None, say: S
     say(plan + ".")
 
 
-def say_warmup(args: PPOPtxConfig, steps: int, say: Say) -> None:
+def say_warmup(args: PPOPtxConfig, steps: int, say: Callable[[str], None]) -> None:
     """Print a warning if a run of `steps` ends before its warm-up does."""
     warmup = args.get_warmup_steps(steps)
     if warmup > steps:
@@ -407,10 +375,3 @@ def say_warmup(args: PPOPtxConfig, steps: int, say: Say) -> None:
             f"PPO-ptx: the warm-up of {warmup} steps is longer than the run of {steps}: the learning rates end at "
             f"{steps / warmup:.0%} of their way up. Lower warmup_iterations (or warmup_steps), or train longer."
         )
-
-
-def say_estimate(args: PPOPtxConfig, steps: int, seconds: float, say: Say) -> None:
-    """Print how long the rest will take, at the pace of the run's first iteration, which ended after `steps`."""
-    left = (args.max_steps - steps) // args.steps_per_iteration
-    if left > 0:
-        say(f"PPO-ptx: the first iteration took {seconds:.0f} s; {left} to go, about {seconds * left / 60:.0f} min.")

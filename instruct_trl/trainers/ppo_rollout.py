@@ -5,8 +5,7 @@ Legend: B rows of a batch, P prompt tokens, T completion tokens, F reward functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from trl import GRPOTrainer
 
 from instruct_trl._upstream import fused_head_is_compact
 from instruct_trl.data.encoding import encode_prompt, ending_ids, plain_answer
-from instruct_trl.maths.masking import masked_mean, masked_whiten
+from instruct_trl.maths.masking import masked_whiten
 from instruct_trl.models.generation import RolloutGenerate, replaced_generate
 from instruct_trl.models.logprobs import completion_logps, keeps_logits, positions, takes_positions
 from instruct_trl.models.reward import RewardScorer
@@ -39,7 +38,7 @@ def settle_endings(trainer: GRPOTrainer) -> list[int]:
 
 
 def encode_prompts(trainer: GRPOTrainer, prompts: list) -> list[list[int]]:
-    """Token ids of prompts under the trainer's template, its settings and tools, encoded as everywhere else."""
+    """Token ids of prompts by the one encoder of this package: reward model and critic read the same tokens."""
     given: Any = trainer.chat_template_kwargs
     settings = {**given, "tools": trainer.tools or None, "chat_template": trainer.chat_template}
     options = {name: value for name, value in settings.items() if value is not None}
@@ -107,16 +106,6 @@ def as_drawn(
     return inputs, texts
 
 
-@contextmanager
-def computing_under(autocast: Any, reward_funcs: Iterable[Any]) -> Iterator[None]:
-    """Inside, reward models compute under `autocast`; the user's own functions choose their precision."""
-    with ExitStack() as precision:
-        for scorer in reward_funcs:
-            if isinstance(scorer, RewardScorer):
-                precision.enter_context(scorer.computing_under(autocast))
-        yield
-
-
 def answer_scores(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Σ_f w_f·r_f of each answer, (B,), from rewards (B, F); NaN if no function that counts scored it."""
     weights = weights.to(rewards.device)
@@ -169,7 +158,7 @@ def sampler_logps(rollout: Batch, accelerator: Accelerator, again: Callable[[Bat
     return logps.masked_fill(~mask, 0.0)
 
 
-# Over all processes, and for the log ----------------------------------------------------------------------------------
+# Over all processes --------------------------------------------------------------------------------------------------
 
 
 def of_all_processes(accelerator: Accelerator, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -186,28 +175,12 @@ def whiten(accelerator: Accelerator, advantages: torch.Tensor, mask: torch.Tenso
     return everyone[first : first + rows, :width]
 
 
-def update_metrics(
-    losses: torch.Tensor, ratio: torch.Tensor, entropies: Any, mask: torch.Tensor, low: float, high: float
-) -> dict[str, torch.Tensor]:
-    """Means over each answer's tokens, for the N answers that have one in `mask` (B, T)."""
-    outside = (ratio < 1 - low) | (ratio > 1 + high)
-    metrics = {"policy_loss": losses, "ratio": ratio, "clip_fraction": outside.float(), "entropy": entropies}
-    return {name: masked_mean(value, mask, dim=1)[mask.any(dim=1)] for name, value in metrics.items()}
-
-
 def log_advantages(logs: dict[str, Any], means: torch.Tensor) -> None:
-    """Put mean advantages (B,) in the place of GRPO's for `log_completions`, which are 0 without a group."""
+    """Show mean advantages (B,) in the table of completions: GRPO's own are 0 for a group of one."""
     log = logs["advantages"]
     for _ in range(min(len(means), len(log))):
         log.pop()
     log.extend(means.tolist())
-
-
-def sum_and_count(accelerator: Accelerator, rows: torch.Tensor) -> tuple[float, float]:
-    """The sum and the number of `rows` on all processes."""
-    mine = torch.stack([rows.detach().float().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
-    total, count = accelerator.reduce(mine, "sum").tolist()
-    return total, count
 
 
 def by_length(trainer: GRPOTrainer, rollout: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:

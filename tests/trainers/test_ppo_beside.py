@@ -105,7 +105,7 @@ def test_models_of_another_tokenizer_are_refused(tmp_path, policy, reward_model,
     kind = AutoModelForSequenceClassification if name == "value_model" else LlamaForCausalLM
     models = {"value_model": value_model_from_reward_model(reward_model)}
     models[name] = str(other) if given == "path" else kind.from_pretrained(other)
-    with pytest.raises(ValueError, match=f"{name} .*other.* was saved beside a tokenizer that is not the policy's"):
+    with pytest.raises(ValueError, match=f"{name} .*other.* has a tokenizer .* that is not the policy's"):
         make(tmp_path, policy, lengths, tokenizer, **models, **PLAIN)
 
 
