@@ -35,15 +35,10 @@ def _reads_at_most(model: Any, role: str) -> str:
 
 
 def refuse_long_row(tokens: int, what: str, model: Any, role: str, remedy: str) -> None:
-    """Refuse a row of so many `tokens` that is longer than the context of `model`.
+    """Raise ValueError if a row of so many `tokens` is longer than the context of `model`.
 
-    Args:
-        what: names the row, e.g. "Row 3 of the train dataset".
-        role: names the model, e.g. "the reward model".
-        remedy: says what to do; may hold `{context}`.
-
-    Raises:
-        ValueError: the row is longer.
+    `what` and `role` name row and model in the error: "Row 3 of the train dataset", "the reward model". `remedy` says
+    what to do, and may hold `{context}`.
     """
     context = context_length(model)
     if context is not None and tokens > context:
@@ -54,19 +49,12 @@ def refuse_long_row(tokens: int, what: str, model: Any, role: str, remedy: str) 
 def refuse_no_room(
     model: Any, role: str, prompt: str, tokens: int, answer: int, setting: str, *, where: str = "", remedy: str = ""
 ) -> None:
-    """Refuse a prompt that leaves too little of the model's context for its answer.
+    """Raise ValueError if a prompt of so many `tokens` leaves too little of the model's context for its answer.
 
     Args:
-        role: names the model, e.g. "The reward model".
-        prompt: names the prompt, e.g. "prompt 3".
-        tokens: length of the prompt.
-        answer: longest answer, in tokens.
-        setting: the name of `answer` where the user sets it.
-        where: more about the prompt.
+        role, prompt: name model and prompt, e.g. "The reward model", "prompt 3"; `where` says more about the prompt.
+        answer: tokens of the longest answer, which the user sets by the name `setting`.
         remedy: an alternative to a lower `setting`.
-
-    Raises:
-        ValueError: prompt and answer together are longer than the context.
     """
     context = context_length(model)
     if context is None or tokens + answer <= context:
@@ -92,16 +80,8 @@ def check_answer_room(
 def check_rows_fit(dataset: Any, name: str, model: Any, role: str, remedy: str) -> Any:
     """Refuse a tokenised dataset (`input_ids`: a row's tokens, or a list for each completion) that does not fit.
 
-    Args:
-        dataset: a Dataset, a stream, or a mapping of them by name. Anything else comes back as it is.
-        name: of the dataset, e.g. "the train dataset".
-        model, role, remedy: as in `refuse_long_row`.
-
-    Returns:
-        The dataset; a stream checks each row as it flows.
-
-    Raises:
-        ValueError: a row is longer than the context of `model`: its number, its tokens, and how many are.
+    It may be a Dataset, a stream, which then checks each row as it flows, or a mapping of them by name. The error
+    names the row, its tokens, and how many are too long; `role` and `remedy` are as in `refuse_long_row`.
     """
     if isinstance(dataset, Mapping):
         return {key: check_rows_fit(part, f"{name}[{key}]", model, role, remedy) for key, part in dataset.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +36,16 @@ class Completion(NamedTuple):
     truncated: bool
 
 
-@contextmanager
-def contiguous_head_input(model: Any) -> Iterator[None]:
+def contiguous_head_input(model: Any) -> AbstractContextManager[Any]:
     """Inside, the LM head of `model` reads a contiguous copy of its hidden states; the values are the same.
 
     `generate` projects the slice (B, 1, H) of the prompts' last position. For a slice and a head that is not trained
     torch takes B products in place of one: on a CPU 5 times slower in float32, and with a copy of a bf16 head for each.
     """
     head = model.get_output_embeddings()
-    with ExitStack() as stack:
-        if head is not None:
-            hook = head.register_forward_pre_hook(lambda module, args: tuple(states.contiguous() for states in args))
-            stack.callback(hook.remove)
-        yield
+    if head is None:
+        return nullcontext()
+    return head.register_forward_pre_hook(lambda module, args: tuple(states.contiguous() for states in args))
 
 
 @contextmanager
@@ -202,7 +199,8 @@ class RolloutGenerate:
         answers = torch.full((len(prompt), limit), self.eos_token_ids[0] if pad is None else pad, device=prompt.device)
         self.logps = torch.zeros(answers.shape, device=prompt.device)
         rows, done = torch.arange(len(prompt), device=prompt.device), 0
-        drop = self.drop_ended and may_resume_generation(without_adapters(self.model), generation_config)
+        base = without_adapters(self.model)
+        drop = self.drop_ended and may_resume_generation(base, generation_config)
         while len(rows) and done < limit:
             width, stops = input_ids.size(1), drop
 
@@ -213,7 +211,9 @@ class RolloutGenerate:
 
             config = copy.copy(generation_config)
             config.max_new_tokens, config.return_dict_in_generate = limit - done, True
-            with self._recorded() as recorder, contiguous_head_input(self.model):
+            recorder = None if self.temperature is None else ChosenLogps(self.temperature)
+            recorded = nullcontext() if recorder is None else base.register_forward_hook(recorder, with_kwargs=True)
+            with recorded, contiguous_head_input(self.model):
                 output = self.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -238,18 +238,6 @@ class RolloutGenerate:
             attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)[kept]
             rows, input_ids = rows[kept], output.sequences[kept]
         return torch.cat([prompt, answers[:, :done]], dim=1)
-
-    @contextmanager
-    def _recorded(self) -> Iterator[Any]:
-        if self.temperature is None:
-            yield None
-            return
-        recorder = ChosenLogps(self.temperature)
-        handle = without_adapters(self.model).register_forward_hook(recorder, with_kwargs=True)
-        try:
-            yield recorder
-        finally:
-            handle.remove()
 
 
 class ChosenLogps:

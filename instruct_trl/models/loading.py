@@ -33,10 +33,7 @@ _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: Any) -> Any:
     """A causal language model, or an adapter on its base, with the token rows that the adapter was trained with.
 
-    Args:
-        path: a folder, or a name on the hub.
-        trainable: an adapter goes on training.
-        kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` is float32 unless given.
+    `kwargs` are for `from_pretrained`; `dtype` is float32 unless given. With `trainable` an adapter goes on training.
 
     Raises:
         ValueError: no such path; an adapter of a reward model, or one that does not fit its base.
@@ -60,14 +57,9 @@ def load_causal_model(path: str | Path, *, trainable: bool = False, **kwargs: An
 
 
 def check_causal(path: str | Path, **kwargs: Any) -> None:
-    """Refuse a classifier, such as a reward model, in a language model's place.
+    """Raise ValueError for a classifier, such as a reward model, in a language model's place (no adapter).
 
-    Args:
-        path: of a full model, not of an adapter.
-        kwargs: of `from_pretrained`; those that say where the model lies count.
-
-    Raises:
-        ValueError: it is one.
+    Of `kwargs`, which are those of `from_pretrained`, those count that say where the model lies.
     """
     where = {name: kwargs[name] for name in ("revision", "subfolder", "token", "trust_remote_code") if kwargs.get(name)}
     kinds = [] if kwargs.get("gguf_file") else AutoConfig.from_pretrained(path, **where).architectures or []
@@ -92,13 +84,8 @@ def load_policy_and_tokenizer(path: str | Path, processing_class: Any = None) ->
 def load_reward_model(path: str | Path, *, trainable: bool = False, **kwargs: Any) -> tuple[Any, Any]:
     """Read a trained reward model, or the folder of its PEFT adapter, with its tokenizer and its `reward_bias`.
 
-    Args:
-        path: local folder or hub name.
-        trainable: its adapter goes on training.
-        kwargs: for `AutoModelForSequenceClassification.from_pretrained` (dtype, device_map, revision, ...).
-
-    Returns:
-        (model, tokenizer), the model in eval mode.
+    `kwargs` are for `from_pretrained` (dtype, device_map, revision, ...). The model comes in eval mode; with
+    `trainable` its adapter goes on training.
 
     Raises:
         ValueError: no such path, more than one label, an adapter without the trained head, or a tokenizer that does not
@@ -145,12 +132,7 @@ def _load_reward_adapter(path: str, tokenizer: Any, trainable: bool, kwargs: dic
 def classifier_on_sft(path: str | Path, **kwargs: Any) -> Any:
     """A sequence classifier with one label on the base of an SFT adapter, the adapter and its added tokens merged in.
 
-    Args:
-        path: the adapter's folder.
-        kwargs: for `AutoModelForSequenceClassification.from_pretrained`; dtype is float32 unless given.
-
-    Raises:
-        ValueError: no such base, or a quantised one, into which nothing merges exactly.
+    Raises ValueError for no such base, or a quantised one, into which nothing merges exactly.
     """
     path, base_path = str(path), base_of_adapter(path)
     check_model_path(base_path)
@@ -186,8 +168,7 @@ def ensure_distinct_pad_token(tokenizer: Any, model: nn.Module | None = None) ->
 
     With `model`, its embeddings grow if the new token needs it, and its config learns the pad id.
 
-    Returns:
-        One line that says what changed, to be logged; None where the pad token was fine already.
+    Returns one line for the log that says what changed; None if the pad token was fine already.
     """
     line = None
     # With pad == EOS, transformers' pooling reads the token before the EOS, and scores otherwise than we do.
@@ -206,11 +187,7 @@ def ensure_distinct_pad_token(tokenizer: Any, model: nn.Module | None = None) ->
 
 
 def fit_model_to_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Grow the embeddings of `model` to hold every token of `tokenizer`, and copy the pad id into its config.
-
-    Raises:
-        ValueError: they have no room, and an adapter holds them.
-    """
+    """Grow the embeddings of `model` to hold every token of `tokenizer`, and copy the pad id into its config."""
     resize_token_rows(model, max(rows_for(tokenizer), token_rows(model)))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -222,16 +199,9 @@ def rows_for(tokenizer: Any) -> int:
 
 
 def check_token_rows(model: Any, tokenizer: Any, name: str, *, pad: bool = True) -> None:
-    """Refuse a tokenizer with ids for which the model has no row.
+    """Raise ValueError for a tokenizer with ids for which the model `name` has no row, and say which tokens they are.
 
-    Args:
-        model: anything with an embedding.
-        tokenizer: the tokenizer of its token ids.
-        name: of the model, in the error.
-        pad: the pad token counts, too; not so where the model masks it away before the embedding.
-
-    Raises:
-        ValueError: there are such ids; says which tokens they are.
+    With `pad=False` the pad token does not count: the model masks it away before the embedding.
     """
     rows = token_rows(model)
     unread = {str(getattr(tokenizer, name, None)) for name in _PLACEHOLDERS} - {"None"}

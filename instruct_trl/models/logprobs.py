@@ -67,11 +67,8 @@ def completion_logps(
         inputs["position_ids"] = positions(attention_mask)
     # The head gets the N scored positions as one row (1, N, H): no logits of prompts or padding are ever made.
     head = base.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][kept].unsqueeze(0), *args[1:]))
-    try:
+    with head.register_forward_pre_hook(lambda module, args: (args[0][kept].unsqueeze(0), *args[1:])):
         logits = model(**inputs, logits_to_keep=width + 1).logits
-    finally:
-        hook.remove()
     # A forward that does not call the head as a module passes the hook by, and gives (B, T + 1, V).
     logits = logits[0] if logits.shape[:2] != kept.shape else logits[kept]  # (N, V)
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature

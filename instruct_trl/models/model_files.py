@@ -41,7 +41,7 @@ def check_model_path(path: str | Path, *, weights: bool = True, **kwargs: Any) -
 
     Args:
         path: local folder or hub name.
-        weights: look at a folder's weights too, not at its config and tokenizer alone.
+        weights: look at a folder's weights, too.
         kwargs: of the `from_pretrained` that is to come; `subfolder`, `token` and their like say where the model lies.
 
     Raises:
@@ -143,11 +143,7 @@ def names_adapter(name: str | Path) -> bool:
 
 
 def adapter_config(path: str | Path) -> PeftConfig:
-    """The config of an adapter, by folder or name on the hub: the one place that reads adapter_config.json.
-
-    Raises:
-        ValueError: no adapter there.
-    """
+    """The config of an adapter, by folder or name on the hub. Raises ValueError if there is none."""
     try:
         return PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
@@ -187,11 +183,7 @@ def write_reward_config(folder: str | Path, model: Any, reward_bias: float, more
 
 
 def check_tokenizer(folder: str | Path) -> None:
-    """Refuse a model's local folder without a tokenizer. Names on the hub pass.
-
-    Raises:
-        ValueError: names the folder and the remedy.
-    """
+    """Raise ValueError for a model's local folder without a tokenizer. Names on the hub pass."""
     if Path(folder).is_dir() and not any(any(Path(folder).glob(name)) for name in _VOCABULARY):
         raise ValueError(
             f"The model folder {str(folder)!r} has no tokenizer. Save the model's own into it "
@@ -216,11 +208,7 @@ def tokenizer_source(path: str) -> str:
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> Any:
-    """The tokenizer of a model by its folder or name, read from `tokenizer_source`.
-
-    Raises:
-        ValueError: a local folder without one.
-    """
+    """The tokenizer of a model by its folder or name, read from `tokenizer_source`."""
     source = tokenizer_source(str(path))
     check_tokenizer(source)
     return AutoTokenizer.from_pretrained(source, **kwargs)

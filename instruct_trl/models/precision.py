@@ -16,12 +16,7 @@ HALF = (torch.bfloat16, torch.float16)
 def one_dtype(kwargs: Any, name: str = "model_init_kwargs") -> Any:
     """`kwargs` of a `from_pretrained`, in which `torch_dtype`, the old name of `dtype`, became `dtype`.
 
-    Args:
-        kwargs: a dictionary, which is not changed; anything else comes back as it is.
-        name: what holds them, for the error.
-
-    Raises:
-        ValueError: both names are given, and they differ; or no dtype has this name.
+    Raises ValueError, with the `name` of what holds them, if both are given and differ, or no dtype has this name.
     """
     if not isinstance(kwargs, dict):
         return kwargs
@@ -55,14 +50,9 @@ def is_quantised(model: Any) -> bool:
 
 
 def keep_whole_modules_in_float32(model: Any, adapter: str | None = None) -> bool:
-    """Give what adapters train whole (`modules_to_save`) float32 weights on a base in half precision.
+    """Float32 for what an adapter of a PeftModel, or all, train whole (`modules_to_save`) on a base in half precision.
 
-    Args:
-        model: a PeftModel.
-        adapter: the one meant; None for all.
-
-    Returns:
-        Whether there was any.
+    Returns whether there was any.
     """
     changed = False
     output_head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -42,9 +42,7 @@ def prefix_attention(
     Args:
         attention: the implementation that computes each part, "sdpa" or "eager".
         query, key, value: (1, Hq, L, D), (1, Hk, L, D), (1, Hk, L, D).
-        attention_mask: not used with a layout, which says who sees whom.
-        prefix_layout: None for rows that are not packed, which go straight to `attention`. That happens in the
-            backward pass: gradient checkpointing calls again what was called without sharing.
+        prefix_layout: says who sees whom, in place of `attention_mask`; None for rows that are not packed.
 
     Returns:
         (1, L, Hq, D), and None in place of the weights.
@@ -54,6 +52,7 @@ def prefix_attention(
         inner: Callable = sys.modules[type(module).__module__].eager_attention_forward
     else:
         inner = AttentionInterface()[attention]
+    # Not packed: gradient checkpointing calls again, in the backward pass, what was called without sharing.
     if prefix_layout is None:
         return inner(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
     layout = prefix_layout
@@ -81,13 +80,9 @@ for _attention, _name in _NAMES.items():
 
 
 class PrefixSharing:
-    """Scores with shared prefixes from one reward model.
+    """Scores with shared prefixes from one reward model, also under PEFT, not yet wrapped by DDP and the like.
 
-    Args:
-        model: a sequence classifier with one label, also under PEFT, not yet wrapped by DDP and the like.
-
-    Attributes:
-        obstacle: why this model cannot share prefixes, as half a sentence; None where it can.
+    `obstacle` says in half a sentence why this model cannot share prefixes; None if it can.
     """
 
     def __init__(self, model: Any):
@@ -167,15 +162,9 @@ class ScoringRoute:
     sharing and says so once, and "on" raises.
 
     Args:
-        model: as for `PrefixSharing`.
-        mode: "auto", "on" (never falls back) or "off".
+        model: as for `PrefixSharing`; `shares` says whether prefixes are shared.
+        mode: "auto", "on" (raises ValueError in place of a fallback) or "off".
         say: gets the one line that explains a fallback.
-
-    Attributes:
-        shares: whether prefixes are shared.
-
-    Raises:
-        ValueError: mode "on" and a model that cannot share, when it is made or at the first batch.
     """
 
     def __init__(self, model: Any, mode: str, say: Callable[[str], None]):
@@ -239,11 +228,10 @@ class ScoringRoute:
             nonlocal half
             half = torch.is_autocast_enabled(args[0].device.type) or args[0].dtype != torch.float32
 
-        hook = self.sharing.head.register_forward_pre_hook(look)
         was_training = model.training
         model.eval()  # dropout would differ from one route to the other
         try:
-            with self.sharing.inactive():
+            with self.sharing.inactive(), self.sharing.head.register_forward_pre_hook(look):
                 plain = score_rows(model, chosen.input_ids, chosen.attention_mask, self.sharing.head)
             shared, _ = self.sharing.score(model, chosen)
         except (RuntimeError, TypeError) as error:
@@ -254,6 +242,5 @@ class ScoringRoute:
             if gap > (0.1 if half else 1e-3) * scale:
                 self._fall_back(f"with sharing, scores of one prompt differ by {gap:.2g} from those without")
         finally:
-            hook.remove()
             model.train(was_training)
         self._verified = True

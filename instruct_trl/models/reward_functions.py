@@ -14,14 +14,8 @@ from instruct_trl._upstream import get_callable_name, is_async_callable
 def one_number_each(scores: Any, count: int, name: str) -> list[float | None]:
     """The scores of `count` answers as floats, in their order; None stays None, NaN and infinity stay as they are.
 
-    Args:
-        scores: a list, tuple, NumPy array, tensor or anything else that holds `count` numbers, (count,). A bool is 1
-            or 0.
-        count: of the answers.
-        name: who gave them, as an error begins: "The labeler".
-
-    Raises:
-        ValueError: no list, one of another length, or an entry that is no number (a text, a list).
+    `scores` is a list, tuple, NumPy array, tensor or anything else that holds numbers, (count,); a bool is 1 or 0.
+    Raises ValueError, which begins with the `name` of who gave them ("The labeler"), for anything else.
     """
     remedy = "it must give a list (or an array of one dimension) with one number for each answer."
     values = scores.tolist() if hasattr(scores, "tolist") else scores

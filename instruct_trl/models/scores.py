@@ -66,12 +66,8 @@ def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **i
     outputs: list[torch.Tensor] = []
     # The whole model is called, so that wrappers (DDP, FSDP, DeepSpeed, PEFT, autocast) see a forward. The output is
     # picked up as it leaves the head, before transformers' pooling, which compares tokens with the pad id.
-    hook = head.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with head_in_float32(head):
-            model(input_ids=input_ids, use_cache=False, **inputs)
-    finally:
-        hook.remove()
+    with head.register_forward_hook(lambda module, args, output: outputs.append(output)), head_in_float32(head):
+        model(input_ids=input_ids, use_cache=False, **inputs)
     if not outputs:
         raise ValueError(
             f"The head of {type(model).__name__} was not called: it was replaced since (merging an adapter does that). "
@@ -88,15 +84,9 @@ def head_outputs(model: nn.Module, head: nn.Module, input_ids: torch.Tensor, **i
 def score_rows(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, head: nn.Module | None = None
 ) -> torch.Tensor:
-    """Scores (N,) in float32, without bias, read at the last token of each row.
+    """Scores (N,) in float32, without bias, of rows (N, T) padded on the right, read at the last token of each.
 
-    Args:
-        model: a sequence classifier with one label, possibly wrapped.
-        input_ids, attention_mask: (N, T), padded on the right.
-        head: its scalar head; found by name if None, which needs an unwrapped model.
-
-    Raises:
-        ValueError: see `head_outputs`.
+    A wrapped `model` needs its scalar `head` named; else it is found.
     """
     scores = head_outputs(model, head or score_head(model), input_ids, attention_mask=attention_mask)
     # The length gives the last token. A comparison with the pad id would miss an EOS where the two are one token.

@@ -25,14 +25,9 @@ from instruct_trl.models.scores import add_reward_bias, head_in_float32
 
 
 class ValueModel(nn.Module):
-    """A sequence classifier read at every token: `forward` gives V of the state after each token.
+    """A sequence classifier read at every token: `forward` gives V of the state after each token, the bias included.
 
-    Args:
-        classifier: its backbone and scalar head become the value function; `config.reward_bias`, if there is one, is
-            added to every value.
-
-    Raises:
-        ValueError: more than one label, or adapters that are not merged.
+    Raises ValueError for more than one label, or adapters that are not merged.
     """
 
     def __init__(self, classifier: PreTrainedModel):
@@ -90,14 +85,9 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> ValueModel:
-        """Read what `save_pretrained` wrote, or any reward model; the adapter of one is merged.
+        """Read what `save_pretrained` wrote, or any reward model, by folder or hub name; the adapter of one is merged.
 
-        Args:
-            path: the folder, or a name on the hub.
-            kwargs: for `from_pretrained`; dtype is float32 unless given.
-
-        Raises:
-            ValueError: no such path, more than one label, or an adapter of a base that is stored quantised.
+        `kwargs` are for `from_pretrained`; dtype is float32 unless given.
         """
         kwargs = {"dtype": "float32", **(one_dtype(kwargs, "kwargs") or {})}
         check_model_path(path, **kwargs)
@@ -107,11 +97,7 @@ class ValueModel(nn.Module):
 
 
 def merged(model: Any) -> Any:
-    """`model` with its adapters, if it has any, merged into its weights.
-
-    Raises:
-        ValueError: these are quantised, so that nothing merges exactly.
-    """
+    """`model` with its adapters, if it has any, merged into its weights. Raises ValueError if these are quantised."""
     if not has_adapters(model):
         return model
     if is_quantised(model):
