@@ -15,23 +15,156 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, Json, LargeList, List, Value
+from datasets import Dataset, Features, Json, LargeList, List, Value
 from jinja2 import TemplateError
-from trl.trainer.utils import remove_none_values
+from trl.trainer.utils import pad, remove_none_values
 
-_KWARGS = "chat_template_kwargs"
-CHAT_COLUMNS = (
-    *("prompt", "completion", "completions", "chosen", "rejected", "messages", "conversations"),
-    "tools",
-    _KWARGS,
-)
+Text = str | list[dict[str, Any]]  # plain text, or TRL's conversational messages
+
 # What a template's own code can raise: raise_exception, and Python's errors on values that it does not expect.
 TEMPLATE_REFUSALS = (TemplateError, TypeError, LookupError, AttributeError)
+_KWARGS = "chat_template_kwargs"
+_CHAT_COLUMNS = (
+    *("prompt", "completion", "completions", "chosen", "rejected", "messages", "conversations"),
+    *("tools", _KWARGS),
+)
 _JSON_TYPES = ("string", "large_string", "bool", "null", "int", "uint", "float", "double")
+_PROBE = "some answer to be found again"
 
 
 class TemplateRefusal(ValueError):
     """A chat template cannot render some messages. `in_row` adds the place."""
+
+
+@contextmanager
+def in_row(where: str) -> Iterator[None]:
+    """Inside, a ValueError gets `where` put before it, e.g. "the train dataset, row 3"."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def kind_of(value: Any) -> str:
+    """How to call the kind of a value: "plain text", "a list of messages", "an int"."""
+    if isinstance(value, str | list):
+        return "plain text" if isinstance(value, str) else "a list of messages"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def check_same_kind(one: Any, name: str, other: Any, other_name: str) -> None:
+    """Refuse plain text beside messages."""
+    if isinstance(one, str) != isinstance(other, str):
+        raise ValueError(
+            f"{name} is {kind_of(one)} and {other_name} is {kind_of(other)}. Make both plain text, or both lists of "
+            "messages."
+        )
+
+
+def prompt_key(prompt: Any) -> str:
+    """A short name of a prompt (text, messages or token ids) by its content, the same on every machine."""
+    text = json.dumps(prompt, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def prompt_keys(prompts: Iterable[Any]) -> list[str]:
+    """The names of several; equal prompts have equal names."""
+    return [prompt_key(prompt) for prompt in prompts]
+
+
+# -- messages as they were written -------------------------------------------------------------------------------------
+
+
+def as_written(value: Any) -> Any:
+    """Messages, tools or template arguments held in memory, without the nulls that Arrow adds; anything else as it is.
+
+    Arrow gives all dictionaries of a list the same keys. A list of which two differ in theirs was not padded, so that
+    a null in it is its user's.
+    """
+    if isinstance(value, list) and len({frozenset(item) for item in value if isinstance(item, Mapping)}) > 1:
+        return value
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    return remove_none_values(value) if isinstance(value, list | Mapping) else value  # type: ignore[type-var]
+
+
+def without_padding(dataset: Any) -> Any:
+    """The dataset with messages, tools and template arguments as their user wrote them.
+
+    Arrow's structs hold every key of every row, and null where a row lacks it, which a chat template would render. The
+    columns that hold such structs come back as `datasets.Json`, without the nulls. Columns that are Json already (what
+    json lines are loaded as) keep theirs: those were written.
+    """
+    features = getattr(dataset, "features", None)
+    # Rows of the format "custom" are made by the user's own function as they are read; a map would read through it.
+    if features is None or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+        return dataset
+    as_json = {
+        name: _with_json(features[name]) for name in (*_CHAT_COLUMNS, _KWARGS) if _has_struct(features.get(name))
+    }
+    if isinstance(features.get(_KWARGS), Json):
+        as_json[_KWARGS] = Json()  # for the rows that have none: see `_drop_nulls`
+    if not as_json:
+        return dataset
+    options = {"desc": "Taking out Arrow's nulls"} if isinstance(dataset, Dataset) else {}
+    features = Features({**features, **as_json})
+    return dataset.map(_drop_nulls, fn_kwargs={"columns": list(as_json)}, features=features, **options)
+
+
+def _drop_nulls(example: Mapping[str, Any], columns: list[str]) -> dict[str, Any]:
+    rows = {name: _without_nulls(example[name]) for name in columns}
+    # A row without arguments has a null there, and upstream unpacks it as a dictionary.
+    return {**rows, _KWARGS: rows[_KWARGS] or {}} if _KWARGS in rows else rows
+
+
+def _has_struct(feature: Any) -> bool:
+    """Whether a column holds structs, and nothing in them that JSON cannot hold (an image, say)."""
+    if isinstance(feature, List | LargeList):
+        return _has_struct(feature.feature)
+    return isinstance(feature, dict) and _is_plain(feature)
+
+
+def _is_plain(feature: Any) -> bool:
+    if isinstance(feature, List | LargeList):
+        return _is_plain(feature.feature)
+    if isinstance(feature, dict):
+        return all(_is_plain(inner) for inner in feature.values())
+    return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype.startswith(_JSON_TYPES))
+
+
+def _with_json(feature: Any) -> Any:
+    return type(feature)(_with_json(feature.feature)) if isinstance(feature, List | LargeList) else Json()
+
+
+def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the chat template from a row's `tools` and `chat_template_kwargs`, as in TRL's RewardTrainer.
+
+    Nulls are Arrow's and go (`as_written`), except in tools that are a JSON string.
+    """
+    tools, kwargs = example.get("tools"), as_written(example.get(_KWARGS)) or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else as_written(tools)
+    except ValueError as error:
+        raise ValueError(f"'tools' is {tools!r:.80}, which is no JSON: {error}. Mend it, or give a list.") from error
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"{_KWARGS!r} is {kwargs!r:.80}; give a dictionary of settings of the template.")
+    return {**({"tools": tools} if tools else {}), **kwargs}
+
+
+def plain_answer(completion: Text) -> str | None:
+    """The words of a completion that is a text or one assistant message of text; None for tool calls and dialogues."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or completion[0].get("role") != "assistant":
+        return None
+    message = {name: value for name, value in completion[0].items() if value is not None}
+    return message["content"] if message.keys() == {"role", "content"} and isinstance(message["content"], str) else None
+
+
+# -- chat templates ----------------------------------------------------------------------------------------------------
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
@@ -55,124 +188,82 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], **kwargs: Any) ->
         ) from error
 
 
-@contextmanager
-def in_row(where: str) -> Iterator[None]:
-    """Inside, a ValueError gets `where` put before it, e.g. "the train dataset, row 3"."""
+def turn_end(tokenizer: Any, prompt: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+    """The text that the chat template writes after an answer to `prompt`.
+
+    Raises:
+        ValueError: the template leaves the answer out.
+    """
+    text = render(tokenizer, _answered(prompt, _PROBE), **kwargs)
+    if _PROBE not in text:
+        raise ValueError(
+            "The chat template does not show the content of an assistant's message, so there is no answer to score. "
+            "Set `tokenizer.chat_template` to one that does."
+        )
+    return text[text.rindex(_PROBE) + len(_PROBE) :]
+
+
+def _opening(tokenizer: Any, prompt: Sequence[dict[str, Any]], kwargs: dict) -> str:
+    """The rendered prompt, with the opening of the answer's turn or, if the prompt opened it, as far as it went."""
+    if not _is_open(prompt):
+        return render(tokenizer, prompt, **{**kwargs, "add_generation_prompt": True})
     try:
-        yield
+        return render(tokenizer, prompt, **{**kwargs, "continue_final_message": True})
+    except TemplateRefusal:
+        raise
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(
+            f"The prompt ends in an assistant message, {prompt[-1]['content']!r:.80}, which the answer is to continue, "
+            "but the chat template rewrites that message. End the prompt with the user's message, or set a chat "
+            "template that keeps an assistant's words."
+        ) from error
 
 
-def as_written(value: Any) -> Any:
-    """Messages, tools or template arguments held in memory, without the nulls that Arrow adds; anything else as it is.
-
-    Arrow gives all dictionaries of a list the same keys. A list of which two differ in theirs was not padded, so that
-    a null in it is its user's.
-    """
-    if isinstance(value, list) and len({frozenset(item) for item in value if isinstance(item, Mapping)}) > 1:
-        return value
-    return _without_nulls(value)
+def _is_open(prompt: Sequence[dict[str, Any]]) -> bool:
+    """Whether the last message of a prompt is the beginning of the answer."""
+    return len(prompt) > 0 and prompt[-1].get("role") == "assistant" and plain_answer([prompt[-1]]) is not None
 
 
-def without_padding(dataset: Any) -> Any:
-    """The dataset with messages, tools and template arguments as their user wrote them.
-
-    Arrow's structs hold every key of every row, and null where a row lacks it, which a chat template would render. The
-    columns of `CHAT_COLUMNS` that hold such structs come back as `datasets.Json`, without the nulls. Columns that are
-    Json already (what json lines are loaded as) keep theirs: those were written.
-    """
-    features = getattr(dataset, "features", None)
-    if not isinstance(dataset, Dataset | IterableDataset) or features is None or _transforms(dataset):
-        return dataset
-    padded = [name for name in CHAT_COLUMNS if name in features and _needs_care(name, features[name])]
-    if not padded:
-        return dataset
-    as_json = features.copy()
-    for name in padded:
-        as_json[name] = _with_json(features[name])
-    options: dict[str, Any] = {"features": as_json}
-    if isinstance(dataset, Dataset):
-        options["desc"] = "Taking out Arrow's nulls"
-    return dataset.map(_drop_nulls, fn_kwargs={"columns": padded}, **options)
+def _answered(prompt: Sequence[dict[str, Any]], answer: str) -> list[dict[str, Any]]:
+    return [*(prompt[:-1] if _is_open(prompt) else prompt), {"role": "assistant", "content": answer}]
 
 
-def _drop_nulls(example: Mapping[str, Any], columns: list[str]) -> dict[str, Any]:
-    rows = {name: _without_nulls(example[name]) for name in columns}
-    if _KWARGS in rows:
-        rows[_KWARGS] = rows[_KWARGS] or {}
-    return rows
+def _as_template_writes(
+    tokenizer: Any, prompt: list[dict[str, Any]], answer: str, kwargs: dict
+) -> tuple[str, str] | None:
+    """(up to the answer's end, what follows) as the template renders them; None where it changes the answer's words."""
+    if not answer:  # of an empty answer nothing can be found
+        return None
+    start = _opening(tokenizer, prompt, kwargs)
+    opened = prompt[-1]["content"] if _is_open(prompt) else ""
+    whole = render(tokenizer, _answered(prompt, opened + answer), **kwargs)
+    rest = whole.removeprefix(start)
+    # The template may put blanks before an answer, as older ones do; it may not take any away.
+    blanks = 0 if rest.startswith(answer) else len(rest) - len(rest.lstrip())
+    if not whole.startswith(start) or not rest.startswith(answer, blanks):
+        return None
+    end = len(start) + blanks + len(answer)
+    return whole[:end], whole[end:]
 
 
-def _needs_care(name: str, feature: Any) -> bool:
-    """Whether a column holds padded structs, or template arguments: a row without any has a null, upstream needs {}."""
-    return _has_struct(feature) or (name == _KWARGS and isinstance(feature, Json))
+def what_template_rewrites(tokenizer: Any) -> str | None:
+    """One line that says how the chat template changes answers, which rows here keep; None where it does not."""
+    answers = {"thoughts before </think>": "<think>\nx\n</think>\n\ny", "blanks around an answer": " y "}
+    prompt = [{"role": "user", "content": "x"}]
+    changed = [
+        name
+        for name, answer in answers.items()
+        if tokenizer.chat_template and _as_template_writes(tokenizer, prompt, answer, {}) is None
+    ]
+    if not changed:
+        return None
+    return (
+        f"The chat template drops or rewrites {' and '.join(changed)}. The reward model reads answers as they are: the "
+        "template's opening of the turn, the answer, the template's end of the turn."
+    )
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, list):
-        return remove_none_values(value)
-    return remove_none_values(value) if isinstance(value, Mapping) else value
-
-
-def _transforms(dataset: Any) -> bool:
-    """Whether rows are made by the user's own function as they are read; a map would read through it, once."""
-    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-
-
-def _has_struct(feature: Any) -> bool:
-    """Whether a column holds structs, and nothing in them that JSON cannot hold (an image, say)."""
-    if isinstance(feature, List | LargeList):
-        return _has_struct(feature.feature)
-    return isinstance(feature, dict) and all(_is_plain(inner) for inner in feature.values())
-
-
-def _is_plain(feature: Any) -> bool:
-    if isinstance(feature, List | LargeList):
-        return _is_plain(feature.feature)
-    if isinstance(feature, dict):
-        return all(_is_plain(inner) for inner in feature.values())
-    return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype.startswith(_JSON_TYPES))
-
-
-def _with_json(feature: Any) -> Any:
-    return type(feature)(_with_json(feature.feature)) if isinstance(feature, List | LargeList) else Json()
-
-
-def prompt_key(prompt: Any) -> str:
-    """A short name of a prompt (text, messages or token ids) by its content, the same on every machine."""
-    text = json.dumps(prompt, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def prompt_keys(prompts: Iterable[Any]) -> list[str]:
-    """The names of several; equal prompts have equal names."""
-    return [prompt_key(prompt) for prompt in prompts]
-
-
-Text = str | list[dict[str, Any]]  # plain text, or TRL's conversational messages
-
-_PROBE = "some answer to be found again"
-
-
-def end_of_text(text: str, eos_token: str, truncated: bool = False) -> str:
-    """`text` with `eos_token` at its end, once; a text that was cut at a limit (`truncated`) gets none."""
-    return text if truncated or text.endswith(eos_token) else text + eos_token
-
-
-def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for the chat template from a row's `tools` and `chat_template_kwargs`, as in TRL's RewardTrainer.
-
-    Nulls are Arrow's and go (`as_written`), except in tools that are a JSON string.
-    """
-    tools, kwargs = example.get("tools"), as_written(example.get("chat_template_kwargs")) or {}
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else as_written(tools)
-    except ValueError as error:
-        raise ValueError(f"'tools' is {tools!r:.80}, which is no JSON: {error}. Mend it, or give a list.") from error
-    if not isinstance(kwargs, Mapping):
-        raise ValueError(f"'chat_template_kwargs' is {kwargs!r:.80}; give a dictionary of settings of the template.")
-    return {**({"tools": tools} if tools else {}), **kwargs}
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
 
 def drop_own_bos(tokenizer: Any, text: str) -> str:
@@ -187,6 +278,11 @@ def drop_own_bos(tokenizer: Any, text: str) -> str:
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with the special tokens that the tokenizer adds, and never a second BOS."""
     return list(tokenizer(text=drop_own_bos(tokenizer, text))["input_ids"])
+
+
+def _encode_rendered(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what a template rendered, which brings its own special tokens."""
+    return list(tokenizer(text=text, add_special_tokens=False)["input_ids"])
 
 
 def encode_prompt(tokenizer: Any, prompt: Text, **kwargs: Any) -> list[int]:
@@ -213,17 +309,25 @@ def tokenize_pair(
         ValueError: plain text and a tokenizer without EOS, text mixed with messages, or messages that the chat
             template refuses.
     """
+    check_same_kind(prompt, "the prompt", completion, "the completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return encode_text(
-            tokenizer, prompt + end_of_text(completion, "" if truncated else _eos_token(tokenizer), truncated)
-        )
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise ValueError(
-            f"Prompt and completion must both be text or both be lists of messages, got {type(prompt).__name__} and "
-            f"{type(completion).__name__}."
-        )
-    written = as_written(prompt), as_written(completion)
-    return _encode_rendered(tokenizer, _conversation(tokenizer, *written, truncated, kwargs))
+        if truncated:
+            return encode_text(tokenizer, prompt + completion)
+        require_eos(tokenizer)
+        eos = tokenizer.eos_token
+        return encode_text(tokenizer, prompt + completion.removesuffix(eos) + eos)  # once, also where the user put one
+    asked, said = as_written(prompt), as_written(completion)
+    answer = plain_answer(said)
+    if answer is None:  # tool calls and dialogues have words that only the template can write
+        text = render(tokenizer, [*asked, *said], **kwargs)
+        if truncated:
+            text = text.removesuffix(turn_end(tokenizer, asked, **kwargs))
+        return _encode_rendered(tokenizer, text)
+    begun, end = _as_template_writes(tokenizer, asked, answer, kwargs) or (
+        _opening(tokenizer, asked, kwargs) + answer,
+        turn_end(tokenizer, asked, **kwargs),
+    )
+    return _encode_rendered(tokenizer, begun if truncated else begun + end)
 
 
 def tokenize_drawn(
@@ -250,123 +354,8 @@ def tokenize_drawn(
     if truncated:
         return row
     if isinstance(prompt, str):
-        return [*row, tokenizer.convert_tokens_to_ids(_eos_token(tokenizer))]
+        return [*row, require_eos(tokenizer)]
     return [*row, *_encode_rendered(tokenizer, turn_end(tokenizer, as_written(prompt), **kwargs))]
-
-
-def plain_answer(completion: Text) -> str | None:
-    """The words of a completion that is a text or one assistant message of text; None for tool calls and dialogues."""
-    if isinstance(completion, str):
-        return completion
-    if len(completion) != 1 or completion[0].get("role") != "assistant":
-        return None
-    message = {name: value for name, value in completion[0].items() if value is not None}
-    return message["content"] if message.keys() == {"role", "content"} and isinstance(message["content"], str) else None
-
-
-def turn_end(tokenizer: Any, prompt: Sequence[dict[str, Any]], **kwargs: Any) -> str:
-    """The text that the chat template writes after an answer to `prompt`.
-
-    Raises:
-        ValueError: the template leaves the answer out.
-    """
-    text = render(tokenizer, [*_context(prompt), {"role": "assistant", "content": _PROBE}], **kwargs)
-    if _PROBE not in text:
-        raise ValueError(
-            "The chat template does not show the content of an assistant's message, so there is no answer to score. "
-            "Set `tokenizer.chat_template` to one that does."
-        )
-    return text[text.rindex(_PROBE) + len(_PROBE) :]
-
-
-def what_template_rewrites(tokenizer: Any) -> str | None:
-    """One line that says how the chat template changes answers, which rows here keep; None where it does not."""
-    if not tokenizer.chat_template:
-        return None
-    prompt = [{"role": "user", "content": "x"}]
-    answers = {"thoughts before </think>": "<think>\nx\n</think>\n\ny", "blanks around an answer": " y "}
-    changed = [name for name, answer in answers.items() if _as_template_writes(tokenizer, prompt, answer, {}) is None]
-    if not changed:
-        return None
-    return (
-        f"The chat template drops or rewrites {' and '.join(changed)}. The reward model reads answers as they are: the "
-        "template's opening of the turn, the answer, the template's end of the turn."
-    )
-
-
-def _conversation(
-    tokenizer: Any, prompt: list[dict[str, Any]], completion: list[dict[str, Any]], truncated: bool, kwargs: dict
-) -> str:
-    """The rendered messages of a pair, without the end of the last turn if that was cut."""
-    answer = plain_answer(completion)
-    if answer is None:
-        whole = render(tokenizer, [*prompt, *completion], **kwargs)
-        return whole.removesuffix(turn_end(tokenizer, prompt, **kwargs)) if truncated else whole
-    parts = _as_template_writes(tokenizer, prompt, answer, kwargs)
-    if parts is None:
-        parts = _opening(tokenizer, prompt, kwargs) + answer, "" if truncated else turn_end(tokenizer, prompt, **kwargs)
-    return parts[0] if truncated else "".join(parts)
-
-
-def _as_template_writes(
-    tokenizer: Any, prompt: list[dict[str, Any]], answer: str, kwargs: dict
-) -> tuple[str, str] | None:
-    """(up to the answer's end, what follows) as the template renders them; None where it changes the answer's words.
-
-    The template may put blanks before an answer, as older ones do; it may not take any away. Of an empty answer nothing
-    can be found.
-    """
-    if not answer:
-        return None
-    start = _opening(tokenizer, prompt, kwargs)
-    opened = prompt[-1]["content"] if _is_open(prompt) else ""
-    whole = render(tokenizer, [*_context(prompt), {"role": "assistant", "content": opened + answer}], **kwargs)
-    rest = whole.removeprefix(start)
-    blanks = 0 if rest.startswith(answer) else len(rest) - len(rest.lstrip())
-    if not whole.startswith(start) or not rest.startswith(answer, blanks):
-        return None
-    end = len(start) + blanks + len(answer)
-    return whole[:end], whole[end:]
-
-
-def _opening(tokenizer: Any, prompt: Sequence[dict[str, Any]], kwargs: dict) -> str:
-    """The rendered prompt, with the opening of the answer's turn or, if the prompt opened it, as far as it went."""
-    if not _is_open(prompt):
-        return render(tokenizer, prompt, **{**kwargs, "add_generation_prompt": True})
-    try:
-        return render(tokenizer, prompt, **{**kwargs, "continue_final_message": True})
-    except TemplateRefusal:
-        raise
-    except ValueError as error:
-        raise ValueError(
-            f"The prompt ends in an assistant message, {prompt[-1]['content']!r:.80}, which the answer is to continue, "
-            "but the chat template rewrites that message. End the prompt with the user's message, or set a chat "
-            "template that keeps an assistant's words."
-        ) from error
-
-
-def _is_open(prompt: Sequence[dict[str, Any]]) -> bool:
-    """Whether the last message of a prompt is the beginning of the answer."""
-    return len(prompt) > 0 and prompt[-1].get("role") == "assistant" and plain_answer([prompt[-1]]) is not None
-
-
-def _context(prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages before the answer's turn."""
-    return list(prompt[:-1] if _is_open(prompt) else prompt)
-
-
-def _encode_rendered(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of what a template rendered, which brings its own special tokens."""
-    return list(tokenizer(text=text, add_special_tokens=False)["input_ids"])
-
-
-def _eos_token(tokenizer: Any) -> str:
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, which must end each completion. Set it first, e.g. "
-            "processing_class.eos_token = '</s>' (a token of its vocabulary)."
-        )
-    return tokenizer.eos_token
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None = None) -> dict[str, torch.Tensor]:
@@ -376,15 +365,12 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int | N
     tensor([[5, 6, 7],
             [8, 0, 0]])
     """
-    width = max(len(row) for row in rows)
-    if multiple:
-        width = -(-width // multiple) * multiple
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.tensor(row)
-        attention_mask[index, : len(row)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return {
+        "input_ids": pad(ids, pad_token_id, pad_to_multiple_of=multiple),
+        # From the lengths: where pad and EOS are one token, the ids do not tell padding from an ending.
+        "attention_mask": pad([torch.ones_like(row) for row in ids], 0, pad_to_multiple_of=multiple),
+    }
 
 
 def require_eos(tokenizer: Any) -> int:
@@ -431,6 +417,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         end = turn_end(tokenizer, [{"role": "user", "content": "x"}]).lstrip()
     except Exception:  # whatever a template raises: it is applied, and its error shown, where rows are read
         return None
-    ids = tokenizer(text=end, add_special_tokens=False)["input_ids"]
+    ids = _encode_rendered(tokenizer, end)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Words that follow every answer do not end it: the policy may say them in the middle of one.
     return ids[0] if ids and ids[0] in special else None

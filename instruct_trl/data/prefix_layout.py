@@ -97,7 +97,8 @@ class PrefixLayout:
         input_ids, attention_mask, group_sizes, prefix_lengths = rows
         device = input_ids.device
         owner = torch.repeat_interleave(torch.arange(len(group_sizes), device=device), group_sizes)
-        first = group_sizes.cumsum(0) - group_sizes  # the row of a prompt from which its prefix is taken
+        # All rows of a prompt begin with its prefix, so that the first one's copy stands for all.
+        first = group_sizes.cumsum(0) - group_sizes
         starts, ends = prefix_lengths[owner], attention_mask.sum(1)
         places = torch.arange(input_ids.shape[1], device=device)
         in_prompt = places < prefix_lengths.unsqueeze(1)
@@ -119,7 +120,7 @@ class PrefixLayout:
         return int(self.prefix_lengths.sum())
 
     def masks(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """What a prompt's tokens see of it, and what a completion's tokens see of prompt and completion.
+        """The keys that a prompt's tokens see in it, and those that a completion's see in prompt and completion.
 
         Args:
             window: sliding window in tokens of position; None sees everything before.
@@ -128,9 +129,10 @@ class PrefixLayout:
         Returns:
             ((1, 1, P, P) or None for plainly causal, (N, 1, C, P + C)), True (or 0) where a query sees a key.
         """
+        # A window that no row can leave is none, and sdpa is faster without one.
         if window is not None and window >= self.prompts.shape[1] + self.completions.shape[1]:
             window = None
-        if (window, dtype) not in self._masks:
+        if (window, dtype) not in self._masks:  # the layers of a model ask for the same few again and again
             prompt, completion = self._visible(window)
             if self.attention == "eager":
                 self._masks[window, dtype] = _additive(prompt, dtype), _additive(completion, dtype)
@@ -142,12 +144,13 @@ class PrefixLayout:
         device, (prompt_width, width) = self.owner.device, (self.prompts.shape[1], self.completions.shape[1])
         prompt = torch.arange(prompt_width, device=device)
         within = torch.arange(width, device=device)
-        own_prefix = self.prefix_lengths[self.owner]
+        # The padding of a shorter prompt is the only part of it that a completion must not see.
         see_prompt = self.prompts.real[self.owner].unsqueeze(1).expand(-1, width, -1)
         see_own = (within.unsqueeze(1) >= within).expand(len(self.owner), -1, -1)
         see_before = prompt.unsqueeze(1) >= prompt
         if window is not None:
-            position = own_prefix.unsqueeze(1) + within
+            # A window counts positions as if the row stood alone, so a completion's go on from its own prefix.
+            position = self.prefix_lengths[self.owner].unsqueeze(1) + within
             see_prompt = see_prompt & (position.unsqueeze(2) - prompt < window)
             see_own = see_own & (within.unsqueeze(1) - within < window)
             see_before = see_before & (prompt.unsqueeze(1) - prompt < window)
@@ -160,15 +163,12 @@ class PrefixLayout:
         length, device = self.input_ids.shape[1], self.owner.device
         position = self.position_ids.squeeze(0)
         # Who owns a token: its prompt, and its completion, which is −1 for the tokens of a prefix.
-        sizes = self.completions.real.sum(1)
-        rows = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-        prompt = torch.cat(
-            [torch.repeat_interleave(torch.arange(len(self.prefix_lengths), device=device), self.prefix_lengths)]
-            + [self.owner[rows]]
-        )
+        rows, prefixes = (grid.real.nonzero()[:, 0] for grid in (self.completions, self.prompts))
+        prompt = torch.cat([prefixes, self.owner[rows]])
         completion = torch.cat([rows.new_full((self.cut,), -1), rows])
 
         def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            # A completion sees its prompt and itself, never its siblings, though they stand before it in the row.
             same = (prompt[query] == prompt[key]) & ((completion[key] == -1) | (completion[query] == completion[key]))
             distance = position[query] - position[key]
             return same & (distance >= 0) & (distance < (length if window is None else window))

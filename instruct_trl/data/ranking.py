@@ -17,7 +17,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from trl.data_utils import extract_prompt
 
 from instruct_trl.data.encoding import Text, encode_prompt, in_row, prompt_key, template_kwargs, tokenize_pair
-from instruct_trl.data.rows import check_same_kind, check_text, column_names, require_columns, shown
+from instruct_trl.data.rows import check_text, column_names, require_columns, shown
 
 Pair = tuple[int, int]  # (winner, loser), positions in the completions
 _COUNTERS = {"long_prompt": "bool", "overlong_rows": "int32", "dropped_pairs": "int32", "tied": "bool"}
@@ -80,7 +80,6 @@ def parse_ranking(example: Mapping[str, Any], margins: bool = False) -> Ranking:
     prompt = _prompt_of(example)
     for name, completion in zip(names, completions, strict=True):
         check_text(completion, name)
-        check_same_kind(prompt, "the prompt", completion, name)
     weight = float(_finite(example.get("weight", 1.0), "'weight'", "1 is the default", above=0))
     return Ranking(prompt, completions, ranks, pairs, values, weight, _truncated_of(example, len(completions)))
 

@@ -11,23 +11,25 @@ from instruct_trl.data.encoding import pad_rows
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.maths.rankings import preferred_pairs
 
+MOST_PADDING = 0.1  # share of a batch of rows that are only scored
+_BY_PROMPT = ("ranks", "mask", "pairs", "margins", "weights", "prefix_lengths")
+_BY_ROW = ("input_ids", "attention_mask")
+
 
 class RankingCollator:
     """Batch of prompts, each with its own K, as one forward over N = ΣK rows.
 
-    It takes the columns that `prepare_ranking_dataset` makes, and returns
+    It takes the columns that `prepare_ranking_dataset` makes (examples without `pairs` get those of their `ranks`), and
+    returns
 
     - `ranks` (B, K) long, 0 where there is no completion, and throughout the row of a prompt without ranks;
     - `mask` (B, K) bool, True on real completions;
     - `pairs` (B, K, K) bool, [b, i, j] True where completion i of prompt b is preferred over j;
     - `margins` (B, K, K) float, 0 where there is no pair; only if an example has margins;
     - `weights` (B,) float;
-    - `prefix_lengths` (B,) long, how many tokens all rows of a prompt begin with, at most all but the last token
-      of the shortest row;
+    - `prefix_lengths` (B,) long, as `common_prefix_length` counts them;
     - `input_ids`, `attention_mask` (N, T) long, padded on the right, whose rows are the True places of `mask` in
       row-major order.
-
-    Examples without `pairs` get those of their `ranks`.
 
     >>> batch = RankingCollator(pad_token_id=0)([
     ...     {"input_ids": [[5, 6], [7]], "ranks": [1, 2]},
@@ -61,11 +63,12 @@ def comparisons(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     for prompt, example in enumerate(examples):
         given = example.get("ranks") or []
         ranks[prompt, : len(given)] = torch.tensor(given, dtype=torch.long)
-    pairs = preferred_pairs(ranks, mask)  # those of the examples that bring none of their own
+    pairs = preferred_pairs(ranks, mask)
     margins = torch.zeros(pairs.shape)
     for prompt, example in enumerate(examples):
         if example.get("pairs") is None:
             continue
+        # Pairs of its own stand in for those of the ranks: a labeler may have compared only some.
         winners, losers = torch.tensor(example["pairs"], dtype=torch.long).reshape(-1, 2).unbind(1)
         pairs[prompt] = False
         pairs[prompt, winners, losers] = True
@@ -80,11 +83,6 @@ def comparisons(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
         **({"margins": margins} if with_margins else {}),
         "weights": torch.tensor(weights, dtype=torch.float),
     }
-
-
-MOST_PADDING = 0.1  # share of a batch of rows that are only scored
-_BY_PROMPT = ("ranks", "mask", "pairs", "margins", "weights", "prefix_lengths")
-_BY_ROW = ("input_ids", "attention_mask")
 
 
 def fill(items: Iterable[int], cost: Callable[[list[int]], int], budget: int) -> list[list[int]]:
@@ -103,7 +101,7 @@ def fill(items: Iterable[int], cost: Callable[[list[int]], int], budget: int) ->
 
 
 def rows_cost(lengths: list[int], budget: int) -> int:
-    """What a batch of rows costs `fill`: their number, or more than `budget` where over a tenth would be padding."""
+    """A cost for `fill`: the number of rows, or more than `budget` where over a tenth of them would be padding."""
     padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
     return len(lengths) if padding <= MOST_PADDING else budget + 1
 
@@ -118,55 +116,52 @@ def take_prompts(batch: Mapping[str, Any], prompts: list[int]) -> dict[str, Any]
     index = torch.tensor(prompts, device=batch["mask"].device)
     owner = owners(batch)
     rows = torch.cat([(owner == prompt).nonzero().squeeze(1) for prompt in prompts])
-    return {name: batch[name][index] for name in _BY_PROMPT if name in batch} | take_rows(batch, rows)
+    return {name: batch[name][index] for name in _BY_PROMPT if name in batch} | _take_rows(batch, rows)
 
 
-def take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """`input_ids` and `attention_mask` of these rows, cut to their longest."""
+def _take_rows(batch: Mapping[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     width = int(batch["attention_mask"][rows].sum(1).max())
     return {name: batch[name][rows, :width] for name in _BY_ROW}
 
 
-def prompt_pieces(batch: Mapping[str, Any], budget: int | None, shared: bool) -> list[list[int]]:
-    """The prompts of a batch, longest first, in groups of at most `budget` tokens; None: one group.
+def _token_cost(batch: Mapping[str, Any], shared: bool) -> Callable[[list[int]], int]:
+    """A cost for `fill`, of rows: the tokens that are computed for them.
 
-    A group costs its prefixes and completions where they are `shared`, else its rows, padded to the longest.
+    They are prefixes, once per prompt, and completions where they are `shared`, else rows padded to the longest.
     """
-    lengths, owner = batch["attention_mask"].sum(1), owners(batch)
-    sizes, prefixes = batch["mask"].sum(1), batch["prefix_lengths"]
-    longest = torch.zeros_like(sizes).scatter_reduce(0, owner, lengths, "amax").tolist()
-    tokens = torch.zeros_like(sizes).scatter_add(0, owner, lengths)
-    packed = (tokens - prefixes * (sizes - 1)).tolist()
-    counts = sizes.tolist()
-
-    def cost(prompts: list[int]) -> int:
-        if shared:
-            return sum(packed[prompt] for prompt in prompts)
-        return sum(counts[prompt] for prompt in prompts) * max(longest[prompt] for prompt in prompts)
-
-    prompts = list(range(len(counts)))
-    if budget is None:
-        return [prompts]
-    return fill(sorted(prompts, key=lambda prompt: (-longest[prompt], prompt)), cost, budget)
-
-
-def row_pieces(batch: Mapping[str, Any], budget: int | None, shared: bool) -> list[list[int]]:
-    """The rows of a batch in groups of at most `budget` tokens, as `prompt_pieces` counts them; None: row by row."""
     lengths, owner = batch["attention_mask"].sum(1).tolist(), owners(batch).tolist()
     prefixes = batch["prefix_lengths"].tolist()
 
     def cost(rows: list[int]) -> int:
         if not shared:
             return len(rows) * max(lengths[row] for row in rows)
-        of_prompts = sum(prefixes[prompt] for prompt in {owner[row] for row in rows})
-        return of_prompts + sum(lengths[row] - prefixes[owner[row]] for row in rows)
+        once = sum(prefixes[prompt] for prompt in {owner[row] for row in rows})
+        return once + sum(lengths[row] - prefixes[owner[row]] for row in rows)
 
-    return fill(range(len(lengths)), cost, budget or 0)
+    return cost
+
+
+def prompt_pieces(batch: Mapping[str, Any], budget: int | None, shared: bool) -> list[list[int]]:
+    """The prompts of a batch, longest first, in groups of at most `budget` tokens (`_token_cost`); None: one group."""
+    rows: list[list[int]] = [[] for _ in batch["mask"]]
+    for row, prompt in enumerate(owners(batch).tolist()):
+        rows[prompt].append(row)
+    if budget is None:
+        return [list(range(len(rows)))]
+    lengths, cost = batch["attention_mask"].sum(1).tolist(), _token_cost(batch, shared)
+    # Longest first: neighbours pad each other little, and too little memory shows in the first piece.
+    order = sorted(range(len(rows)), key=lambda prompt: -max(lengths[row] for row in rows[prompt]))
+    return fill(order, lambda prompts: cost([row for prompt in prompts for row in rows[prompt]]), budget)
+
+
+def row_pieces(batch: Mapping[str, Any], budget: int | None, shared: bool) -> list[list[int]]:
+    """The rows of a batch in groups of at most `budget` tokens, counted in the same way; None: row by row."""
+    return fill(range(len(owners(batch))), _token_cost(batch, shared), budget or 0)
 
 
 def grouped_rows(batch: Mapping[str, Any], rows: torch.Tensor | None = None) -> GroupedRows:
     """The rows of a batch, or those with the indices `rows` (in ascending order), as they are scored."""
     owner = owners(batch)
-    texts = take_rows(batch, rows if rows is not None else torch.arange(len(owner), device=owner.device))
-    prompts, sizes = (owner if rows is None else owner[rows]).unique_consecutive(return_counts=True)
-    return GroupedRows(**texts, group_sizes=sizes, prefix_lengths=batch["prefix_lengths"][prompts])
+    rows = torch.arange(len(owner), device=owner.device) if rows is None else rows
+    prompts, sizes = owner[rows].unique_consecutive(return_counts=True)
+    return GroupedRows(**_take_rows(batch, rows), group_sizes=sizes, prefix_lengths=batch["prefix_lengths"][prompts])

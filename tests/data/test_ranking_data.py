@@ -146,9 +146,10 @@ def test_scores_that_cannot_be_ranked_are_refused(tokenizer, value):
         prepare(Dataset.from_list([row]), tokenizer)
 
 
-def test_text_and_messages_do_not_mix():
-    with pytest.raises(ValueError, match="the prompt is a list of messages and completion 0 is plain text"):
-        parse_ranking({"prompt": user("a"), "completions": ["b", "c"], "ranks": [1, 2]})
+def test_text_and_messages_do_not_mix(tokenizer):
+    row = {"prompt": user("a"), "completions": ["b", "c"], "ranks": [1, 2]}
+    with pytest.raises(ValueError, match="row 0: the prompt is a list of messages and the completion is plain text"):
+        prepare(Dataset.from_list([row]), tokenizer)
 
 
 def test_all_rows_tied_is_refused(tokenizer):

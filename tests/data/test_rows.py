@@ -160,7 +160,7 @@ def test_numbers_read_as_text_are_text(policy, tokenizer, tmp_path):
 def test_what_formatting_func_makes_is_checked(policy, tokenizer, tmp_path):
     args = InstructSFTConfig(str(tmp_path), report_to="none")
     rows = Dataset.from_dict({"q": ["a", "b"]})
-    with pytest.raises(ValueError, match=r"What formatting_func makes of the row \{'q': 'b'\} is empty \(None\)"):
+    with pytest.raises(ValueError, match=r"text that formatting_func makes of the row \{'q': 'b'\} is empty \(None\)"):
         InstructSFTTrainer(
             policy, args, train_dataset=rows, processing_class=tokenizer,
             formatting_func=lambda row: "text" if row["q"] == "a" else None,
@@ -184,7 +184,7 @@ def test_rows_of_demonstrations_are_refused(tokenizer, rows, message):
 
 def test_text_and_messages_in_one_column_are_refused(tokenizer):
     rows = [{"prompt": "a"}, {"prompt": [user("a")]}]
-    with pytest.raises(ValueError, match="row 1 is a list of messages, and row 0 is plain text"):
+    with pytest.raises(ValueError, match="row 1 is a list of messages and row 0 is plain text"):
         filter_prompts(Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer, None, "prompts")
 
 

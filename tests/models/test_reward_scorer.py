@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from instruct_trl.data.encoding import end_of_text, pad_rows, tokenize_pair
+from instruct_trl.data.encoding import pad_rows, tokenize_pair
 from instruct_trl.models.loading import ensure_distinct_pad_token, load_reward_model
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.scores import score_rows
@@ -123,7 +123,7 @@ def test_unequal_lengths_and_broken_models_are_refused(reward_model, tokenizer):
         scorer(PROMPTS, COMPLETIONS[:2])
     with pytest.raises(ValueError, match="3 prompts but 1 completion_ids"):
         scorer(PROMPTS, COMPLETIONS, [[1]])
-    with pytest.raises(ValueError, match="both be text or both be lists"):
+    with pytest.raises(ValueError, match="Make both plain text, or both lists of messages"):
         scorer(chat(["Hi"], "user"), ["Hello"])
     reward_model.score.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="gave nan for row"):
@@ -195,12 +195,6 @@ def test_a_new_pad_token_grows_the_model():
     assert model.get_input_embeddings().weight.shape[0] == 258
     assert model.config.pad_token_id == 257
     assert len(RewardScorer(model, fresh)(PROMPTS, COMPLETIONS)) == 3
-
-
-def test_end_of_text():
-    assert end_of_text("a", "</s>", False) == "a</s>"
-    assert end_of_text("a</s>", "</s>", False) == "a</s>"
-    assert end_of_text("a", "</s>", True) == "a"
 
 
 def test_a_tokenizer_without_eos_is_refused(tokenizer):
