@@ -421,3 +421,13 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     # Words that follow every answer do not end it: the policy may say them in the middle of one.
     return ids[0] if ids and ids[0] in special else None
+
+
+def same_tokens(first: Any, second: Any) -> bool:
+    """True if every token that both tokenizers know has the same id, and they share all but added special ones."""
+    one, two = first.get_vocab(), second.get_vocab()
+    if first.pad_token_id == second.pad_token_id is not None:  # by whatever name, it is never read
+        for vocabulary, tokenizer in ((one, first), (two, second)):
+            vocabulary.pop(tokenizer.pad_token, None)
+    small, large = sorted((one, two), key=len)
+    return all(large.get(token) == index for token, index in small.items()) and len(large) - len(small) <= 16

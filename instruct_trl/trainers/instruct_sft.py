@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +22,7 @@ from instruct_trl.data.rows import check_sft_dataset, checked_formatting, refusa
 from instruct_trl.evaluation.estimates import standard_error
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, score_answers
 from instruct_trl.models.adapters import has_adapters, save_token_rows
-from instruct_trl.models.context import check_answer_room, check_rows_fit
+from instruct_trl.models.context import check_answer_room
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
 from instruct_trl.models.loading import check_causal, check_token_rows
@@ -35,32 +35,18 @@ from instruct_trl.models.model_files import (
 )
 from instruct_trl.models.precision import one_dtype
 from instruct_trl.models.reward import check_scorer_room
+from instruct_trl.trainers import setting, starting_model
 from instruct_trl.trainers.run_checks import (
     NamedEvalSets,
     check_not_empty,
-    check_run,
-    check_something_to_learn,
+    check_steps,
     check_training_numbers,
-    rows_of_a_step,
-    say_rows_of_a_step,
-)
-from instruct_trl.trainers.starting_model import (
-    check_adapters,
-    keep_adapters_in_float32,
-    load_adapter_to_train,
-    loading_kwargs,
-    place_reward_models,
-    settle_model_kwargs,
-    train_in_float32,
+    require,
 )
 
 logger = logging.getLogger(__name__)
 
 RM_SCORE = "eval_rm_score"
-LONG_ROWS = (
-    "Set max_length={context}, by which longer rows are cut and counted, shorten the texts, or take a model with a "
-    "longer context."
-)
 
 
 @dataclass
@@ -74,94 +60,61 @@ class InstructSFTConfig(SFTConfig):
         ValueError: a rate, fraction or length of ours out of its range.
     """
 
-    num_train_epochs: float = field(
-        default=16,
-        metadata={"help": "Passes over the demonstrations. Paper: 16, and 2 for the model that RL starts from."},
+    num_train_epochs: float = setting(
+        16, "Passes over the demonstrations. Paper: 16, and 2 for the model that RL starts from."
     )
-    learning_rate: float = field(
-        default=9.65e-6, metadata={"help": "Peak learning rate. Paper: 9.65e-6 for 1.3B and 6B, 5.03e-6 for 175B."}
+    learning_rate: float = setting(9.65e-6, "Peak learning rate. Paper: 9.65e-6 for 1.3B and 6B, 5.03e-6 for 175B.")
+    per_device_train_batch_size: int = setting(
+        8, "Rows per device and forward pass. Paper: 32 rows per optimizer step, here 8 x 4."
     )
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Rows per device and forward pass. Paper: 32 rows per optimizer step, here 8 x 4."}
+    gradient_accumulation_steps: int = setting(
+        4, "Forward passes per optimizer step. Paper: 32 rows per step, here 8 x 4."
     )
-    gradient_accumulation_steps: int = field(
-        default=4, metadata={"help": "Forward passes per optimizer step. Paper: 32 rows per step, here 8 x 4."}
+    lr_scheduler_type: str = setting("cosine_with_min_lr", "Paper: cosine down to a tenth of the peak.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = setting(
+        None, 'Settings of the scheduler. The default for cosine_with_min_lr is {"min_lr_rate": 0.1}. Paper: 0.1.'
     )
-    lr_scheduler_type: str = field(
-        default="cosine_with_min_lr", metadata={"help": "Paper: cosine down to a tenth of the peak."}
+    warmup_steps: float = setting(0, "Paper: no warm-up.")
+    adam_beta1: float = setting(0.9, "Paper: 0.9.")
+    adam_beta2: float = setting(0.95, "Paper: 0.95.")
+    max_length: int | None = setting(2048, "Longest row, in tokens. Longer rows are cut and counted. Paper: 2k tokens.")
+    save_strategy: str = setting("epoch", "When to save. Each checkpoint is a candidate for the selection.")
+    eval_strategy: str = setting(
+        "epoch", "When to evaluate. It must match save_strategy, so that each checkpoint has a score."
     )
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'Settings of the scheduler. The default for cosine_with_min_lr is {"min_lr_rate": 0.1}. Paper: 0.1.'
-        },
+    save_total_limit: int | None = setting(
+        None, "Checkpoints to keep. None keeps all, so that select_checkpoint can compare them afterwards."
     )
-    warmup_steps: float = field(default=0, metadata={"help": "Paper: no warm-up."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "Paper: 0.9."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Paper: 0.95."})
-    max_length: int | None = field(
-        default=2048, metadata={"help": "Longest row, in tokens. Longer rows are cut and counted. Paper: 2k tokens."}
+    residual_dropout: float | None = setting(
+        0.2,
+        "Dropout on what attention and MLP add to the residual stream, on any decoder. Paper: 0.2. 0 switches it off; "
+        "null keeps what the model's own config says.",
     )
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "When to save. Each checkpoint is a candidate for the selection."}
+    pretraining_fraction: float = setting(
+        0.0, "Share of pretraining text among the examples. Paper: 0 for SFT, 0.1 before RL."
     )
-    eval_strategy: str = field(
-        default="epoch",
-        metadata={"help": "When to evaluate. It must match save_strategy, so that each checkpoint has a score."},
+    selection_max_new_tokens: int = setting(256, "Longest answer to a selection prompt, in tokens. Paper: 1024.")
+    selection_temperature: float = setting(
+        1.0, "Sampling temperature of the answers to the selection prompts; 0 is greedy. Paper: 1."
     )
-    save_total_limit: int | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoints to keep. None keeps all, so that select_checkpoint can compare them afterwards."
-        },
-    )
-    residual_dropout: float | None = field(
-        default=0.2,
-        metadata={
-            "help": "Dropout on what attention and MLP add to the residual stream, on any decoder. Paper: 0.2. "
-            "0 switches it off; null keeps what the model's own config says."
-        },
-    )
-    pretraining_fraction: float = field(
-        default=0.0,
-        metadata={"help": "Share of pretraining text among the examples. Paper: 0 for SFT, 0.1 before RL."},
-    )
-    selection_max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest answer to a selection prompt, in tokens. Paper: 1024."}
-    )
-    selection_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Sampling temperature of the answers to the selection prompts; 0 is greedy. Paper: 1."},
-    )
-    selection_batch_size: int = field(default=8, metadata={"help": "Answers to generate at once."})
-    selection_seed: int = field(
-        default=0,
-        metadata={
-            "help": "Seed of the sampled answers. It is the same at every evaluation, so that epochs can be compared."
-        },
+    selection_batch_size: int = setting(8, "Answers to generate at once.")
+    selection_seed: int = setting(
+        0, "Seed of the sampled answers. It is the same at every evaluation, so that epochs can be compared."
     )
 
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
         check_training_numbers(self)
+        require(self, ["residual_dropout"], "in [0, 1), as the paper's 0.2", lambda number: 0 <= number < 1)
+        require(self, ["pretraining_fraction"], "in [0, 1), as the paper's 0.1 before RL", lambda n: 0 <= n < 1)
+        require(self, ["selection_max_new_tokens", "selection_batch_size"], "at least 1", lambda number: number >= 1)
+        require(self, ["selection_temperature"], "0 (greedy) or more", lambda number: number >= 0)
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
-        # Upstream fills in "loss" below; the trainer puts the RM score there only where the user named nothing.
+        # Upstream fills in "loss" below; the trainer puts the RM score there only if the user named nothing.
         self._metric_was_chosen = self.metric_for_best_model is not None
         super().__post_init__()
         self.model_init_kwargs = one_dtype(self.model_init_kwargs)
-        if self.residual_dropout is not None and not 0 <= self.residual_dropout < 1:
-            raise ValueError(f"residual_dropout must be in [0, 1), got {self.residual_dropout}; the paper's is 0.2.")
-        if not 0 <= self.pretraining_fraction < 1:
-            raise ValueError(
-                f"pretraining_fraction must be in [0, 1), got {self.pretraining_fraction}; the paper's RL "
-                "initialisation has 0.1."
-            )
-        for name in ("selection_max_new_tokens", "selection_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.selection_temperature < 0:
-            raise ValueError(f"selection_temperature must be 0 (greedy) or more, got {self.selection_temperature}.")
 
 
 class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
@@ -213,19 +166,25 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         selection_prompts: Any = None,
         pretraining_dataset: Any = None,
     ):
-        args = _as_config(args, model)
+        args = args or starting_model.default_config(InstructSFTConfig, model, "SFT")
+        if not isinstance(args, InstructSFTConfig):
+            raise ValueError(
+                f"args must be an InstructSFTConfig, got {type(args).__name__}: other configs lack residual_dropout "
+                "and the paper's schedule."
+            )
+        # Upstream fails in the middle of its own work, or hours later; so all that can be asked now is asked now.
         if isinstance(model, str) and (os.path.isdir(model) or not args.trust_remote_code):
-            check_model_path(model, **loading_kwargs(args))
+            check_model_path(model, **starting_model.loading_kwargs(args))
             if not names_adapter(model):
-                check_causal(model, **loading_kwargs(args))
+                check_causal(model, **starting_model.loading_kwargs(args))
             if processing_class is None:
                 check_tokenizer(tokenizer_source(model))
         check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        settle_model_kwargs(args, has_adapters(model, peft_config))
-        check_adapters(model, peft_config, "The model")
+        starting_model.settle_model_kwargs(args, has_adapters(model, peft_config))
+        starting_model.check_adapters(model, peft_config, "The model")
         check_pretraining_mix(args.pretraining_fraction, pretraining_dataset, train_dataset, args.packing)
-        skipped = isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset")
-        if args.pretraining_fraction > 0 and skipped:
+        given: Any = args.dataset_kwargs or {}
+        if args.pretraining_fraction > 0 and given.get("skip_prepare_dataset"):
             raise ValueError("pretraining_fraction needs the dataset's preparation: remove skip_prepare_dataset.")
         if processing_class is not None and args.eos_token is None:
             require_eos(getattr(processing_class, "tokenizer", processing_class))
@@ -235,40 +194,39 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
             logger.info("There is no eval_dataset: evaluation is off, whatever eval_strategy says.")
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
         self._pretraining_dataset = pretraining_dataset
-        start = load_adapter_to_train(model, args, quantization_config)
+        start = starting_model.load_adapter_to_train(model, args, quantization_config)
         if start is not model:
             processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
-            quantization_config = None  # it is loaded so
-        start = train_in_float32(start, "The model", args, peft_config)
+            quantization_config = None  # the base is quantised by now
+        start = starting_model.train_in_float32(start, "The model", args, peft_config)
         with without_init_kwargs(args, start is not model):
             super().__init__(
                 start, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func,
                 compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
                 quantization_config, peft_config, formatting_func,
             )  # fmt: skip
+        self._settle_model()
+
+    def _settle_model(self) -> None:
+        """Ask and cast once upstream has loaded the model, added adapters and tokenised the rows."""
         require_eos(self._tokenizer)
-        self._settle_models()
-        self._check_fit()
-        if self.args.residual_dropout is not None:
-            decoder_layers(self.model)  # an architecture we cannot serve is refused here, not at the first step
-
-    def _settle_models(self) -> None:
-        """Checks and casts of the models once upstream has loaded them and added adapters."""
         check_token_rows(self.model, self._tokenizer, "The model")
-        keep_adapters_in_float32(self.model)
+        starting_model.keep_adapters_in_float32(self.model)
         match_adapters_to_precision(self.model, self.args.bf16)
-        place_reward_models([self._scorer], self.accelerator.device)
-
-    def _check_fit(self) -> None:
-        """Refuse what takes no step, or exceeds the context of a model; upstream would find out in the middle."""
-        check_run(self, rows_of_a_step(self.args), say_rows_of_a_step(self.args), (RM_SCORE.removeprefix("eval_"),))
-        check_something_to_learn(self.train_dataset)
-        for name in ("train_dataset", "eval_dataset"):
-            rows = check_rows_fit(getattr(self, name), name, self.model, "the model", LONG_ROWS)
-            setattr(self, name, rows)
+        starting_model.place_reward_models([self._scorer], self.accelerator.device)
+        check_steps(self, metrics_without_set=(RM_SCORE.removeprefix("eval_"),))
+        rows = self.train_dataset
+        labels = rows["labels"] if isinstance(rows, Dataset) and "labels" in rows.column_names else None
+        if labels is not None and all(label == -100 for row in labels for label in row):
+            raise ValueError(
+                f"The train dataset has {len(labels)} rows left, and no token of them counts in the loss: cut at "
+                "max_length, they hold prompts alone. Raise max_length, or shorten the prompts."
+            )
         room = (self._selection_prompts, self.args.selection_max_new_tokens, "selection_max_new_tokens")
         check_answer_room(self.model, self._tokenizer, "The model", *room)
         check_scorer_room(self._scorer, *room)
+        if self.args.residual_dropout is not None:
+            decoder_layers(self.model)  # an architecture that we cannot serve is refused here, not at the first step
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
@@ -276,20 +234,15 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
             save_token_rows(self.model, str(output_dir or self.args.output_dir))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream's, with residual dropout while it lasts: the model is plain again afterwards."""
+        """As upstream's, with residual dropout while it lasts."""
+        # Hooks rather than a changed config: what is saved and sampled in between is the plain model.
         with residual_dropout(self.model, self.args.residual_dropout):
             return super().train(*args, **kwargs)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(
-        self,
-        dataset: Any,
-        processing_class: Any,
-        args: Any,
-        packing: bool,
-        formatting_func: Callable[[dict[str, Any]], str] | None,
-        dataset_name: str,
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         """Upstream's preparation of checked rows, with what it cuts and drops counted; pretraining rows mixed in."""
         where = f"the {dataset_name} dataset"
@@ -299,36 +252,27 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         else:
             formatting_func = checked_formatting(formatting_func)
         dataset, formatting_func = _with_one_bos(dataset, formatting_func, self._tokenizer, args.dataset_text_field)
+        prepare = super()._prepare_dataset
         with refusals_named(dataset, self._tokenizer, self.chat_template, where):
-            prepared = self._tokenized(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            whole = None
+            if isinstance(dataset, Dataset) and not packing and args.max_length is not None:
+                # Upstream cuts and drops without a word. To count, whole rows are tokenised first, in their own order;
+                # on tokenised rows the second call does nothing but cut, drop and shuffle.
+                whole_args = copy.copy(args)
+                whole_args.max_length, whole_args.shuffle_dataset = None, False
+                whole = prepare(dataset, processing_class, whole_args, packing, formatting_func, dataset_name)
+                dataset, formatting_func = whole, None
+            prepared = prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            if whole is not None:
+                _log_cut(dataset_name, whole, len(prepared), args.max_length)
         if dataset_name == "train" and getattr(args, "pretraining_fraction", 0) > 0:
             prepared = self._mix(prepared, processing_class, args)
-        return prepared
-
-    def _tokenized(
-        self,
-        dataset: Any,
-        processing_class: Any,
-        args: Any,
-        packing: bool,
-        formatting_func: Callable[[dict[str, Any]], str] | None,
-        dataset_name: str,
-    ) -> Any:
-        """Upstream's preparation; what it cuts and drops is logged."""
-        prepare = super()._prepare_dataset
-        if not isinstance(dataset, Dataset) or packing or args.max_length is None:
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        whole_args = copy.copy(args)
-        whole_args.max_length, whole_args.shuffle_dataset = None, False
-        whole = prepare(dataset, processing_class, whole_args, packing, formatting_func, dataset_name)
-        # Tokenised by now, so that this call does nothing but cut, drop and shuffle.
-        prepared = prepare(whole, processing_class, args, packing, None, dataset_name)
-        _log_cut(dataset_name, whole, len(prepared), args.max_length)
         return prepared
 
     def _mix(self, demonstrations: Dataset, processing_class: Any, args: Any) -> Dataset:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         whole = tokenize_pretraining(self._pretraining_dataset, tokenizer)
+        # Upstream's method, not ours: these rows have no prompt to check and no BOS to drop.
         cut = super()._prepare_dataset(whole, processing_class, args, False, None, "pretraining")
         if args.max_length is not None:
             _log_cut("pretraining", whole, len(cut), args.max_length)
@@ -343,44 +287,27 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
     # -- selection ----------------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Upstream's loop, then the RM score of the answers, so that it is logged and compared with the others."""
+        """Upstream's loop, then the mean RM score of one answer per selection prompt, and its standard error."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._scorer is not None and output.metrics is not None and metric_key_prefix == self._scored_prefix():
-            scores, asked = self._score_selection_prompts()
-            output.metrics.update({RM_SCORE: fmean(scores), f"{RM_SCORE}_se": standard_error(scores, asked)})
-        return output
-
-    def _scored_prefix(self) -> str:
-        """Of several evaluation sets only the first carries the score, which does not depend on the set."""
-        if isinstance(self.eval_dataset, dict):
-            return f"eval_{next(iter(self.eval_dataset))}"
-        return "eval"
-
-    def _score_selection_prompts(self) -> tuple[list[float], list[str]]:
-        """Scores of one answer per prompt, of all processes, under the same noise at each evaluation; the keys too."""
-        assert self._scorer is not None
+        # The score does not depend on the evaluation set: of several sets the first carries it.
+        sets = self.eval_dataset
+        scored = f"eval_{next(iter(sets))}" if isinstance(sets, dict) else "eval"
+        if self._scorer is None or output.metrics is None or metric_key_prefix != scored:
+            return output
         mine = self._selection_prompts[self.args.process_index :: self.args.world_size]
         scores: list[float] = []
         if mine:
+            # One seed for every evaluation: epochs are compared under the same noise.
             answers = generate_completions(
                 self.accelerator.unwrap_model(self.model), self._tokenizer, mine,
                 max_new_tokens=self.args.selection_max_new_tokens, temperature=self.args.selection_temperature,
                 batch_size=self.args.selection_batch_size, seed=self.args.selection_seed,
             )  # fmt: skip
             scores = score_answers(self._scorer, mine, answers)
-        return gather_object(scores), gather_object(prompt_keys(mine))
-
-
-def _as_config(args: Any, model: Any) -> InstructSFTConfig:
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return InstructSFTConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-SFT")
-    if not isinstance(args, InstructSFTConfig):
-        raise ValueError(
-            f"args must be an InstructSFTConfig, got {type(args).__name__}: other configs lack residual_dropout "
-            "and the paper's schedule."
-        )
-    return args
+        scores, asked = gather_object(scores), gather_object(prompt_keys(mine))
+        # Put into the loop's output, it is logged, and compared for the best checkpoint, as any other metric.
+        output.metrics.update({RM_SCORE: fmean(scores), f"{RM_SCORE}_se": standard_error(scores, asked)})
+        return output
 
 
 def _selection_prompts(reward_model: Any, prompts: Any, eval_dataset: Any, args: InstructSFTConfig) -> list[Any]:
@@ -399,6 +326,7 @@ def _selection_prompts(reward_model: Any, prompts: Any, eval_dataset: Any, args:
         )
     if not args._metric_was_chosen:
         args.metric_for_best_model, args.greater_is_better = "rm_score", True
+        # The best checkpoint can be loaded only if each one was evaluated when it was saved.
         matches = args.save_strategy == args.eval_strategy
         if matches and args.save_strategy == IntervalStrategy.STEPS:
             matches = (args.save_steps / (args.eval_steps or args.save_steps)).is_integer()
@@ -407,7 +335,7 @@ def _selection_prompts(reward_model: Any, prompts: Any, eval_dataset: Any, args:
 
 
 def _with_one_bos(dataset: Any, formatting_func: Any, tokenizer: Any, text_field: str) -> tuple[Any, Any]:
-    """Texts, or what makes them, without a BOS token of their own where the tokenizer adds one (`drop_own_bos`)."""
+    """Texts, or the function that makes them, without a BOS token of their own if the tokenizer adds one."""
     if tokenizer.bos_token is None:
         return dataset, formatting_func
     if formatting_func is not None:
@@ -424,7 +352,7 @@ def _with_one_bos(dataset: Any, formatting_func: Any, tokenizer: Any, text_field
 
 
 def _log_cut(name: str, whole: Dataset, kept: int, max_length: int) -> None:
-    """One line on the rows that upstream shortens or drops without a word; none where it does neither."""
+    """One line on the rows that upstream cuts or drops without a word; none if it does neither."""
     too_long = sum(len(ids) > max_length for ids in whole["input_ids"])
     dropped = len(whole) - kept
     if too_long or dropped:

@@ -30,15 +30,14 @@ from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.generation import RolloutGenerate, neutral_generation_config
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.role_adapters import RoleAdapters
-from instruct_trl.trainers import checkpoints, ppo_evaluation, ppo_ptx_setup, ppo_rollout
+from instruct_trl.trainers import PAPER, checkpoints, ppo_evaluation, ppo_ptx_setup, ppo_rollout
 from instruct_trl.trainers.critic import Critic
 from instruct_trl.trainers.divergence import DivergenceMonitor
 from instruct_trl.trainers.ema import EMACallback
 from instruct_trl.trainers.engines import before_last_backward, finish_policy_step, is_sharding, take_over_steps
 from instruct_trl.trainers.minibatches import Batch, arrange_minibatches, split_rows, trim_padding
-from instruct_trl.trainers.paper import PAPER
 from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
-from instruct_trl.trainers.room import check_rollouts
+from instruct_trl.trainers.run_checks import check_rollouts
 from instruct_trl.trainers.stopwatch import Stopwatch
 
 

@@ -20,7 +20,7 @@ from instruct_trl._upstream import (
     prepare_reference,
     without_init_kwargs,
 )
-from instruct_trl.data.encoding import require_eos
+from instruct_trl.data.encoding import require_eos, same_tokens
 from instruct_trl.data.pretraining import PretrainingStream
 from instruct_trl.models.adapters import adapter_parameters, has_adapters
 from instruct_trl.models.context import context_length
@@ -146,16 +146,6 @@ def check_same_tokens(tokenizer: Any, policy_tokenizer: Any, owner: str, argumen
             f"({policy_tokenizer.name_or_path}): it would read the policy's token ids as other words. Pass as "
             f"{argument}= a model with the policy's tokenizer."
         )
-
-
-def same_tokens(first: Any, second: Any) -> bool:
-    """True if every token that both tokenizers know has the same id, and they share all but added special ones."""
-    one, two = first.get_vocab(), second.get_vocab()
-    if first.pad_token_id == second.pad_token_id is not None:  # by whatever name, it is never read
-        for vocabulary, tokenizer in ((one, first), (two, second)):
-            vocabulary.pop(tokenizer.pad_token, None)
-    small, large = sorted((one, two), key=len)
-    return all(large.get(token) == index for token, index in small.items()) and len(large) - len(small) <= 16
 
 
 # Policy and reference -------------------------------------------------------------------------------------------------

@@ -14,14 +14,13 @@ from accelerate import Accelerator
 from trl import GRPOTrainer
 
 from instruct_trl._upstream import fused_head_is_compact
-from instruct_trl.data.encoding import encode_prompt, ending_ids, plain_answer
+from instruct_trl.data.encoding import encode_prompt, ending_ids, plain_answer, same_tokens
 from instruct_trl.maths.masking import masked_whiten
 from instruct_trl.models.generation import RolloutGenerate, replaced_generate
 from instruct_trl.models.logprobs import completion_logps, keeps_logits, positions, takes_positions
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.minibatches import ROW, Batch, compute_by_length, join_rows
-from instruct_trl.trainers.ppo_ptx_setup import same_tokens
 
 # Sample ---------------------------------------------------------------------------------------------------------------
 

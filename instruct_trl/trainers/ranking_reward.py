@@ -5,8 +5,9 @@ Legend: B prompts, K completions of the longest list in a batch, N completions i
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,40 +29,17 @@ from instruct_trl.data.ranking_batch import RankingCollator, grouped_rows, promp
 from instruct_trl.data.rows import check_demonstration, require_columns
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapters import has_adapters, save_token_rows
-from instruct_trl.models.context import check_rows_fit, refuse_long_row
+from instruct_trl.models.context import refuse_long_row
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.loading import fit_model_to_tokenizer
-from instruct_trl.models.model_files import write_reward_config
+from instruct_trl.models.model_files import load_tokenizer, write_reward_config
 from instruct_trl.models.precision import one_dtype
 from instruct_trl.models.prefix_sharing import ScoringRoute
 from instruct_trl.models.scores import score_rows
-from instruct_trl.trainers.paper import PAPER
-from instruct_trl.trainers.ranking_evaluation import GatheredRewards, evaluate_rewards
-from instruct_trl.trainers.ranking_reward_checks import (
-    HEAD_REMEDY,
-    LONG_ROWS,
-    check_model,
-    check_passes,
-    check_peft,
-    load_adapter,
-    load_grown,
-    load_tokenizer,
-    prepare_tokenizer,
-)
-from instruct_trl.trainers.ranking_tally import RankingTally
-from instruct_trl.trainers.run_checks import (
-    check_not_empty,
-    check_run,
-    check_training_numbers,
-    rows_of_a_step,
-    say_rows_of_a_step,
-)
-from instruct_trl.trainers.starting_model import (
-    keep_adapters_in_float32,
-    say,
-    settle_model_kwargs,
-    train_in_float32,
-)
+from instruct_trl.trainers import PAPER, setting, starting_model
+from instruct_trl.trainers.ranking_metrics import GatheredRewards, RankingTally
+from instruct_trl.trainers.run_checks import LONG_ROWS, check_not_empty, check_steps, check_training_numbers, require
+from instruct_trl.trainers.starting_model import say
 
 
 @dataclass
@@ -72,85 +50,58 @@ class RankingRewardConfig(RewardConfig):
     CPU.
     """
 
-    learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate. Paper, C.2: 9e-6."})
-    num_train_epochs: float = field(
-        default=1.0,
-        metadata={"help": "Passes over the rankings. Paper, C.2: 1; with more, the reward model overfits quickly."},
+    learning_rate: float = setting(9e-6, "Peak learning rate. Paper, C.2: 9e-6.")
+    num_train_epochs: float = setting(
+        1.0, "Passes over the rankings. Paper, C.2: 1; with more, the reward model overfits quickly."
     )
-    lr_scheduler_type: str = field(
-        default="cosine_with_min_lr", metadata={"help": "Paper, C.2: cosine, down to a tenth of the peak."}
+    lr_scheduler_type: str = setting("cosine_with_min_lr", "Paper, C.2: cosine, down to a tenth of the peak.")
+    lr_scheduler_kwargs: dict | str | None = setting(
+        None, "Settings of the schedule. The default for cosine_with_min_lr is {'min_lr_rate': 0.1} (paper, C.2)."
     )
-    lr_scheduler_kwargs: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Settings of the schedule. The default for cosine_with_min_lr is {'min_lr_rate': 0.1} (paper, C.2)."
-        },
+    adam_beta2: float = setting(0.95, "Paper, appendix C: Adam with β1 0.9, β2 0.95.")
+    per_device_train_batch_size: int = setting(8, "Prompts per device and forward pass, each with all its completions.")
+    gradient_accumulation_steps: int = setting(
+        8, "Forward passes per optimizer step. Paper, C.2: 64 prompts per step, here 8 × 8 on one device."
     )
-    adam_beta2: float = field(default=0.95, metadata={"help": "Paper, appendix C: Adam with β1 0.9, β2 0.95."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Prompts per device and forward pass, each with all its completions."}
+    max_length: int | None = setting(
+        2048, "Longest prompt and completion together, in tokens. Longer rows are dropped and counted. Paper: 2k."
     )
-    gradient_accumulation_steps: int = field(
-        default=8,
-        metadata={
-            "help": "Forward passes per optimizer step. Paper, C.2: 64 prompts per step, here 8 × 8 on one device."
-        },
-    )
-    max_length: int | None = field(
-        default=2048,
-        metadata={
-            "help": "Longest prompt and completion together, in tokens. Longer rows are dropped and counted. Paper: 2k."
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest prompt, in tokens. Longer ones are dropped and counted. Paper: 1k; None sets no limit."
-        },
+    max_prompt_length: int | None = setting(
+        None, "Longest prompt, in tokens. Longer ones are dropped and counted. Paper: 1k; None sets no limit."
     )
 
-    prefix_sharing: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute each prompt once for all its completions. If the model cannot do this, 'auto' computes "
-            "one row per completion and says why, and 'on' raises an error. 'off' never shares."
-        },
+    prefix_sharing: str = setting(
+        "auto",
+        "Compute each prompt once for all its completions. If the model cannot do this, 'auto' computes one row per "
+        "completion and says why, and 'on' raises an error. 'off' never shares.",
     )
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Limits memory: each batch is computed in pieces of at most this many tokens. The loss and the "
-            "gradient stay the same. None computes the whole batch at once."
-        },
+    max_tokens_per_batch: int | None = setting(
+        None,
+        "Limits memory: each batch is computed in pieces of at most this many tokens. The loss and the gradient stay "
+        "the same. None computes the whole batch at once.",
     )
-    two_pass: bool = field(
-        default=False,
-        metadata={
-            "help": "Limits memory to one completion (or to max_tokens_per_batch). A first pass computes rewards "
-            "without gradient, a second one the gradient by pieces. It takes about a third more compute."
-        },
+    two_pass: bool = setting(
+        False,
+        "Limits memory to one completion (or to max_tokens_per_batch). A first pass computes rewards without gradient, "
+        "a second one the gradient by pieces. It takes about a third more compute.",
     )
-    use_margins: bool = field(
-        default=False,
-        metadata={
-            "help": "Subtract a margin in the loss: −log σ(r_w − r_l − margin). It is the difference of the pair's "
-            "`scores`, or the `margin` column beside chosen/rejected, as in TRL. The paper has none."
-        },
+    use_margins: bool = setting(
+        False,
+        "Subtract a margin in the loss: −log σ(r_w − r_l − margin). It is the difference of the pair's `scores`, or "
+        "the `margin` column beside chosen/rejected, as in TRL. The paper has none.",
     )
 
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
         check_training_numbers(self)
+        lengths = ("max_length", "max_prompt_length", "max_tokens_per_batch")
+        require(self, lengths, "at least 1 token, or None", lambda number: number >= 1)
         if self.prefix_sharing not in ("auto", "on", "off"):
             raise ValueError(f"prefix_sharing must be 'auto', 'on' or 'off', got {self.prefix_sharing!r}.")
-        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
-            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
-        for name in ("max_length", "max_prompt_length", "max_tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 token or None, got {value}.")
         if self.two_pass and not self.disable_dropout:
             raise ValueError("two_pass needs disable_dropout=True: the second pass must give the rewards of the first.")
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
         self.model_init_kwargs = one_dtype(self.model_init_kwargs)
 
@@ -217,48 +168,38 @@ class RankingRewardTrainer(RewardTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ):
-        name = model if isinstance(model, str) else model.config._name_or_path
-        args = args or RankingRewardConfig(f"{name.rstrip('/').split('/')[-1]}-RankingReward")
+        args = args or starting_model.default_config(RankingRewardConfig, model, "RankingReward")
         check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        settle_model_kwargs(args, has_adapters(model, peft_config))
-        check_model(model, args)
-        check_peft(model, peft_config)
-        loaded = load_adapter(model, peft_config, args, quantization_config)
-        loaded = train_in_float32(loaded, "The reward model", args, peft_config)
-        processing_class = processing_class or load_tokenizer(name, args)
-        pad_line = prepare_tokenizer(processing_class, args, None if isinstance(loaded, str) else loaded)
-        say(args, pad_line)
-        loaded = load_grown(loaded, peft_config, args, quantization_config, processing_class)
+        starting_model.settle_model_kwargs(args, has_adapters(model, peft_config))
+        starting_model.check_reward_start(model, peft_config, args)
+        start = starting_model.load_reward_adapter(model, peft_config, args, quantization_config)
+        start = starting_model.train_in_float32(start, "The reward model", args, peft_config)
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            if not name:
+                raise ValueError("The model was built in memory: pass its tokenizer as processing_class.")
+            processing_class = load_tokenizer(name, **starting_model.hub_options(args))
+        starting_model.prepare_tokenizer(processing_class, args, start)
+        start = starting_model.load_grown(start, peft_config, args, quantization_config, processing_class)
 
         self.data_reports: dict[str, RankingReport] = {}
-        self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `evaluate_rewards`
+        self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `GatheredRewards.evaluate`
         self._tally = RankingTally()
-        with without_init_kwargs(args, loaded is not model):
+        data_collator = data_collator or RankingCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+        quantization_config = quantization_config if start is model else None
+        with without_init_kwargs(args, start is not model):
             super().__init__(
-                model=loaded,
-                args=args,
-                data_collator=data_collator or RankingCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-                quantization_config=quantization_config if loaded is model else None,
-                peft_config=peft_config,
-            )
+                start, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
+                optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config,
+            )  # fmt: skip
         if train_dataset is not None and is_conversational(next(iter(train_dataset), {})):
             say(args, what_template_rewrites(processing_class))
         self._settle_model(args, processing_class)
-        check_run(self, rows_of_a_step(args), say_rows_of_a_step(args))
-        for dataset in ("train_dataset", "eval_dataset"):
-            setattr(self, dataset, check_rows_fit(getattr(self, dataset), dataset, self.model, "the model", LONG_ROWS))
+        check_steps(self)
         self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: say(args, line))
 
     def _settle_model(self, args: RankingRewardConfig, processing_class: Any) -> None:
-        """What can be asked of the model only once upstream has loaded it, quantised it and added adapters."""
+        """Ask and cast once upstream has loaded the model, quantised it and added adapters."""
         if processing_class.pad_token_id == processing_class.eos_token_id:
             raise ValueError(
                 f"`chat_template_path={args.chat_template_path!r}` made {processing_class.eos_token!r} both EOS and "
@@ -266,15 +207,19 @@ class RankingRewardTrainer(RewardTrainer):
             )
         fit_model_to_tokenizer(self.model, processing_class)
         keep_4bit_trainable(self.model)
-        keep_adapters_in_float32(self.model)
+        starting_model.keep_adapters_in_float32(self.model)
         match_adapters_to_precision(self.model, args.bf16)
         if args.disable_dropout:
-            switch_off_dropout(self.model)
+            switch_off_dropout(self.model)  # upstream's misses dropout that a forward reads from the config (OPT)
         if not any(parameter.requires_grad for parameter in score_head(self.model).parameters()):
-            raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {HEAD_REMEDY}")
+            raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {starting_model.HEAD_REMEDY}")
         if not hasattr(self.model.config, "reward_bias"):
             self.model.config.reward_bias = 0.0
-        check_passes(self)
+        if (args.two_pass or args.max_tokens_per_batch) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"{'two_pass' if args.two_pass else 'max_tokens_per_batch'} is for one process or DDP: under DeepSpeed "
+                "and FSDP all processes must run equally many forwards. Lower per_device_train_batch_size instead."
+            )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         where = f"the {dataset_name} dataset"
@@ -291,15 +236,19 @@ class RankingRewardTrainer(RewardTrainer):
         if self._signature_columns is None:
             self._signature_columns = ["input_ids", "ranks", "pairs", "margins", "weight", "labeler", "prompt_key"]
 
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step, and the weight of their prompts, on all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Counted before the first forward: each micro-batch must divide by the prompts of the whole window, so that
+        # 1 × 8 and 8 × 1 prompts give one gradient.
         total = torch.as_tensor(sum(_weight(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(total.reshape(1)).sum()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward, or several on pieces of the batch that add up to the same gradient."""
-        with self._route.active():
+        with self._route.active():  # over the backward, too: checkpointing runs the shared forward again
             if self.args.max_tokens_per_batch is None and not self.args.two_pass:
                 return super().training_step(model, inputs, num_items_in_batch)
             inputs = self._prepare_inputs(inputs)
@@ -311,8 +260,8 @@ class RankingRewardTrainer(RewardTrainer):
                 pieces, loss = [take_prompts(inputs, piece) for piece in self._prompts(inputs)], None
             parts = []
             for index, piece in enumerate(pieces):
-                last = index == len(pieces) - 1
-                with nullcontext() if last else self.accelerator.no_sync(model):
+                # DDP averages gradients in each backward outside no_sync: once for the batch is enough.
+                with nullcontext() if index == len(pieces) - 1 else self.accelerator.no_sync(model):
                     parts.append(super().training_step(model, piece, num_items_in_batch))
             return torch.stack(parts).sum() if loss is None else loss
 
@@ -323,6 +272,8 @@ class RankingRewardTrainer(RewardTrainer):
         """Pieces for the second pass, with the loss's gradient to each of their rewards, and the loss."""
         with torch.no_grad(), self.compute_loss_context_manager():
             rewards = self._rewards(model, inputs)
+        # The loss couples a prompt's completions, but only through their rewards. Given ∂L/∂r, each completion can be
+        # forwarded again alone, and no more than one graph is in memory at a time.
         rewards.requires_grad_(True)
         loss = self._loss(rewards, inputs, num_items_in_batch)
         gradients = torch.autograd.grad(loss, rewards)[0][inputs["mask"]]
@@ -334,11 +285,12 @@ class RankingRewardTrainer(RewardTrainer):
         return pieces, loss.detach()
 
     def _rewards(self, model: nn.Module, inputs: Any) -> torch.Tensor:
-        """Rewards (B, K) without bias, 0 where there is no completion; in pieces where no graph must be kept."""
+        """Rewards (B, K) without bias, 0 where there is no completion."""
         mask = inputs["mask"]
         if torch.is_grad_enabled():
             scores = self._route(model, grouped_rows(inputs))
             return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+        # Without a graph to keep, the batch can be scored in pieces whatever the loss couples.
         rewards = torch.zeros(mask.shape, device=mask.device)
         for prompts in self._prompts(inputs):
             piece = take_prompts(inputs, prompts)
@@ -350,13 +302,15 @@ class RankingRewardTrainer(RewardTrainer):
         """Eq. 1 over B prompts. Without `num_items_in_batch`, the mean is over this batch's prompts."""
         center = self.args.center_rewards_coefficient or 0.0
         losses, counted = ranking_losses(rewards, inputs["pairs"], inputs.get("margins"), center)
+        # A prompt whose completions are all tied says nothing: it is in neither the sum nor the number of prompts.
         total = (losses * inputs["weights"] * counted).sum()
         if num_items_in_batch is None:
             weight = _weight(inputs)
-            return total / torch.where(weight > 0, weight, 1.0)
-        # Data parallelism averages gradients over processes, and the weight is that of all of them.
-        weight = torch.as_tensor(num_items_in_batch, device=total.device)
-        return total * self.accelerator.num_processes / torch.where(weight > 0, weight, 1.0)
+        else:
+            weight = torch.as_tensor(num_items_in_batch, device=total.device)
+            # Data parallelism averages gradients over processes, and this weight is that of all of them.
+            total = total * self.accelerator.num_processes
+        return total / torch.where(weight > 0, weight, 1.0)  # a batch of ties alone has loss 0, not nan
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -373,37 +327,40 @@ class RankingRewardTrainer(RewardTrainer):
             self._evaluated.add(rewards)
         return (loss, {"logits": rewards.masked_fill(~inputs["mask"], -100.0)}) if return_outputs else loss
 
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds, in training: pair accuracy, margin, mean score, tied prompts, padding since the last; tokens so far."""
         if self.model.training and self._tally:
             metrics = self._tally.metrics(self.accelerator, self._route.take_counts())
             metrics["mean_score"] += self.model.config.reward_bias
+            # Ranks of tensor parallelism see the same rows, which are counted once.
             self._total_train_tokens += int(metrics.pop("tokens")) // self._tp_size
             computed = int(metrics.pop("computed")) // self._tp_size
+            # Continued from the log, which a checkpoint holds: so the count survives a resume.
             earlier = (entry.get("tokens_computed") for entry in reversed(self.state.log_history))
             computed += next((tokens for tokens in earlier if tokens is not None), 0)
-            tokens = {"num_tokens": self._total_train_tokens, "tokens_computed": computed}
-            logs.update(metrics | tokens)
+            logs.update(metrics | {"num_tokens": self._total_train_tokens, "tokens_computed": computed})
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Adds metrics that are exact over the whole set, and leaves a record a prompt in `evaluation_records`."""
+        """Adds metrics that are exact over the whole set, and leaves a record per prompt in `evaluation_records`."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         self._evaluated = GatheredRewards(self.accelerator)
         counts = self._route.take_counts()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        self._route.put_counts(counts)  # the log is about training
+        self._route.put_counts(counts)  # the log counts the tokens of training alone
         center = self.args.center_rewards_coefficient or 0.0
-        metrics, self.evaluation_records = evaluate_rewards(
-            self._evaluated, dataloader.dataset, self.model.config.reward_bias, center
-        )
+        bias = self.model.config.reward_bias
+        metrics, self.evaluation_records = self._evaluated.evaluate(dataloader.dataset, bias, center)
         report = self.data_reports.get(prefix.removeprefix("eval_"), self.data_reports.get("eval"))
         if report is not None:
-            metrics["dropped_prompts"] = report.dropped_prompts
-            metrics["overlong_rows"] = report.overlong_rows
+            metrics |= {"dropped_prompts": report.dropped_prompts, "overlong_rows": report.overlong_rows}
         assert output.metrics is not None  # upstream always makes the dictionary
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    # -- bias ---------------------------------------------------------------------------------------------------------
 
     def normalize(self, demonstrations: Any) -> float:
         """Set `reward_bias` in the model's config so that the demonstrations' scores average 0 (section 3.5).
@@ -421,23 +378,22 @@ class RankingRewardTrainer(RewardTrainer):
         """
         where = "the demonstrations"
         require_columns(demonstrations, ["prompt", "completion"], where)
-        rows = []
+        rows, too_long = [], 0
         for index, row in enumerate(demonstrations):
             check_demonstration(row, index, where)
             with in_row(f"{where}, row {index}"):
-                pair = (row["prompt"], row["completion"])
-                rows.append(tokenize_pair(self.processing_class, *pair, **template_kwargs(row)))
-        kept = []
-        for index, row in enumerate(rows):
-            if self.args.max_length is None or len(row) <= self.args.max_length:
-                refuse_long_row(len(row), f"Row {index} of {where}", self.model, "the reward model", LONG_ROWS)
-                kept.append(row)
-        if not kept:
-            raise ValueError(f"{where}: none of {len(rows)} rows fits max_length={self.args.max_length} tokens.")
-        if len(kept) < len(rows):
-            say(self.args, f"{where}: left out {len(rows) - len(kept)} of {len(rows)} rows longer than max_length.")
-        mean = sum(self._scores(kept)) / len(kept)
-        if not torch.isfinite(torch.tensor(mean)):
+                ids = tokenize_pair(self.processing_class, row["prompt"], row["completion"], **template_kwargs(row))
+            if self.args.max_length is not None and len(ids) > self.args.max_length:
+                too_long += 1  # cut, it would lose its end, at which the score is read
+                continue
+            refuse_long_row(len(ids), f"Row {index} of {where}", self.model, "the reward model", LONG_ROWS)
+            rows.append(ids)
+        if not rows:
+            raise ValueError(f"{where}: none of {too_long} rows fits max_length={self.args.max_length} tokens.")
+        if too_long:
+            say(self.args, f"{where}: left out {too_long} of {too_long + len(rows)} rows longer than max_length.")
+        mean = sum(self._scores(rows)) / len(rows)
+        if not math.isfinite(mean):
             raise ValueError(
                 f"{where}: their scores average {mean}, so the reward model is broken. Lower the learning rate."
             )
@@ -450,19 +406,18 @@ class RankingRewardTrainer(RewardTrainer):
         was_training = self.model.training
         self.model.eval()
         scores: list[float] = []
-        size = max(1, self.args.per_device_eval_batch_size)
+        head, size = score_head(self.model), max(1, self.args.per_device_eval_batch_size)
         for start in range(0, len(rows), size):
             batch = pad_rows(rows[start : start + size], self.processing_class.pad_token_id)
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-            scores += score_rows(
-                self.model, batch["input_ids"], batch["attention_mask"], score_head(self.model)
-            ).tolist()
+            scores += score_rows(self.model, batch["input_ids"], batch["attention_mask"], head).tolist()
         self.model.train(was_training)
         return scores
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save and has_adapters(self.model):
+            # PEFT saves neither the base's config, which holds the bias, nor the rows that were added to the base.
             save_token_rows(self.model, str(output_dir or self.args.output_dir))
             write_reward_config(str(output_dir or self.args.output_dir), self.model, self.model.config.reward_bias)
 

@@ -1,4 +1,4 @@
-"""Checks of the model that is to be trained, the same in all three trainers, before any training.
+"""The model that training starts from: checked before any training, loaded if it is an adapter, in float32.
 
 An adapter that was saved goes on training. What is trained has float32 weights. A model in which nothing would train,
 or which lacks rows for its tokenizer's tokens, is refused.
@@ -11,52 +11,52 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers import AutoConfig, set_seed
 
+from instruct_trl._upstream import create_classifier, score_head
 from instruct_trl.models.adapters import has_adapters
-from instruct_trl.models.loading import load_causal_model
-from instruct_trl.models.model_files import names_adapter
+from instruct_trl.models.loading import (
+    check_single_label,
+    classifier_on_sft,
+    ensure_distinct_pad_token,
+    fit_model_to_tokenizer,
+    load_causal_model,
+    load_reward_model,
+    rows_for,
+)
+from instruct_trl.models.model_files import check_model_path, is_sft_adapter, names_adapter
 from instruct_trl.models.precision import HALF, in_half, is_quantised, keep_whole_modules_in_float32, one_dtype
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.models.role_adapters import RewardRole
 
 logger = logging.getLogger(__name__)
 
-
-def settle_model_kwargs(args: Any, peft: bool) -> None:
-    """Make one name of the dtype that the user asked for in `args.model_init_kwargs`, and say where it is too coarse.
-
-    Args:
-        args: of a trainer.
-        peft: adapters are trained, whose base may be in any precision.
-
-    Raises:
-        ValueError: two names, two dtypes; or no dtype has this name.
-    """
-    args.model_init_kwargs = kwargs = one_dtype(args.model_init_kwargs)
-    if peft or not kwargs or kwargs.get("quantization_config") is not None:
-        return
-    dtype = kwargs.get("dtype")
-    if dtype == "auto":  # a checkpoint's own precision, which nobody asked for by name
-        kwargs["dtype"] = "float32"
-    elif dtype in (*HALF, "bfloat16", "float16"):
-        say(
-            args,
-            f"model_init_kwargs asks for weights in {str(dtype).removeprefix('torch.')}: at small learning rates most "
-            "steps round to none. For weights in float32 and forwards in bfloat16 leave dtype out and set bf16=True.",
-        )
+HEAD_REMEDY = (
+    "The head would stay random in training, and reloading would draw another one. Use "
+    "LoraConfig(task_type='SEQ_CLS'), or modules_to_save=['score']."
+)
 
 
-def check_peft_config(peft_config: Any) -> None:
-    """Refuse the config of a new adapter that would be made for inference.
+def say(args: Any, line: str | None) -> None:
+    """One line for the user, from one process. A warning, since Python's logging hides anything less by default."""
+    if line and args.process_index == 0:
+        logger.warning(line)
 
-    Raises:
-        ValueError: so it is.
-    """
-    if getattr(peft_config, "inference_mode", False):
-        raise ValueError(
-            "peft_config has inference_mode=True, as a config that was read from a folder has, and its adapter would "
-            "not train. Set peft_config.inference_mode = False."
-        )
+
+def default_config(kind: Any, model: Any, suffix: str) -> Any:
+    """The config of type `kind` that writes to a folder named after `model`, a path or a model."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return kind(f"{name.rstrip('/').split('/')[-1] or 'model'}-{suffix}")
+
+
+def loading_kwargs(args: Any, quantization_config: Any = None) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for a model that upstream does not load, as the user gave them in `args`."""
+    given: Any = args.model_init_kwargs or {}
+    kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+# Something must train -------------------------------------------------------------------------------------------------
 
 
 def check_adapters(model: Any, peft_config: Any, name: str) -> None:
@@ -70,7 +70,7 @@ def check_adapters(model: Any, peft_config: Any, name: str) -> None:
     Raises:
         ValueError: a PeftModel or a config made for inference, or a new adapter on the folder of another.
     """
-    check_peft_config(peft_config)
+    _check_peft_config(peft_config)
     if isinstance(model, str):
         if peft_config is not None and names_adapter(model):
             raise ValueError(
@@ -78,12 +78,19 @@ def check_adapters(model: Any, peft_config: Any, name: str) -> None:
                 "goes on training; or merge it (AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()), and "
                 "give the merged model."
             )
-        return
-    if peft_config is None:
+    elif peft_config is None:
         check_something_trains(model, name)
 
 
-def check_something_trains(model: Any, name: str, but: Any = ()) -> None:
+def _check_peft_config(peft_config: Any) -> None:
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError(
+            "peft_config has inference_mode=True, as a config that was read from a folder has, and its adapter would "
+            "not train. Set peft_config.inference_mode = False."
+        )
+
+
+def check_something_trains(model: Any, name: str, but: Iterable[Any] = ()) -> None:
     """Refuse a model without trainable parameters.
 
     Args:
@@ -106,8 +113,48 @@ def check_something_trains(model: Any, name: str, but: Any = ()) -> None:
     )
 
 
+def load_adapter_to_train(model: Any, args: Any, quantization_config: Any = None) -> Any:
+    """The folder, or the name, of a language model's adapter becomes a PeftModel that goes on training.
+
+    Anything else is returned as it is.
+
+    Raises:
+        ValueError: it is a reward model's, or does not fit its base.
+    """
+    if not isinstance(model, str) or not names_adapter(model):
+        return model
+    return load_causal_model(model, trainable=True, **loading_kwargs(args, quantization_config))
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+def settle_model_kwargs(args: Any, peft: bool) -> None:
+    """Make one name of the dtype that the user asked for in `args.model_init_kwargs`, and warn if it is too coarse.
+
+    Args:
+        args: of a trainer.
+        peft: adapters are trained, whose base may be in any precision.
+
+    Raises:
+        ValueError: two names, two dtypes; or no dtype has this name.
+    """
+    args.model_init_kwargs = kwargs = one_dtype(args.model_init_kwargs)
+    if peft or not kwargs or kwargs.get("quantization_config") is not None:
+        return
+    dtype = kwargs.get("dtype")
+    if dtype == "auto":  # a checkpoint's own precision, which nobody asked for by name
+        kwargs["dtype"] = "float32"
+    elif dtype in (*HALF, "bfloat16", "float16"):
+        say(
+            args,
+            f"model_init_kwargs asks for weights in {str(dtype).removeprefix('torch.')}: at small learning rates most "
+            "steps round to none. For weights in float32 and forwards in bfloat16 leave dtype out and set bf16=True.",
+        )
+
+
 def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) -> Any:
-    """Give a model in memory that is to be trained whole float32 weights; what adapters train, too. Says so.
+    """Give a model in memory that is trained whole float32 weights, and what its adapters train; warns of it.
 
     transformers loads a checkpoint in the precision that it was saved in. bf16 tells numbers of 0.02 apart by 6e-5,
     and Adam's step is about the learning rate: most steps would round to none.
@@ -120,9 +167,8 @@ def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) 
     """
     if isinstance(model, str) or peft_config is not None or is_quantised(model):
         return model
-    parameters = list(model.parameters())
     dtype = in_half(model)
-    if dtype is None or any(hasattr(parameter, "ds_id") for parameter in parameters):  # shards have masters in float32
+    if dtype is None or _is_sharded(model):
         return model
     if has_adapters(model):
         keep_adapters_in_float32(model)
@@ -138,9 +184,7 @@ def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) 
 
 def keep_adapters_in_float32(model: Any) -> None:
     """Float32 for every weight that adapters train on a base in half precision, and for the copies of a reference."""
-    if not has_adapters(model) or is_quantised(model):
-        return
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not has_adapters(model) or is_quantised(model) or _is_sharded(model):
         return
     keep_whole_modules_in_float32(model)
     for parameter in model.parameters():
@@ -148,24 +192,109 @@ def keep_adapters_in_float32(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def load_adapter_to_train(model: Any, args: Any, quantization_config: Any = None) -> Any:
-    """The folder, or the name, of a language model's adapter becomes a PeftModel that goes on training.
+def _is_sharded(model: Any) -> bool:
+    """True under ZeRO-3, whose optimizer keeps float32 masters of its own."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
-    Anything else is returned as it is.
+
+# Reward models --------------------------------------------------------------------------------------------------------
+
+
+def check_reward_start(model: Any, peft_config: Any, args: Any) -> None:
+    """Refuse what cannot become a reward model, before anything is loaded.
 
     Raises:
-        ValueError: it is a reward model's, or does not fit its base.
+        ValueError: a path that is not there, more than one label, or adapters that do not train, leave the score head
+            frozen, or put virtual tokens before the text.
+    """
+    if not isinstance(model, str):
+        check_single_label(model.config, type(model).__name__)
+    else:
+        check_model_path(model, **loading_kwargs(args))
+        if not names_adapter(model):
+            # A causal LM's config has transformers' default of 2 labels; TRL gives it a new head with one.
+            config = AutoConfig.from_pretrained(model, **hub_options(args))
+            if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+                check_single_label(config, f"The model {model!r}")
+    _check_peft_config(peft_config)
+    if peft_config is None:
+        if not isinstance(model, str) and has_adapters(model):
+            check_something_trains(model, "The reward model", but=score_head(model).parameters())
+        return
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(peft_config).__name__} adds virtual tokens, which rankings do not support. Use LoraConfig."
+        )
+    trained = set(getattr(peft_config, "modules_to_save", None) or [])
+    if peft_config.task_type != "SEQ_CLS" and not trained & {"score", "classifier"}:
+        raise ValueError(f"`peft_config` freezes the score head. {HEAD_REMEDY}")
+
+
+def load_reward_adapter(model: Any, peft_config: Any, args: Any, quantization_config: Any) -> Any:
+    """The folder of an adapter becomes the model that training starts from; anything else is returned as it is.
+
+    A reward adapter goes on training. A new adapter on an SFT adapter stands on its base, merged: upstream would
+    replace the SFT adapter.
+
+    Raises:
+        ValueError: a new adapter on a reward adapter, none on an SFT adapter, or an SFT adapter on a quantised base.
     """
     if not isinstance(model, str) or not names_adapter(model):
         return model
-    return load_causal_model(model, trainable=True, **loading_kwargs(args, quantization_config))
+    kwargs = loading_kwargs(args, quantization_config)
+    if not is_sft_adapter(model):
+        check_adapters(model, peft_config, "The reward model")
+        return load_reward_model(model, trainable=True, **kwargs)[0]
+    if peft_config is None:
+        raise ValueError(
+            f"{model!r} is the adapter of a language model. Pass peft_config=LoraConfig(task_type='SEQ_CLS', ...), and "
+            "a new adapter is trained on it; or merge it (merge_and_unload), and give the merged model."
+        )
+    return classifier_on_sft(model, **kwargs)
 
 
-def loading_kwargs(args: Any, quantization_config: Any = None) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for a model that upstream does not load, as the user gave them in `args`."""
-    given: Any = args.model_init_kwargs or {}
-    kwargs = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config, **given}
-    return {name: value for name, value in kwargs.items() if value is not None}
+def load_grown(model: Any, peft_config: Any, args: Any, quantization_config: Any, tokenizer: Any) -> Any:
+    """The base of new adapters, by name, that lacks rows for the tokenizer: loaded and grown before they lie on it.
+
+    Anything else is returned as it is.
+    """
+    if not isinstance(model, str) or peft_config is None:
+        return model
+    if AutoConfig.from_pretrained(model, **hub_options(args)).get_text_config().vocab_size >= rows_for(tokenizer):
+        return model
+    set_seed(args.seed)  # as upstream does before it draws the head
+    base = create_classifier(model, **loading_kwargs(args, quantization_config))
+    fit_model_to_tokenizer(base, tokenizer)
+    return base
+
+
+def hub_options(args: Any) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for a config or a tokenizer."""
+    init = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return {"revision": init.get("revision"), "trust_remote_code": args.trust_remote_code}
+
+
+def prepare_tokenizer(tokenizer: Any, args: Any, model: Any) -> None:
+    """Settle EOS and pad token before upstream does, which would pad with EOS; `model` grows unless it is a path.
+
+    Raises:
+        ValueError: no EOS token, or a pad token that is EOS.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if args.eos_token is not None and args.eos_token in vocabulary:  # one that is not there is upstream's error
+        tokenizer.eos_token = args.eos_token
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, at which the reward is read. Name one of its tokens: "
+            "RankingRewardConfig(eos_token=...) or processing_class.eos_token = ..."
+        )
+    if args.pad_token is not None and args.pad_token == tokenizer.eos_token:
+        raise ValueError(
+            f"pad_token={args.pad_token!r} is the EOS token. Leave pad_token unset: a distinct one is chosen."
+        )
+    if args.pad_token is not None and args.pad_token in vocabulary:
+        tokenizer.pad_token = args.pad_token
+    say(args, ensure_distinct_pad_token(tokenizer, None if isinstance(model, str) else model))
 
 
 def place_reward_models(reward_funcs: Iterable[Any], device: torch.device) -> None:
@@ -177,9 +306,3 @@ def place_reward_models(reward_funcs: Iterable[Any], device: torch.device) -> No
     for model in models:
         if not (isinstance(model, RewardRole) or is_quantised(model) or hasattr(model, "hf_device_map")):
             model.to(device)
-
-
-def say(args: Any, line: str | None) -> None:
-    """One line for the user, from one process. A warning, since Python's logging hides anything less by default."""
-    if line and args.process_index == 0:
-        logger.warning(line)

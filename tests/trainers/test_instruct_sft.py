@@ -271,12 +271,12 @@ def test_without_an_evaluation_set_evaluation_is_off(policy, tokenizer, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"residual_dropout": 1.0}, r"residual_dropout must be in \[0, 1\), got 1.0"),
-        ({"pretraining_fraction": 1.0}, r"pretraining_fraction must be in \[0, 1\), got 1.0"),
-        ({"pretraining_fraction": -0.5}, r"pretraining_fraction must be in \[0, 1\), got -0.5"),
-        ({"selection_temperature": -1.0}, "selection_temperature must be 0"),
-        ({"selection_max_new_tokens": 0}, "selection_max_new_tokens must be at least 1"),
-        ({"selection_batch_size": 0}, "selection_batch_size must be at least 1"),
+        ({"residual_dropout": 1.0}, r"residual_dropout is 1.0; it must be in \[0, 1\)"),
+        ({"pretraining_fraction": 1.0}, r"pretraining_fraction is 1.0; it must be in \[0, 1\)"),
+        ({"pretraining_fraction": -0.5}, r"pretraining_fraction is -0.5; it must be in \[0, 1\)"),
+        ({"selection_temperature": -1.0}, "selection_temperature is -1.0; it must be 0"),
+        ({"selection_max_new_tokens": 0}, "selection_max_new_tokens is 0; it must be at least 1"),
+        ({"selection_batch_size": 0}, "selection_batch_size is 0; it must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, options, message):

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from instruct_trl import RewardScorer, value_model_from_reward_model
-from instruct_trl.trainers.ppo_ptx_setup import same_tokens
+from instruct_trl.data.encoding import same_tokens
 
 PLAIN = {"ptx_coef": 0.0, "ema_decay": None}
 

@@ -138,7 +138,7 @@ def test_pieces_hold_the_budget_and_lose_nothing():
 def test_refusals(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="prefix_sharing must be"):
         RankingRewardConfig(str(tmp_path), prefix_sharing="yes")
-    with pytest.raises(ValueError, match="max_tokens_per_batch must be at least 1"):
+    with pytest.raises(ValueError, match="max_tokens_per_batch is 0; it must be at least 1"):
         RankingRewardConfig(str(tmp_path), max_tokens_per_batch=0)
     with pytest.raises(ValueError, match="two_pass needs disable_dropout=True"):
         RankingRewardConfig(str(tmp_path), two_pass=True, disable_dropout=False)

@@ -214,7 +214,7 @@ def test_the_defaults_are_the_papers(tmp_path):
     assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
     assert (args.disable_dropout, args.max_length, args.max_prompt_length, args.warmup_steps) == (True, 2048, None, 0)
     assert RankingRewardConfig(str(tmp_path), lr_scheduler_type="linear").lr_scheduler_kwargs in (None, {})
-    with pytest.raises(ValueError, match="max_prompt_length must be at least 1"):
+    with pytest.raises(ValueError, match="max_prompt_length is 0; it must be at least 1"):
         RankingRewardConfig(str(tmp_path), max_prompt_length=0)
 
 
