@@ -1,6 +1,6 @@
 """Private and version-bound behaviour of TRL, transformers, accelerate and DeepSpeed, apart from method overrides.
 
-Each comment "May go" says on which upstream release its shim is no longer needed; tests/upstream watches the seams.
+Each comment "May go" names the upstream change that makes its shim superfluous; tests/upstream watches the seams.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForSequenceClassification, DynamicCache, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -26,18 +27,14 @@ from trl.trainer.utils import is_async_callable as is_async_callable
 HEADS = ("score", "classifier")  # the names of a sequence classifier's head in transformers
 
 
-# May go when the floor passes a TRL whose configs leave bf16 off where there is no accelerator.
+# May go when TRL's configs leave bf16 off without an accelerator, where it raises.
 def apply_cpu_defaults(config: Any) -> None:
-    """Without an accelerator, run on the CPU in float32 unless the user asked otherwise.
-
-    TRL's configs default to bf16, which raises on a machine without an accelerator unless `use_cpu` is set; and two
-    launched processes without `use_cpu` would each run alone. Call at the top of a config's `__post_init__`.
-    """
+    """Without an accelerator, run on the CPU in float32 unless the user asked otherwise; for `__post_init__`."""
     if not torch.accelerator.is_available():
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            config.ddp_backend = config.ddp_backend or "gloo"  # accelerate leaves DeepSpeed out where use_cpu is set
+            config.ddp_backend = config.ddp_backend or "gloo"  # accelerate leaves DeepSpeed out if use_cpu is set
         else:
-            config.use_cpu = True
+            config.use_cpu = True  # without it, two launched processes would each run alone
         if config.bf16 is None:
             config.bf16 = False
 
@@ -45,16 +42,15 @@ def apply_cpu_defaults(config: Any) -> None:
 # May go when trl exports create_model_from_path and its suppression of the head's warning.
 def create_classifier(name: str, **kwargs: Any) -> Any:
     """A sequence classifier with one label, by name or path, as upstream's RewardTrainer loads it, not yet placed."""
+    kwargs |= {"num_labels": 1, "device_map": None}
     with suppress_seqcls_warning():
-        return create_model_from_path(
-            name, cast(Any, AutoModelForSequenceClassification), **{**kwargs, "num_labels": 1, "device_map": None}
-        )
+        return create_model_from_path(name, cast(Any, AutoModelForSequenceClassification), **kwargs)
 
 
 # May go when trl's trainers accept model_init_kwargs beside a model in memory.
 @contextmanager
 def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
-    """Inside, `args.model_init_kwargs` is None where they have `loaded` a model: upstream refuses them beside one."""
+    """Inside, `args.model_init_kwargs` is None if they have `loaded` a model: upstream refuses them beside one."""
     given = args.model_init_kwargs
     args.model_init_kwargs = None if loaded else given
     try:
@@ -64,18 +60,14 @@ def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
 
 
 # May go when transformers has one public name for the model below the head of every architecture.
-def backbone(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformer without its head: `model.base_model` in transformers' terms (e.g. LlamaModel)."""
-    return cast(torch.nn.Module, model.base_model)
+def backbone(model: nn.Module) -> nn.Module:
+    """The transformer without its head (e.g. LlamaModel)."""
+    return cast(nn.Module, model.base_model)
 
 
 # May go when transformers has a public accessor for the head of a sequence classifier.
-def score_head(model: torch.nn.Module) -> torch.nn.Module:
-    """The scalar head of a sequence classifier, under any of the names that transformers uses.
-
-    Raises:
-        ValueError: the model has no head of a known name.
-    """
+def score_head(model: nn.Module) -> nn.Module:
+    """The scalar head of a sequence classifier; raises ValueError for a model without a head of a known name."""
     for name in HEADS:
         if hasattr(model, name):
             return getattr(model, name)
@@ -85,19 +77,7 @@ def score_head(model: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-# May go when Trainer makes parameter groups for a model other than its own.
-def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters as Trainer groups them: weights decay, biases and norms do not."""
-    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))  # it does not read `self`
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trainable if (name in decaying) == decays], "weight_decay": decay}
-        for decays, decay in ((True, weight_decay), (False, 0.0))
-    ]
-    return [group for group in groups if group["params"]]
-
-
-# May go when Trainer has a public function from arguments and parameters to an optimizer.
+# May go when Trainer makes an optimizer for a model other than its own.
 def critic_optimizer(args: Any, value_model: Any, learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer that `args` ask for, over the value model's trainable parameters, grouped as Trainer groups them.
 
@@ -113,7 +93,15 @@ def critic_optimizer(args: Any, value_model: Any, learning_rate: float) -> torch
             f"optim={args.optim.value!r} {reason}, so it cannot train policy and critic side by side. Choose one that "
             "takes any parameters, e.g. optim='adamw_torch', 'adafactor' or 'adamw_8bit'."
         )
-    return kind(decay_groups(value_model, args.weight_decay), **{**kwargs, "lr": learning_rate})
+    # Weights decay, biases and norms do not. The method does not read `self`.
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), value_model))
+    groups: dict[bool, list[Any]] = {True: [], False: []}
+    for name, parameter in value_model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decaying].append(parameter)
+    decays = {True: args.weight_decay, False: 0.0}
+    params = [{"params": group, "weight_decay": decays[key]} for key, group in groups.items() if group]
+    return kind(params, **{**kwargs, "lr": learning_rate})
 
 
 # May go when trl's RepeatSampler has a set_epoch of its own.
@@ -133,7 +121,7 @@ class EpochSeededRepeatSampler(RepeatSampler):
 
 # May go when trl's fused head projects scored positions alone on a CPU, too.
 def fused_head_is_compact(device: torch.device) -> bool:
-    """True where TRL's fused head projects scored positions only: where its Triton kernels run."""
+    """True if TRL's fused head projects scored positions only, as its Triton kernels do."""
     return device.type in ("cuda", "xpu")
 
 
@@ -143,8 +131,12 @@ def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     ref_model.requires_grad_(False)
     ref_model.eval()  # so without dropout
     in_float32 = trainer.args.cast_lm_head_to_fp32
-    if in_float32:
-        _cast_head_to_float32(ref_model)
+    if in_float32:  # as GRPOTrainer's constructor does to the policy
+        dtype, head = ref_model.lm_head.weight.dtype, ref_model.lm_head.float()
+        head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
+        if ref_model.config.tie_word_embeddings:  # the embedding is float32 now, too
+            embedding = ref_model.get_input_embeddings()
+            embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
         keep_head_out_of_autocast(trainer, ref_model)
     add_fused_lm_head(ref_model, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
     if trainer.is_deepspeed_enabled:
@@ -154,32 +146,17 @@ def prepare_reference(trainer: Any, ref_model: Any) -> Any:
     return trainer.accelerator.prepare_model(ref_model, evaluation_mode=True)
 
 
-def _cast_head_to_float32(model: Any) -> None:
-    """What GRPOTrainer does to its models under `cast_lm_head_to_fp32`, inside its constructor."""
-    dtype, head = model.lm_head.weight.dtype, model.lm_head.float()
-    head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
-    if model.config.tie_word_embeddings:  # the embedding is float32 now, too
-        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
-
-
-# May go when trl keeps a head under cast_lm_head_to_fp32 out of autocast.
+# May go when trl keeps a head under cast_lm_head_to_fp32 out of autocast, which casts back what TRL cast to float32.
 def keep_head_out_of_autocast(trainer: Any, model: Any) -> None:
-    """Under `cast_lm_head_to_fp32`: the head computes in float32 where it is called, too, as TRL's fused head does.
-
-    TRL casts input and weight, and autocast would cast them back. Called it is where there is no Triton.
-    """
+    """Under `cast_lm_head_to_fp32`, let the head compute in float32 without Triton, too, which calls it."""
     head = model.get_output_embeddings()
     head.forward = torch.autocast(trainer.accelerator.device.type, enabled=False)(head.forward)
 
 
-# May go when trl's continuous batching leaves the policy's dtype and mode alone (1.16 does not).
+# May go when trl's continuous batching neither casts the policy to bf16 nor leaves it in train mode (1.16 does both).
 @contextmanager
-def unchanged_model(model: torch.nn.Module) -> Iterator[None]:
-    """On leaving, give `model` back the weights, gradients, buffers and modes that it had, none of them copied.
-
-    GRPO's continuous batching casts the policy itself to bf16 under `bf16=True`, and leaves it in train mode, also
-    during an evaluation (TRL 1.16).
-    """
+def unchanged_model(model: nn.Module) -> Iterator[None]:
+    """On leaving, give `model` back the weights, gradients, buffers and modes that it had, none of them copied."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     tensors = [(tensor, tensor.data) for tensor in (*parameters, *gradients)]
@@ -202,24 +179,16 @@ def reset_accelerator() -> None:
     load_models_whole()
 
 
-# May go when from_pretrained has an argument to load whole weights under ZeRO-3.
+# May go when from_pretrained has an argument to load whole weights under ZeRO-3; no copy can be made of shards.
 def load_models_whole() -> None:
-    """From here until the next trainer, transformers loads models whole, also where it has been told of ZeRO-3.
-
-    It would load shards, of which no copy can be made and no forward be run without an engine.
-    """
+    """From here until the next trainer, transformers loads whole models, even if it has been told of ZeRO-3."""
     unset_hf_deepspeed_config()
 
 
-# May go when the packed CPU kernel of bitsandbytes has a backward (0.50 has none).
-def keep_4bit_trainable(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights on CPUs with AVX512-BF16: its packed kernel has no backward.
-
-    It packs at the first forward in eval mode, and gradients below a packed layer are then lost without an error
-    (bitsandbytes 0.50). Elsewhere this changes nothing.
-    """
-    modules: Any = model.modules()
-    for module in modules:
+# May go when the kernel of bitsandbytes for CPUs with AVX512-BF16 has a backward (0.50 loses gradients in silence).
+def keep_4bit_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights on such CPUs, at the first forward in eval mode."""
+    for module in cast(Any, model.modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
@@ -241,7 +210,7 @@ def rollout_prompt_ids(trainer: Any, prompts: list[Any]) -> list[list[int]]:
 
 # May go when accelerate's optimizer has a setter for step_was_skipped.
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
-    """Set accelerate's `optimizer.step_was_skipped`, by which the Trainer holds its schedule; it has no setter."""
+    """Set accelerate's `optimizer.step_was_skipped`, by which the Trainer holds its schedule."""
     optimizer._is_overflow = skipped
 
 
@@ -250,9 +219,9 @@ def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
 
 # May go when accelerate's DeepSpeed wrapper runs a backward without a step.
 class DeepSpeedSteps:
-    """Drives a DeepSpeed engine as accelerate's wrapper does, except that its backward takes no step.
+    """Drives a DeepSpeed engine with a ZeRO optimizer as accelerate's wrapper does, but its backward takes no step.
 
-    So gradients can be looked at, and a step be left out, as everywhere else. For ZeRO's optimizers.
+    So gradients can be looked at, and a step be left out, as without DeepSpeed.
     """
 
     def __init__(self, engine: Any):
@@ -263,7 +232,7 @@ class DeepSpeedSteps:
         self.engine.backward(loss, **kwargs)
 
     def get_global_grad_norm(self) -> float:
-        """The norm of the accumulated gradients, before any clip; inf where one is not finite."""
+        """The norm of the accumulated gradients, before any clip; inf if one is not finite."""
         optimizer = self.engine.optimizer
         if self.engine.zero_optimization_stage() == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -278,7 +247,7 @@ class DeepSpeedSteps:
         self.engine.step()
 
     def skip_step(self) -> None:
-        """Forget the gradients the way DeepSpeed does where they are not finite: by telling it so.
+        """Forget the gradients as DeepSpeed does when they are not finite: by telling it so.
 
         Raises:
             RuntimeError: DeepSpeed took the step all the same, as versions before 0.19.8 do.
@@ -297,17 +266,16 @@ class DeepSpeedSteps:
 
 # May go when accelerate prepares two trained models under one DeepSpeed plugin.
 def prepare_deepspeed_model(
-    accelerator: Any, model: torch.nn.Module, optimizer: Any, max_norm: float | None, args: Any
+    accelerator: Any, model: nn.Module, optimizer: Any, max_norm: float | None, args: Any
 ) -> tuple[Any, Any]:
-    """A DeepSpeed engine for a second model, and its optimizer for a scheduler. Accelerate prepares one model only."""
+    """A DeepSpeed engine for a second model, and its optimizer for a scheduler."""
     import deepspeed
     from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, map_pytorch_optim_to_deepspeed
 
     settings = copy.deepcopy(accelerator.deepspeed_plugin.hf_ds_config)
     settings.trainer_config_finalize(args, model, 1)  # "auto" sizes follow from this model
     config = settings.config
-    config["gradient_clipping"] = max_norm or 0.0
-    config["zero_allow_untested_optimizer"] = True
+    config |= {"gradient_clipping": max_norm or 0.0, "zero_allow_untested_optimizer": True}
     for name in ("optimizer", "scheduler"):
         config.pop(name, None)
     if settings.is_offload() and config.get("zero_force_ds_cpu_optimizer", True):
@@ -316,14 +284,10 @@ def prepare_deepspeed_model(
     return engine, DeepSpeedOptimizerWrapper(optimizer)
 
 
-# May go when accelerate keeps FSDP's settings per model.
+# May go when accelerate keeps FSDP's settings per model: it wraps by the policy's layers and clips all models as one.
 @contextmanager
 def apart_from_policy(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, accelerate prepares a second model under FSDP, and forgets it on leaving.
-
-    Else its plugin would look for the second model's layers in the policy, and its `clip_grad_norm_` compare the
-    parameters of the two, element by element.
-    """
+    """Inside, accelerate prepares a second model under FSDP, and forgets it on leaving."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         yield
@@ -337,17 +301,17 @@ def apart_from_policy(accelerator: Accelerator) -> Iterator[None]:
 
 
 # May go when FSDP2 reshards after a forward without backward.
-def reshard(model: torch.nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Free what FSDP2 keeps whole after a forward without backward, so that parameters are shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-# May go when DeepSpeed gathers small ZeRO-3 parameters anew after their shards were written.
+# May go when DeepSpeed gathers small ZeRO-3 parameters, which it keeps whole, anew after their shards were written.
 @contextmanager
 def writable_shards(parameters: Sequence[Any]) -> Iterator[None]:
-    """ZeRO-3 keeps small parameters whole beside their shards: gather them anew after the shards were written."""
+    """Inside, the shards of ZeRO-3 may be written; on leaving, parameters that were whole are gathered anew."""
     whole = [p for p in parameters if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"]
     if whole:
         whole[0].partition(whole)
@@ -358,7 +322,6 @@ def writable_shards(parameters: Sequence[Any]) -> Iterator[None]:
             whole[0].all_gather(whole)
 
 
-# This and the next two may go when `generate` of transformers drops ended rows by itself.
 # Settings of `generate` that look at one token at a time, so that it may stop and go on in a second call.
 RESUMABLE = {
     *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -367,11 +330,9 @@ RESUMABLE = {
 }
 
 
+# May go, with RESUMABLE and can_drop_rows, when `generate` of transformers drops ended rows by itself.
 def may_resume_generation(base: Any, generation_config: Any) -> bool:
-    """True where `generate` of a transformers model can stop and go on from its cache with fewer rows.
-
-    That takes one ordinary sample per prompt.
-    """
+    """True if `generate`, for one ordinary sample per prompt, can stop and go on from its cache with fewer rows."""
     kind = base._supports_default_dynamic_cache() and not base._is_stateful and not base.config.is_encoder_decoder
     settings = {**base.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
     switched_on = {name for name, value in settings.items() if value not in (None, False)}
@@ -379,5 +340,5 @@ def may_resume_generation(base: Any, generation_config: Any) -> bool:
 
 
 def can_drop_rows(cache: Any) -> bool:
-    """True where every layer of a generation's cache can be cut to some rows."""
+    """True if every layer of a generation's cache can be cut to some rows."""
     return isinstance(cache, DynamicCache) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)

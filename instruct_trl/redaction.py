@@ -11,19 +11,20 @@ from typing import Any
 
 HIDDEN = "***"
 
-# Of a hub, a model server, a repository or a cloud, as they are documented to begin; and what follows "Bearer".
+# User and password in https://user:password@host; keys of a hub, a model server, a repository or a cloud, as they are
+# documented to begin; and what follows "Bearer".
 _KEYS = re.compile(
-    r"\bhf_(?=[a-z0-9]*[A-Z]|[a-z0-9]{20})[A-Za-z0-9]{4,}"
+    r"(?<=://)[^/\s@'\"]+(?=@)"
+    r"|\bhf_(?=[a-z0-9]*[A-Z]|[a-z0-9]{20})[A-Za-z0-9]{4,}"
     r"|\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}"
     r"|\b(?:gh[opsur]|github_pat|glpat|xox[abprs])[-_][A-Za-z0-9_-]{10,}"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]{10,}"
     r"|(?<=[Bb]earer )\s*[^\s'\",]+"
 )
-_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")  # https://user:password@host
 _SECRET_NAME = re.compile(
     r"(?:^|[_-])(?:token|secret|password|passwd|passphrase|authorization|credentials?|pat)$", re.I
 )
-_KEY_NAME = re.compile(r"(?:^|[_-])(?:api|access|secret|private|judge|auth)?[_-]?key$", re.I)
+_KEY_NAME = re.compile(r"(?:^|[_-])(?:api|access|secret|private|judge|auth)?key$", re.I)
 # Settings of a tokenizer, whose values are words like <|im_end|>.
 _TEXT_TOKEN = re.compile(r"(?:^|[_-])(?:pad|eos|bos|unk|sep|cls|mask|start|end|stop|image|video|audio)[_-]token$", re.I)
 _PAIR = re.compile(r"""(["']?([\w-]+)["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}"']+)""")  # token=X, or 'token': 'X'
@@ -33,16 +34,11 @@ _VARIABLE = re.compile(r"(?=.{1,40}$)(?:_?[A-Z][A-Z0-9]{0,11}(?:_[A-Z0-9]+)*|[a-
 
 def redact(text: str) -> str:
     """`text` without what looks like a key, and without user and password of a URL."""
-    return _IN_URL.sub(HIDDEN, _KEYS.sub(HIDDEN, text))
+    return _KEYS.sub(HIDDEN, text)
 
 
 def redact_settings(value: Any, name: str = "") -> Any:
-    """The same for settings, nested ones included: also every value whose name says that it is secret.
-
-    Args:
-        value: what a setting holds, or a mapping of settings.
-        name: what the setting is called. What `*_key` names may be shown if it is the name of an environment variable.
-    """
+    """Settings, nested ones included, without keys and without every value whose `name` says that it is secret."""
     if isinstance(value, Mapping):
         return {key: redact_settings(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
