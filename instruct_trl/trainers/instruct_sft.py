@@ -21,18 +21,12 @@ from instruct_trl.data.pretraining import check_pretraining_mix, mix_pretraining
 from instruct_trl.data.rows import check_sft_dataset, checked_formatting, refusals_named
 from instruct_trl.evaluation.estimates import standard_error
 from instruct_trl.evaluation.selection import as_prompts, as_scorer, score_answers
+from instruct_trl.models import model_files
 from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.context import check_answer_room
 from instruct_trl.models.dropout import decoder_layers, residual_dropout
 from instruct_trl.models.generation import generate_completions
 from instruct_trl.models.loading import check_causal, check_token_rows
-from instruct_trl.models.model_files import (
-    check_model_path,
-    check_tokenizer,
-    load_tokenizer,
-    names_adapter,
-    tokenizer_source,
-)
 from instruct_trl.models.precision import one_dtype
 from instruct_trl.models.reward import check_scorer_room
 from instruct_trl.trainers import setting, starting_model
@@ -147,7 +141,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
     def __init__(
         self,
         model: Any,
-        args: SFTConfig | None = None,
+        args: InstructSFTConfig | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -166,19 +160,14 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         selection_prompts: Any = None,
         pretraining_dataset: Any = None,
     ):
-        args = args or starting_model.default_config(InstructSFTConfig, model, "SFT")
-        if not isinstance(args, InstructSFTConfig):
-            raise ValueError(
-                f"args must be an InstructSFTConfig, got {type(args).__name__}: other configs lack residual_dropout "
-                "and the paper's schedule."
-            )
+        args = starting_model.as_config(args, InstructSFTConfig, model, "SFT")
         # Upstream fails in the middle of its own work, or hours later; so all that can be asked now is asked now.
         if isinstance(model, str) and (os.path.isdir(model) or not args.trust_remote_code):
-            check_model_path(model, **starting_model.loading_kwargs(args))
-            if not names_adapter(model):
+            model_files.check_model_path(model, **starting_model.loading_kwargs(args))
+            if not model_files.names_adapter(model):
                 check_causal(model, **starting_model.loading_kwargs(args))
             if processing_class is None:
-                check_tokenizer(tokenizer_source(model))
+                model_files.check_tokenizer(model_files.tokenizer_source(model))
         check_not_empty(train_dataset=train_dataset, eval_dataset=eval_dataset)
         starting_model.settle_model_kwargs(args, has_adapters(model, peft_config))
         starting_model.check_adapters(model, peft_config, "The model")
@@ -196,7 +185,8 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         self._pretraining_dataset = pretraining_dataset
         start = starting_model.load_adapter_to_train(model, args, quantization_config)
         if start is not model:
-            processing_class = processing_class or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+            if processing_class is None:
+                processing_class = model_files.load_tokenizer(model, trust_remote_code=args.trust_remote_code)
             quantization_config = None  # the base is quantised by now
         start = starting_model.train_in_float32(start, "The model", args, peft_config)
         with without_init_kwargs(args, start is not model):

@@ -26,11 +26,7 @@ CHUNK = 1000  # prompts tokenised at once
 
 
 def check_training_numbers(args: Any) -> None:
-    """Refuse numbers of a TrainingArguments under which no step is taken, or one that says nothing.
-
-    Raises:
-        ValueError: naming the setting, its value, and what it must be.
-    """
+    """Refuse numbers of a TrainingArguments under which no step is taken, or one that says nothing."""
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     require(args, sizes, "a whole number, at least 1", lambda number: number >= 1 and number % 1 == 0)
     require(args, ["max_grad_norm"], "a number, at least 0", lambda number: number >= 0)  # infinity clips nothing
@@ -54,11 +50,7 @@ def require(args: Any, names: Iterable[str], must_be: str, holds: Callable[[floa
 
 
 def check_not_empty(**datasets: Any) -> None:
-    """Refuse datasets without a row, before upstream looks at the first; those of a mapping, too.
-
-    Raises:
-        ValueError: naming the dataset.
-    """
+    """Refuse datasets without a row, before upstream looks at the first; those of a mapping, too."""
     for name, dataset in datasets.items():
         if isinstance(dataset, Mapping):
             check_not_empty(**{f"{name}[{key}]": part for key, part in dataset.items()})
@@ -80,17 +72,12 @@ def check_steps(trainer: Any, metrics_without_set: Collection[str] = ()) -> None
 
 
 def check_run(trainer: Any, rows_needed: int, takes: str, metrics_without_set: Collection[str] = ()) -> None:
-    """Refuse a run that would train nothing, or that would look for a metric that is not logged.
-
-    If the number of rows is known only by reading them, training that took no step ends in an error.
+    """Refuse a schedule of 0 steps, too few rows, and a `metric_for_best_model` of no evaluation set.
 
     Args:
         rows_needed: rows of the train dataset below which no step is taken.
         takes: says so, e.g. "one rollout takes 8 prompts (generation_batch_size=8)".
         metrics_without_set: names that are logged without the name of an evaluation set.
-
-    Raises:
-        ValueError: a schedule of 0 steps, too few rows, a `metric_for_best_model` of no evaluation set.
     """
     args, dataset = trainer.args, trainer.train_dataset
     if dataset is not None and args.max_steps <= 0 and not args.num_train_epochs > 0:  # nan is not above 0
@@ -104,7 +91,7 @@ def check_run(trainer: Any, rows_needed: int, takes: str, metrics_without_set: C
             "trained. Give more rows, raise the limits by which rows were dropped, or lower the batch."
         )
     check_best_metric(args, trainer.eval_dataset, metrics_without_set)
-    trainer.add_callback(RefuseIdleRun(takes))
+    trainer.add_callback(RefuseIdleRun(takes))  # a stream shows how many rows it has only at its end
 
 
 def rows_of_a_step(args: Any) -> int:
@@ -116,11 +103,7 @@ def rows_of_a_step(args: Any) -> int:
 
 
 class RefuseIdleRun(TrainerCallback):
-    """Raises if training ends without a step. Upstream only logs a line if a stream has no rows.
-
-    Args:
-        takes: what one step takes, for the error.
-    """
+    """Raises if training ends without a step, and says what a step `takes`. Upstream only logs a line."""
 
     def __init__(self, takes: str):
         self.takes = takes
@@ -152,13 +135,7 @@ class _Reader(NamedTuple):
 
 
 def check_rollouts(trainer: Any, value_model: Any, ref_model: Any) -> None:
-    """Refuse fewer prompts than a rollout takes, and prompts whose answers exceed the context of a model of the run.
-
-    A stream is checked prompt by prompt as it flows.
-
-    Raises:
-        ValueError: with the numbers and what to set.
-    """
+    """Refuse fewer prompts than a rollout takes, and prompts whose answers exceed the context of a model of the run."""
     args = trainer.args
     needed = args.generation_batch_size // args.num_generations
     sizes = f"generation_batch_size={args.generation_batch_size}, num_generations={args.num_generations}"
@@ -235,11 +212,7 @@ def metric_and_set(metric: str, eval_dataset: Any) -> tuple[str, str | None]:
 
 
 def check_best_metric(args: Any, eval_dataset: Any, without_set: Collection[str] = ()) -> None:
-    """Refuse a `metric_for_best_model` without the name of one of several evaluation sets.
-
-    Raises:
-        ValueError: naming the metrics that are logged.
-    """
+    """Refuse a `metric_for_best_model` without the name of one of several evaluation sets."""
     chosen = args.metric_for_best_model
     if chosen is None or args.eval_strategy == IntervalStrategy.NO or not isinstance(eval_dataset, Mapping):
         return

@@ -1,8 +1,4 @@
-"""The model that training starts from: checked before any training, loaded if it is an adapter, in float32.
-
-An adapter that was saved goes on training. What is trained has float32 weights. A model in which nothing would train,
-or which lacks rows for its tokenizer's tokens, is refused.
-"""
+"""The model that training starts from: refused if nothing of it would train, loaded if it is an adapter, in float32."""
 
 from __future__ import annotations
 
@@ -14,16 +10,8 @@ import torch
 from transformers import AutoConfig, set_seed
 
 from instruct_trl._upstream import create_classifier, score_head
+from instruct_trl.models import loading
 from instruct_trl.models.adapters import has_adapters
-from instruct_trl.models.loading import (
-    check_single_label,
-    classifier_on_sft,
-    ensure_distinct_pad_token,
-    fit_model_to_tokenizer,
-    load_causal_model,
-    load_reward_model,
-    rows_for,
-)
 from instruct_trl.models.model_files import check_model_path, is_sft_adapter, names_adapter
 from instruct_trl.models.precision import HALF, in_half, is_quantised, keep_whole_modules_in_float32, one_dtype
 from instruct_trl.models.reward import RewardScorer
@@ -43,10 +31,16 @@ def say(args: Any, line: str | None) -> None:
         logger.warning(line)
 
 
-def default_config(kind: Any, model: Any, suffix: str) -> Any:
-    """The config of type `kind` that writes to a folder named after `model`, a path or a model."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    return kind(f"{name.rstrip('/').split('/')[-1] or 'model'}-{suffix}")
+def as_config(args: Any, kind: Any, model: Any, suffix: str) -> Any:
+    """`args`, or by default those of `kind` for a folder named after `model`, a path or a model."""
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return kind(f"{name.rstrip('/').split('/')[-1] or 'model'}-{suffix}")
+    if not isinstance(args, kind):
+        raise ValueError(
+            f"args is of type {type(args).__name__}, which lacks settings of this trainer. Give it as {kind.__name__}."
+        )
+    return args
 
 
 def loading_kwargs(args: Any, quantization_config: Any = None) -> dict[str, Any]:
@@ -60,15 +54,9 @@ def loading_kwargs(args: Any, quantization_config: Any = None) -> dict[str, Any]
 
 
 def check_adapters(model: Any, peft_config: Any, name: str) -> None:
-    """Refuse adapters that would not train, before upstream builds anything.
+    """Refuse a PeftModel or a config that was made for inference, and a new adapter on the folder of another.
 
-    Args:
-        model: a path or a model.
-        peft_config: of a new adapter, or None.
-        name: of the model, in the error.
-
-    Raises:
-        ValueError: a PeftModel or a config made for inference, or a new adapter on the folder of another.
+    `model` is a path or a model, `peft_config` that of a new adapter or None, `name` the model's in the ValueError.
     """
     _check_peft_config(peft_config)
     if isinstance(model, str):
@@ -91,39 +79,22 @@ def _check_peft_config(peft_config: Any) -> None:
 
 
 def check_something_trains(model: Any, name: str, but: Iterable[Any] = ()) -> None:
-    """Refuse a model without trainable parameters.
-
-    Args:
-        model: the model.
-        name: of it, in the error.
-        but: parameters that do not count, e.g. of a reward model's head.
-
-    Raises:
-        ValueError: all are frozen.
-    """
+    """Raises ValueError if all parameters of `model` are frozen, `but` (e.g. a reward model's head) not counted."""
     head = {id(parameter) for parameter in but}
-    if any(parameter.requires_grad and id(parameter) not in head for parameter in model.parameters()):
-        return
-    if has_adapters(model):
-        remedy = "Load it with PeftModel.from_pretrained(..., is_trainable=True), or give the adapter's folder."
-    else:
+    if not any(parameter.requires_grad and id(parameter) not in head for parameter in model.parameters()):
         remedy = "Call model.requires_grad_(True), or give a peft_config."
-    raise ValueError(
-        f"{name} ({type(model).__name__}) has no trainable parameters: training would change nothing. {remedy}"
-    )
+        if has_adapters(model):
+            remedy = "Load it with PeftModel.from_pretrained(..., is_trainable=True), or give the adapter's folder."
+        raise ValueError(
+            f"{name} ({type(model).__name__}) has no trainable parameters: training would change nothing. {remedy}"
+        )
 
 
 def load_adapter_to_train(model: Any, args: Any, quantization_config: Any = None) -> Any:
-    """The folder, or the name, of a language model's adapter becomes a PeftModel that goes on training.
-
-    Anything else is returned as it is.
-
-    Raises:
-        ValueError: it is a reward model's, or does not fit its base.
-    """
+    """A language model's adapter, by folder or name, as a PeftModel that goes on training; anything else as it is."""
     if not isinstance(model, str) or not names_adapter(model):
         return model
-    return load_causal_model(model, trainable=True, **loading_kwargs(args, quantization_config))
+    return loading.load_causal_model(model, trainable=True, **loading_kwargs(args, quantization_config))
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
@@ -132,12 +103,7 @@ def load_adapter_to_train(model: Any, args: Any, quantization_config: Any = None
 def settle_model_kwargs(args: Any, peft: bool) -> None:
     """Make one name of the dtype that the user asked for in `args.model_init_kwargs`, and warn if it is too coarse.
 
-    Args:
-        args: of a trainer.
-        peft: adapters are trained, whose base may be in any precision.
-
-    Raises:
-        ValueError: two names, two dtypes; or no dtype has this name.
+    With `peft`, adapters are trained, and their base may be in any precision.
     """
     args.model_init_kwargs = kwargs = one_dtype(args.model_init_kwargs)
     if peft or not kwargs or kwargs.get("quantization_config") is not None:
@@ -154,19 +120,11 @@ def settle_model_kwargs(args: Any, peft: bool) -> None:
 
 
 def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) -> Any:
-    """Give a model in memory that is trained whole float32 weights, and what its adapters train; warns of it.
-
-    transformers loads a checkpoint in the precision that it was saved in. bf16 tells numbers of 0.02 apart by 6e-5,
-    and Adam's step is about the learning rate: most steps would round to none.
-
-    Args:
-        model: a path, which is returned as it is, or a model, which is changed in place.
-        name: of it, in the line.
-        args: of the trainer.
-        peft_config: of a new adapter, whose base may stay as it is.
-    """
+    """Give float32 weights to what is trained of a model in memory, in place, and warn; a path is returned as it is."""
     if isinstance(model, str) or peft_config is not None or is_quantised(model):
-        return model
+        return model  # the base of a new adapter may stay as it is
+    # transformers loads a checkpoint in the precision that it was saved in. bf16 tells numbers of 0.02 apart by 6e-5,
+    # and Adam's step is about the learning rate: most steps would round to none.
     dtype = in_half(model)
     if dtype is None or _is_sharded(model):
         return model
@@ -203,19 +161,18 @@ def _is_sharded(model: Any) -> bool:
 def check_reward_start(model: Any, peft_config: Any, args: Any) -> None:
     """Refuse what cannot become a reward model, before anything is loaded.
 
-    Raises:
-        ValueError: a path that is not there, more than one label, or adapters that do not train, leave the score head
-            frozen, or put virtual tokens before the text.
+    That is a path that is not there, more than one label, and adapters that do not train, that leave the score head
+    frozen, or that put virtual tokens before the text.
     """
     if not isinstance(model, str):
-        check_single_label(model.config, type(model).__name__)
+        loading.check_single_label(model.config, type(model).__name__)
     else:
         check_model_path(model, **loading_kwargs(args))
         if not names_adapter(model):
             # A causal LM's config has transformers' default of 2 labels; TRL gives it a new head with one.
             config = AutoConfig.from_pretrained(model, **hub_options(args))
             if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-                check_single_label(config, f"The model {model!r}")
+                loading.check_single_label(config, f"The model {model!r}")
     _check_peft_config(peft_config)
     if peft_config is None:
         if not isinstance(model, str) and has_adapters(model):
@@ -231,40 +188,34 @@ def check_reward_start(model: Any, peft_config: Any, args: Any) -> None:
 
 
 def load_reward_adapter(model: Any, peft_config: Any, args: Any, quantization_config: Any) -> Any:
-    """The folder of an adapter becomes the model that training starts from; anything else is returned as it is.
-
-    A reward adapter goes on training. A new adapter on an SFT adapter stands on its base, merged: upstream would
-    replace the SFT adapter.
-
-    Raises:
-        ValueError: a new adapter on a reward adapter, none on an SFT adapter, or an SFT adapter on a quantised base.
-    """
+    """The model that training starts from, if `model` names an adapter; anything else is returned as it is."""
     if not isinstance(model, str) or not names_adapter(model):
         return model
     kwargs = loading_kwargs(args, quantization_config)
     if not is_sft_adapter(model):
         check_adapters(model, peft_config, "The reward model")
-        return load_reward_model(model, trainable=True, **kwargs)[0]
+        return loading.load_reward_model(model, trainable=True, **kwargs)[0]
     if peft_config is None:
         raise ValueError(
             f"{model!r} is the adapter of a language model. Pass peft_config=LoraConfig(task_type='SEQ_CLS', ...), and "
             "a new adapter is trained on it; or merge it (merge_and_unload), and give the merged model."
         )
-    return classifier_on_sft(model, **kwargs)
+    # Merged, for upstream would put the new adapter in the place of this one.
+    return loading.classifier_on_sft(model, **kwargs)
 
 
 def load_grown(model: Any, peft_config: Any, args: Any, quantization_config: Any, tokenizer: Any) -> Any:
-    """The base of new adapters, by name, that lacks rows for the tokenizer: loaded and grown before they lie on it.
-
-    Anything else is returned as it is.
-    """
+    """The base of new adapters, by name, loaded and grown if it lacks rows for the tokenizer; else `model` as it is."""
+    # Once adapters lie on it, its embedding cannot grow.
     if not isinstance(model, str) or peft_config is None:
         return model
-    if AutoConfig.from_pretrained(model, **hub_options(args)).get_text_config().vocab_size >= rows_for(tokenizer):
+    if AutoConfig.from_pretrained(model, **hub_options(args)).get_text_config().vocab_size >= loading.rows_for(
+        tokenizer
+    ):
         return model
     set_seed(args.seed)  # as upstream does before it draws the head
     base = create_classifier(model, **loading_kwargs(args, quantization_config))
-    fit_model_to_tokenizer(base, tokenizer)
+    loading.fit_model_to_tokenizer(base, tokenizer)
     return base
 
 
@@ -275,11 +226,7 @@ def hub_options(args: Any) -> dict[str, Any]:
 
 
 def prepare_tokenizer(tokenizer: Any, args: Any, model: Any) -> None:
-    """Settle EOS and pad token before upstream does, which would pad with EOS; `model` grows unless it is a path.
-
-    Raises:
-        ValueError: no EOS token, or a pad token that is EOS.
-    """
+    """Settle EOS and pad token before upstream does, which would pad with EOS; `model` grows unless it is a path."""
     vocabulary = tokenizer.get_vocab()
     if args.eos_token is not None and args.eos_token in vocabulary:  # one that is not there is upstream's error
         tokenizer.eos_token = args.eos_token
@@ -294,15 +241,12 @@ def prepare_tokenizer(tokenizer: Any, args: Any, model: Any) -> None:
         )
     if args.pad_token is not None and args.pad_token in vocabulary:
         tokenizer.pad_token = args.pad_token
-    say(args, ensure_distinct_pad_token(tokenizer, None if isinstance(model, str) else model))
+    say(args, loading.ensure_distinct_pad_token(tokenizer, None if isinstance(model, str) else model))
 
 
 def place_reward_models(reward_funcs: Iterable[Any], device: torch.device) -> None:
-    """Move reward models to the device of training: one given in memory would stay on the CPU beside a GPU.
-
-    Not one that was spread over devices, or quantised, where it lies; nor a role, whose base is the policy's.
-    """
-    models = [func.model for func in reward_funcs if isinstance(func, RewardScorer)]
-    for model in models:
+    """Move reward models to the device of training: one given in memory would stay on the CPU beside a GPU."""
+    for model in (func.model for func in reward_funcs if isinstance(func, RewardScorer)):
+        # A role's base is the policy's; one that is quantised or was spread over devices lies where it must.
         if not (isinstance(model, RewardRole) or is_quantised(model) or hasattr(model, "hf_device_map")):
             model.to(device)
