@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, SFTTrainer
 
-from instruct_trl._upstream import apply_cpu_defaults, match_adapters_to_precision, without_init_kwargs
+from instruct_trl._upstream import apply_cpu_defaults, without_init_kwargs
 from instruct_trl.data.encoding import drop_own_bos, prompt_keys, require_eos
 from instruct_trl.data.pretraining import check_pretraining_mix, mix_pretraining, tokenize_pretraining
 from instruct_trl.data.rows import check_sft_dataset, checked_formatting, refusals_named
@@ -201,8 +201,7 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
         """Ask and cast once upstream has loaded the model, added adapters and tokenised the rows."""
         require_eos(self._tokenizer)
         check_token_rows(self.model, self._tokenizer, "The model")
-        starting_model.keep_adapters_in_float32(self.model)
-        match_adapters_to_precision(self.model, self.args.bf16)
+        starting_model.settle_precision(self.model, self.args.bf16)
         starting_model.place_reward_models([self._scorer], self.accelerator.device)
         check_steps(self, metrics_without_set=(RM_SCORE.removeprefix("eval_"),))
         rows = self.train_dataset

@@ -15,7 +15,7 @@ from torch import nn
 from trl import RewardConfig, RewardTrainer
 from trl.data_utils import is_conversational
 
-from instruct_trl import _upstream
+from instruct_trl._upstream import apply_cpu_defaults, score_head, without_init_kwargs
 from instruct_trl.data.encoding import in_row, pad_rows, template_kwargs, tokenize_pair, what_template_rewrites
 from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingReport, prepare_ranking_dataset
@@ -86,7 +86,7 @@ class RankingRewardConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        _upstream.apply_cpu_defaults(self)
+        apply_cpu_defaults(self)
         check_training_numbers(self)
         lengths = ("max_length", "max_prompt_length", "max_tokens_per_batch")
         require(self, lengths, "at least 1 token, or None", lambda number: number >= 1)
@@ -181,7 +181,7 @@ class RankingRewardTrainer(RewardTrainer):
         self._tally = RankingTally()
         data_collator = data_collator or RankingCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
         quantization_config = quantization_config if start is model else None
-        with _upstream.without_init_kwargs(args, start is not model):
+        with without_init_kwargs(args, start is not model):
             super().__init__(
                 start, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
                 optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config,
@@ -200,12 +200,10 @@ class RankingRewardTrainer(RewardTrainer):
                 "pad token. Prepare the tokenizer with a pad token of its own and pass it as processing_class."
             )
         fit_model_to_tokenizer(self.model, processing_class)
-        _upstream.keep_4bit_trainable(self.model)
-        starting_model.keep_adapters_in_float32(self.model)
-        _upstream.match_adapters_to_precision(self.model, args.bf16)
+        starting_model.settle_precision(self.model, args.bf16)
         if args.disable_dropout:
             switch_off_dropout(self.model)  # upstream's misses dropout that a forward reads from the config (OPT)
-        if not any(parameter.requires_grad for parameter in _upstream.score_head(self.model).parameters()):
+        if not any(parameter.requires_grad for parameter in score_head(self.model).parameters()):
             raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {starting_model.HEAD_REMEDY}")
         if not hasattr(self.model.config, "reward_bias"):
             self.model.config.reward_bias = 0.0
@@ -400,7 +398,7 @@ class RankingRewardTrainer(RewardTrainer):
         was_training = self.model.training
         self.model.eval()
         scores: list[float] = []
-        head, size = _upstream.score_head(self.model), max(1, self.args.per_device_eval_batch_size)
+        head, size = score_head(self.model), max(1, self.args.per_device_eval_batch_size)
         for start in range(0, len(rows), size):
             batch = pad_rows(rows[start : start + size], self.processing_class.pad_token_id)
             batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}

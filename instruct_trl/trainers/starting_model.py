@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, set_seed
 
-from instruct_trl._upstream import create_classifier, score_head
+from instruct_trl._upstream import create_classifier, keep_4bit_trainable, match_adapters_to_precision, score_head
 from instruct_trl.models import loading
 from instruct_trl.models.adapters import has_adapters
 from instruct_trl.models.model_files import check_model_path, is_sft_adapter, names_adapter
@@ -138,6 +138,13 @@ def train_in_float32(model: Any, name: str, args: Any, peft_config: Any = None) 
         "What is trained of it has float32 weights from here on; bf16=True computes in bfloat16.",
     )
     return model
+
+
+def settle_precision(model: Any, bf16: bool | None) -> None:
+    """To be called once upstream has loaded `model` and added adapters: what trains has gradients, and in float32."""
+    keep_4bit_trainable(model)
+    keep_adapters_in_float32(model)
+    match_adapters_to_precision(model, bf16)
 
 
 def keep_adapters_in_float32(model: Any) -> None:

@@ -1,7 +1,6 @@
 """InstructSFTTrainer: the paper's schedule, dropout without a trace, the pretraining mix, selection by RM score."""
 
 import copy
-import inspect
 import logging
 import math
 
@@ -61,17 +60,6 @@ def test_the_learning_rate_falls_by_a_cosine_to_a_tenth_without_warm_up(policy, 
     # cos: 1 at the start, 0 in the middle, −1 at the end, over the upper nine tenths
     assert (rates[0], rates[50], rates[100]) == pytest.approx((1.0, 0.55, 0.1))
     assert rates[25] == pytest.approx(0.55 + 0.45 * math.sqrt(0.5))
-
-
-def test_the_signature_is_upstreams_with_three_keywords_more():
-    upstream = list(inspect.signature(SFTTrainer.__init__).parameters.values())
-    ours = list(inspect.signature(InstructSFTTrainer.__init__).parameters.values())
-    assert [(p.name, p.kind, p.default) for p in ours[: len(upstream)]] == [
-        (p.name, p.kind, p.default) for p in upstream
-    ]
-    added = ours[len(upstream) :]
-    assert [p.name for p in added] == ["reward_model", "selection_prompts", "pretraining_dataset"]
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is None for p in added)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------

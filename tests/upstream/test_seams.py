@@ -41,16 +41,20 @@ def test_an_overridden_method_has_the_arguments_it_had(owner, name):
 def test_our_constructors_keep_upstreams_arguments_and_order():
     from instruct_trl import InstructSFTTrainer, PPOPtxTrainer, RankingRewardTrainer
 
-    for ours, theirs in (
-        (PPOPtxTrainer, GRPOTrainer),
-        (InstructSFTTrainer, SFTTrainer),
-        (RankingRewardTrainer, RewardTrainer),
-    ):
-        upstream = list(inspect.signature(theirs).parameters)
-        parameters = inspect.signature(ours).parameters
-        assert list(parameters)[: len(upstream)] == upstream
-        for name in list(parameters)[len(upstream) :]:
-            assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    added = {
+        PPOPtxTrainer: ["value_model", "ref_model", "pretraining_dataset", "role_adapters"],
+        InstructSFTTrainer: ["reward_model", "selection_prompts", "pretraining_dataset"],
+        RankingRewardTrainer: [],
+    }
+    for ours, theirs in zip(added, (GRPOTrainer, SFTTrainer, RewardTrainer), strict=True):
+        upstream = list(inspect.signature(theirs).parameters.values())
+        parameters = list(inspect.signature(ours).parameters.values())
+        assert [(p.name, p.kind) for p in parameters[: len(upstream)]] == [(p.name, p.kind) for p in upstream]
+        assert [p.name for p in parameters[len(upstream) :]] == added[ours]
+        assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in parameters[len(upstream) :])
+    for ours, theirs in ((InstructSFTTrainer, SFTTrainer), (RankingRewardTrainer, RewardTrainer)):
+        defaults = [[p.default for p in inspect.signature(kind).parameters.values()] for kind in (ours, theirs)]
+        assert defaults[0][: len(defaults[1])] == defaults[1]
 
 
 def test_upstream_still_refuses_one_answer_a_prompt(tmp_path):
