@@ -199,7 +199,6 @@ class InstructSFTTrainer(NamedEvalSets, SFTTrainer):
 
     def _settle_model(self) -> None:
         """Ask and cast once upstream has loaded the model, added adapters and tokenised the rows."""
-        require_eos(self._tokenizer)
         check_token_rows(self.model, self._tokenizer, "The model")
         starting_model.settle_precision(self.model, self.args.bf16)
         starting_model.place_reward_models([self._scorer], self.accelerator.device)
