@@ -1,16 +1,19 @@
-"""Sampling whole answers, and the mean token loss: against transformers' own generate, loss and trl's trainer."""
+"""Sampling whole answers, and rollouts without ended rows: against transformers' own `generate`."""
 
 import math
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
-from trl import SFTConfig, SFTTrainer
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from instruct_trl.evaluation.language_modeling import mean_token_loss
-from instruct_trl.models.generation import RolloutGenerate, contiguous_head_input, generate_completions
+from instruct_trl.models.generation import (
+    RolloutGenerate,
+    contiguous_head_input,
+    generate_completions,
+    replaced_generate,
+)
+from instruct_trl.models.logprobs import completion_logps
 
 
 def make_it_say(model, token):
@@ -148,48 +151,132 @@ def test_a_tokenizer_without_eos_is_refused(policy, tokenizer):
         generate_completions(policy, tokenizer, ["ok"], max_new_tokens=4)
 
 
-def test_a_uniform_model_pays_log_vocabulary_a_token(policy, tokenizer):
+# Rollouts -----------------------------------------------------------------------------------------------------------
+
+EOS, PAD, LIMIT = 256, 257, 12
+LENGTHS = [1, 3, 3, 5, 7, 7, 9, 20]  # of the answers; the last one is cut at the limit
+
+
+class EndAfter:
+    """A logits processor: the row whose prompt begins with token n draws EOS as its n-th token, not before."""
+
+    def __init__(self, prompt_width):
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids, scores):
+        first = input_ids.gather(1, (input_ids != PAD).int().argmax(dim=1, keepdim=True)).squeeze(1)
+        scores[:, [EOS, PAD]] = float("-inf")
+        ends = first == input_ids.size(1) - self.prompt_width + 1
+        scores[ends] = float("-inf")
+        scores[ends, EOS] = 0.0
+        return scores
+
+
+@pytest.fixture
+def gpt2():
+    """Absolute positions: a row that is continued at the wrong place gives other tokens."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 258}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD))
     with torch.no_grad():
-        policy.lm_head.weight.zero_()
-    loss, tokens = mean_token_loss(policy, tokenizer, ["abcd", "ab"], batch_size=2)
-    assert tokens == 4  # 3 + 1: a row's first token has no prediction
-    assert loss == pytest.approx(math.log(258), abs=1e-6)
+        model.transformer.wpe.weight *= 20
+    return model.eval()
 
 
-def test_text_loss_is_transformers_loss(policy, tokenizer):
-    text = "the quick brown fox"
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    expected = policy(input_ids=ids, labels=ids).loss.item()
-    assert mean_token_loss(policy, tokenizer, [text]) == (pytest.approx(expected, abs=1e-5), len(text) - 1)
-    assert mean_token_loss(policy, tokenizer, [ids[0].tolist()])[0] == pytest.approx(expected, abs=1e-5)
+def prompts():
+    rows = [[length, *range(30, 30 + i % 3)] for i, length in enumerate(LENGTHS)]
+    ids = torch.tensor([[PAD] * (3 - len(row)) + row for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
-def test_pair_loss_is_trls_evaluation_loss(policy, tokenizer, tmp_path):
-    message = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "hello"}]
-    for pairs in ([("ab", "cde"), ("a long prompt", "z")], [message]):
-        data = Dataset.from_list([{"prompt": p, "completion": c} for p, c in pairs])
-        # One batch, so that the mean of TRL's batch means is the mean over tokens.
-        args = SFTConfig(tmp_path, use_cpu=True, bf16=False, report_to=[], per_device_eval_batch_size=8)
-        trainer = SFTTrainer(policy, args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
-        expected = trainer.evaluate()["eval_loss"]
-        assert mean_token_loss(policy, tokenizer, pairs, batch_size=1)[0] == pytest.approx(expected, abs=1e-5)
+def config(**kwargs):
+    settings = {"max_new_tokens": LIMIT, "eos_token_id": EOS, "pad_token_id": PAD, "disable_compile": True}
+    return GenerationConfig(**{**settings, **kwargs})
 
 
-def test_loss_of_several_rows_is_weighted_by_their_tokens(policy, tokenizer):
-    (a, n), (b, m) = (mean_token_loss(policy, tokenizer, [text]) for text in ("abcdefgh", "xyz"))
-    both, tokens = mean_token_loss(policy, tokenizer, ["xyz", "abcdefgh"], batch_size=2)
-    assert (n, m, tokens) == (7, 2, 9)
-    assert both == pytest.approx((7 * a + 2 * b) / 9, abs=1e-5)
+def rows_computed(model, generate, **kwargs):
+    """What `generate` returns, and over how many rows its forwards ran in all."""
+    rows = []
+    handle = model.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    output = generate(**prompts(), logits_processor=[EndAfter(3)], **kwargs)
+    handle.remove()
+    return output, sum(rows)
 
 
-def test_max_length_cuts_rows(policy, tokenizer):
-    cut = mean_token_loss(policy, tokenizer, ["abcdefgh"], max_length=4)
-    assert cut[0] == pytest.approx(mean_token_loss(policy, tokenizer, ["abcd"])[0], abs=1e-6)
-    assert cut[1] == 3
+@pytest.mark.parametrize("family", ["policy", "gpt2"])
+def test_greedy_answers_are_generates_own_for_less_work(request, family):
+    model = request.getfixturevalue(family).eval()
+    expected, all_rows = rows_computed(model, model.generate, generation_config=config(do_sample=False))
+    generate = RolloutGenerate(model, [EOS])
+    found, fewer_rows = rows_computed(model, generate, generation_config=config(do_sample=False))
+    assert found.tolist() == expected.tolist()
+    assert all_rows == 8 * LIMIT
+    # 3 of 8 rows have ended after 3 tokens, 3 of 5 after 7, 1 of 2 after 9: 8·3 + 5·4 + 2·2 + 1·3
+    assert fewer_rows == 24 + 20 + 4 + 3
 
 
-def test_nothing_to_score_and_odd_items_are_refused(policy, tokenizer):
-    with pytest.raises(ValueError, match="No token to score in 1 rows"):
-        mean_token_loss(policy, tokenizer, [("abcdef", "x")], max_length=4)
-    with pytest.raises(ValueError, match="Expected a text"):
-        mean_token_loss(policy, tokenizer, [{"prompt": "a"}])
+@pytest.mark.parametrize("drop_ended", [True, False])
+@pytest.mark.parametrize("family", ["policy", "gpt2"])
+def test_the_samplers_log_probs_are_those_of_a_forward(request, family, drop_ended):
+    model = request.getfixturevalue(family).eval()
+    generate = RolloutGenerate(model, [EOS], drop_ended=drop_ended, temperature=0.7)
+    torch.manual_seed(1)
+    rows = generate(**prompts(), generation_config=config(do_sample=True, temperature=0.7, top_k=0))
+    answers = rows[:, 3:]
+    ended = (answers == EOS).int()
+    mask = (ended.cumsum(dim=1) - ended == 0).long()
+    attention_mask = torch.cat([prompts()["attention_mask"], mask], dim=1)
+    with torch.no_grad():
+        expected, _ = completion_logps(model, rows, attention_mask, answers.size(1), temperature=0.7)
+    assert generate.logps.shape == (8, LIMIT)
+    kept = generate.logps[:, : answers.size(1)] * mask
+    torch.testing.assert_close(kept, expected, atol=1e-5, rtol=1e-5)
+    assert expected.min() < -4  # they do differ from nothing
+
+
+@pytest.mark.parametrize("eos_as_pad", [True, False])
+def test_a_forward_beyond_the_end_changes_nothing(policy, eos_as_pad):
+    """Processes that step together go on with their slowest, and transformers may undo a step on some devices."""
+    policy.eval()
+    settings = config(do_sample=True, top_k=0, pad_token_id=EOS if eos_as_pad else PAD)
+    torch.manual_seed(1)
+    plain = RolloutGenerate(policy, [EOS], temperature=1.0)
+    expected = plain(**prompts(), logits_processor=[EndAfter(3)], generation_config=settings)
+    own = policy.generate
+
+    def one_more(**kwargs):
+        output = own(**kwargs)
+        for criterion in kwargs["stopping_criteria"]:  # ended rows draw the pad token in that step
+            criterion(torch.full((len(output.sequences), 1), settings.pad_token_id), None)
+        for _ in range(2):
+            policy(input_ids=output.sequences[:, -1:])
+        return output
+
+    policy.generate = one_more
+    torch.manual_seed(1)
+    generate = RolloutGenerate(policy, [EOS], temperature=1.0)
+    found = generate(**prompts(), logits_processor=[EndAfter(3)], generation_config=settings)
+    assert found.tolist() == expected.tolist()
+    assert (found[-1, 3:] != EOS).all()  # the open answer goes on to the limit
+    torch.testing.assert_close(generate.logps, plain.logps)
+
+
+def test_settings_that_look_at_the_whole_answer_are_left_to_one_call(policy):
+    policy.eval()
+    settings = config(do_sample=False, min_new_tokens=2)
+    expected, all_rows = rows_computed(policy, policy.generate, generation_config=settings)
+    found, rows = rows_computed(policy, RolloutGenerate(policy, [EOS]), generation_config=settings)
+    assert found.tolist() == expected.tolist()
+    assert rows == all_rows
+
+
+def test_generate_is_put_back(policy):
+    with replaced_generate(policy, RolloutGenerate(policy, [EOS])):
+        assert isinstance(policy.generate, RolloutGenerate)
+    assert "generate" not in vars(policy)
+    mine = policy.generate = lambda **kwargs: None
+    with pytest.raises(RuntimeError), replaced_generate(policy, RolloutGenerate(policy, [EOS])):
+        raise RuntimeError
+    assert policy.generate is mine
