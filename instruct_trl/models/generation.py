@@ -23,17 +23,11 @@ from instruct_trl.models.context import refuse_no_room
 
 
 class Completion(NamedTuple):
-    """One sampled answer.
+    """One sampled answer."""
 
-    Attributes:
-        text: the answer as it was drawn, special tokens in it included, without the token that ended it.
-        token_ids: its ids, with the token that ended it if one did.
-        truncated: True when the answer was cut at the length limit: no token of `ending_ids` ended it.
-    """
-
-    text: str
-    token_ids: list[int]
-    truncated: bool
+    text: str  # as it was drawn, special tokens in it included, without the token that ended it
+    token_ids: list[int]  # with the token that ended it, if one did
+    truncated: bool  # cut at the length limit: no token of `ending_ids` ended it
 
 
 def contiguous_head_input(model: Any) -> AbstractContextManager[Any]:
@@ -173,13 +167,9 @@ class RolloutGenerate:
 
     Args:
         model: the causal LM, unwrapped; its own `generate` does the work.
-        eos_token_ids: an answer ends with any of them.
         drop_ended: False leaves ended rows in the batch, as processes that must step together need it.
-        temperature: with it, `logps` holds the log-probs of the drawn tokens; None keeps none.
-
-    Attributes:
-        logps: (B, T) of the last call, in float32, from the logits that the sampler saw; one column of logits (B, V) is
-            held at a time. Undefined after a row's end.
+        temperature: with it, `logps` are the log-probs (B, T) of what the last call drew, from the logits that the
+            sampler saw, in float32, undefined after a row's end.
     """
 
     def __init__(
@@ -241,7 +231,10 @@ class RolloutGenerate:
 
 
 class ChosenLogps:
-    """A forward hook: log-probs of the tokens that are drawn, each read when the next forward brings the token."""
+    """A forward hook: log-probs of the tokens that are drawn, each read when the next forward brings the token.
+
+    So one column of logits (R, V) is held at a time.
+    """
 
     def __init__(self, temperature: float):
         self.temperature = temperature

@@ -29,10 +29,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from instruct_trl._upstream import backbone, keep_4bit_trainable
+from instruct_trl._upstream import keep_4bit_trainable
 from instruct_trl.models import adapters
 from instruct_trl.models.adapters import AdapterFolder, adapter_parameters, adapter_state, load_adapter_weights
-from instruct_trl.models.logprobs import positions
 from instruct_trl.models.model_files import (
     check_model_path,
     has_tokenizer,
@@ -41,7 +40,7 @@ from instruct_trl.models.model_files import (
     write_reward_config,
 )
 from instruct_trl.models.precision import is_quantised, keep_whole_modules_in_float32, one_dtype
-from instruct_trl.models.scores import add_reward_bias, head_in_float32
+from instruct_trl.models.scores import token_values
 
 POLICY, SFT, REWARD, CRITIC = "default", "sft", "reward", "critic"
 
@@ -99,15 +98,12 @@ class ScalarRole(nn.Module):
         return self._roles.active(self._role)
 
     def token_scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int = 0) -> torch.Tensor:
-        """The head's output plus the bias, (B, T) in float32, for every token or the last `keep`; any padding side."""
+        """As `scores.token_values`, (B, T)."""
         # The pad token of another tokenizer may lie beyond the vocabulary. No token attends to it, so any id will do.
         ids = input_ids.masked_fill(attention_mask == 0, 0)
-        inputs = {"attention_mask": attention_mask, "position_ids": positions(attention_mask), "use_cache": False}
         with self.active():
-            output = backbone(adapters.without_adapters(self._roles.model))(input_ids=ids, **inputs)
-            with head_in_float32(self.score):
-                scores = self.score(output.last_hidden_state[:, -keep:]).squeeze(-1)
-        return add_reward_bias(scores, self.config)
+            model = adapters.without_adapters(self._roles.model)
+            return token_values(model, self.score, self.config, ids, attention_mask, keep)
 
     def save_pretrained(self, path: str | Path, **kwargs: Any) -> None:
         """Write adapter and head as PEFT writes a reward model: `load_reward_model`, or PEFT alone, reads it."""

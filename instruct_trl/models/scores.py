@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from instruct_trl._upstream import score_head
+from instruct_trl._upstream import backbone, score_head
+from instruct_trl.models.logprobs import positions
 
 Scores = TypeVar("Scores", float, torch.Tensor)
 
@@ -24,6 +25,21 @@ def add_reward_bias(scores: Scores, config: Any) -> Scores:
     and the roles on one base call it, each once; `RankingRewardTrainer.normalize` sets the bias.
     """
     return scores + float(getattr(config, "reward_bias", 0.0))
+
+
+def token_values(
+    model: nn.Module, head: nn.Module, config: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int
+) -> torch.Tensor:
+    """The head's output plus the bias after each of N rows' T tokens, or the last `keep`: (N, T) in float32.
+
+    `input_ids` and `attention_mask` are (N, T), padded on either side.
+    """
+    # Positions count a row's real tokens, so that a value does not depend on the padding's side.
+    inputs = {} if config.is_encoder_decoder else {"position_ids": positions(attention_mask), "use_cache": False}
+    hidden = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+    with head_in_float32(head):
+        values = head(hidden[:, -keep:]).squeeze(-1)
+    return add_reward_bias(values.float(), config)
 
 
 @contextmanager

@@ -14,14 +14,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from instruct_trl._upstream import backbone, score_head
+from instruct_trl._upstream import score_head
 from instruct_trl.models.adapters import has_adapters, without_adapters
 from instruct_trl.models.dropout import switch_off_dropout
 from instruct_trl.models.loading import load_reward_model
-from instruct_trl.models.logprobs import positions
 from instruct_trl.models.model_files import check_model_path, names_adapter
 from instruct_trl.models.precision import is_quantised, one_dtype
-from instruct_trl.models.scores import add_reward_bias, head_in_float32
+from instruct_trl.models.scores import token_values
 
 
 class ValueModel(nn.Module):
@@ -63,14 +62,8 @@ class ValueModel(nn.Module):
         `input_ids` and `attention_mask` are (B, T), padded on either side. With `values_to_keep` only the last are
         projected and returned, like logits by `logits_to_keep`.
         """
-        # Positions count a row's real tokens, so that a value does not depend on the padding's side.
-        inputs = {"position_ids": positions(attention_mask), "use_cache": False}
-        kwargs = {} if self.config.is_encoder_decoder else inputs
-        hidden = backbone(self.classifier)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         head = score_head(self.classifier)
-        with head_in_float32(head):
-            values = head(hidden.last_hidden_state[:, -values_to_keep:]).squeeze(-1)
-        return add_reward_bias(values.float(), self.config)
+        return token_values(self.classifier, head, self.config, input_ids, attention_mask, values_to_keep)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.classifier.gradient_checkpointing_enable(**kwargs)
