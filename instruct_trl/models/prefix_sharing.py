@@ -210,6 +210,7 @@ class ScoringRoute:
                 scores, tokens = self.sharing.score(model, rows)
                 self._counts["computed"] += tokens
                 return scores
+        # One row per completion: a prompt is computed K times, and rows are padded to the longest.
         self._counts["computed"] += rows.input_ids.numel()
         self._counts["padding"] += rows.input_ids.numel() - int(rows.attention_mask.sum())
         with self.sharing.inactive():
@@ -218,6 +219,7 @@ class ScoringRoute:
     @torch.no_grad()
     def _verify(self, model: nn.Module, rows: GroupedRows) -> None:
         """Score the prompt with the longest prefix both ways, and fall back where the scores differ."""
+        # One prompt is enough to see a wrong mask, and the longest prefix shows it best.
         prompt = int(rows.prefix_lengths.argmax())
         own = slice(int(rows.group_sizes[:prompt].sum()), int(rows.group_sizes[: prompt + 1].sum()))
         chosen = GroupedRows(*(part[own] for part in rows[:2]), *(part[prompt : prompt + 1] for part in rows[2:]))

@@ -131,6 +131,7 @@ class RewardScorer:
             given = template_kwargs({k: kwargs[k][index] for k in ("tools", "chat_template_kwargs") if kwargs.get(k)})
             of_prompt = None if prompt_ids is None else prompt_ids[index]
             rows.append(self._row(prompt, completion, ids, of_prompt, {**given, "truncated": cut}))
+        # Rows of one prompt go into one batch, so that it can be computed once for all of them.
         scores = self._score(rows, [repr(prompt) for prompt in prompts])
         return [add_reward_bias(score, self.model.config) for score in scores]
 
@@ -179,7 +180,7 @@ class RewardScorer:
         if config.pad_token_id is None:  # transformers refuses batches without one
             config.pad_token_id = pad_token_id
         was_training = self.model.training
-        self.model.eval()
+        self.model.eval()  # with dropout, one answer would get another score at each call
         scores = [math.nan] * len(rows)
         for groups in self._batches(rows, prompts):
             chosen = [index for group in groups for index in group]
@@ -213,6 +214,7 @@ class RewardScorer:
             for group in by_prompt.values()
             for start in range(0, len(group), self.batch_size)
         ]
+        # Neighbours of similar length need little padding, which costs as much as tokens.
         groups.sort(key=lambda group: max(len(rows[index]) for index in group))
         return [[groups[place] for place in chosen] for chosen in fill(range(len(groups)), cost, self.batch_size)]
 

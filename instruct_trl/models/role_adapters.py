@@ -50,7 +50,7 @@ class ReferenceRole(nn.Module):
 
     def __init__(self, roles: RoleAdapters):
         super().__init__()
-        self._roles = roles
+        self._roles = roles  # no nn.Module: as one, it would make the base this role's own, to be moved and saved
 
     @property
     def config(self) -> Any:
@@ -84,6 +84,7 @@ class ScalarRole(nn.Module):
         self._roles, self._role, self._adapter, self._folder = roles, role, adapter, folder
         self.score = folder.scalar_head()
         self.adapter = nn.ParameterList(adapter_parameters(roles.model, adapter).values())
+        # A copy: the policy's config is saved with it, and knows neither labels nor a bias.
         self.config = copy.deepcopy(roles.model.config)
         self.config.num_labels = 1
         self.config.reward_bias = float(folder.saved.get("reward_bias", 0.0))
@@ -135,6 +136,7 @@ class RewardRole(ScalarRole):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Scores (B,) in float32, bias included, read at the last token that `attention_mask` (B, T) counts."""
         scores = self.token_scores(input_ids, attention_mask)
+        # By place and not by count, since rows may be padded on the left.
         places = torch.arange(scores.size(1), device=scores.device)
         last = (attention_mask * places).argmax(dim=1, keepdim=True)
         return scores.gather(1, last).squeeze(1)
@@ -304,14 +306,16 @@ class RoleAdapters:
                 )
         model = PolicyModel(base, self._own(policy_config), adapter_name=POLICY)
         for name, folder in pieces.items():
-            model.add_adapter(name, copy.deepcopy(folder.config))
+            model.add_adapter(name, copy.deepcopy(folder.config))  # PEFT keeps the config, and changes it
             load_adapter_weights(model, name, folder)
         if sft is not None:
             adapters.copy_adapter(model, SFT, POLICY)
+        # A saved critic names what its reward adapter stood on, so that a later run can take it up as one.
         critic = copy.deepcopy(value_config or reward.config)
         critic.base_model_name_or_path, critic.revision = reward.config.base_model_name_or_path, reward.config.revision
         model.add_adapter(CRITIC, critic)
         adapters.copy_adapter(model, REWARD, CRITIC)
+        # At rest the policy alone is active and trains, whatever PEFT switched on while it added the others.
         tuner: Any = model.base_model
         tuner.set_adapter([POLICY])
         model.requires_grad_(False)
