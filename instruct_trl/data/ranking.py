@@ -20,7 +20,7 @@ from instruct_trl.data.encoding import Text, encode_prompt, in_row, prompt_key, 
 from instruct_trl.data.rows import check_text, column_names, require_columns, shown
 
 Pair = tuple[int, int]  # (winner, loser), positions in the completions
-_COUNTERS = {"long_prompt": "bool", "overlong_rows": "int32", "dropped_pairs": "int32", "tied": "bool"}
+_COUNTERS = {"long_prompts": "bool", "overlong_rows": "int32", "dropped_pairs": "int32", "tied_prompts": "bool"}
 
 
 @dataclass
@@ -47,12 +47,7 @@ class Ranking:
 def parse_ranking(example: Mapping[str, Any], margins: bool = False) -> Ranking:
     """Check one row and bring it into the form of `Ranking`.
 
-    Args:
-        margins: take the pairs' margins, from `margin` beside `chosen`, else from the differences of `scores`.
-
-    Raises:
-        ValueError: unequal lengths, fewer than two completions, NaN or infinite or missing numbers, text in place of
-            numbers or lists, something empty or no text, or pairs that name no completion or contradict each other.
+    `margins`: take those of the pairs, from `margin` beside `chosen`, else from the differences of `scores`.
     """
     values = None
     if "chosen" in example:
@@ -64,32 +59,45 @@ def parse_ranking(example: Mapping[str, Any], margins: bool = False) -> Ranking:
                 "none."
             )
         if margins:
-            values = [float(_finite(example["margin"], "'margin'", "0 is none"))]
+            values = [_finite(example["margin"], "'margin'", "0 is none")]
     else:
         completions = _list_of(example, "completions")
         if len(completions) < 2:
             raise ValueError(f"{len(completions)} completion(s). A ranking needs at least 2; drop the row.")
         names = [f"completion {index}" for index in range(len(completions))]
-        if "pairs" in example:
+        if "pairs" in example:  # no closure is taken: what a labeler did not compare stays open
             ranks, pairs = [], _pairs_of(_list_of(example, "pairs", "of [winner, loser]"), len(completions))
         else:
-            ranks = _ranks_of(example, len(completions))
+            name, sign = ("ranks", 1) if "ranks" in example else ("scores", -1)  # of scores the highest is best
+            given = enumerate(_list_of(example, name, count=len(completions)))
+            numbers = [_finite(number, f"{name}[{index}]", "drop the row if it has none") for index, number in given]
+            ranks = _dense([sign * number for number in numbers])
             pairs = [(i, j) for i, best in enumerate(ranks) for j, rank in enumerate(ranks) if best < rank]
         if margins:
             values = [float(example["scores"][i] - example["scores"][j]) for i, j in pairs]
-    prompt = _prompt_of(example)
+    prompt: Any = example.get("prompt")
+    if "chosen" in example and "prompt" not in example:
+        # TRL's implicit prompt is part of both texts. Where it ends cannot be told, so it counts with the completions.
+        prompt = "" if isinstance(example["chosen"], str) else []
+    else:
+        check_text(prompt, "the prompt")
     for name, completion in zip(names, completions, strict=True):
         check_text(completion, name)
-    weight = float(_finite(example.get("weight", 1.0), "'weight'", "1 is the default", above=0))
+    weight = _finite(example.get("weight", 1.0), "'weight'", "1 is the default", above=0)
     return Ranking(prompt, completions, ranks, pairs, values, weight, _truncated_of(example, len(completions)))
 
 
-def _prompt_of(example: Mapping[str, Any]) -> Text:
-    # TRL's implicit prompt is part of both texts. Where it ends cannot be told, so it counts with the completions.
-    if "chosen" in example and "prompt" not in example:
-        return "" if isinstance(example["chosen"], str) else []
-    check_text(example.get("prompt"), "the prompt")
-    return example["prompt"]
+def _truncated_of(example: Mapping[str, Any], count: int) -> list[bool]:
+    if example.get("truncated") is None:  # a row without them has finished completions
+        return [False] * count
+    flags = _list_of(example, "truncated", count=count)
+    for index, flag in enumerate(flags):
+        if not isinstance(flag, bool):
+            raise ValueError(
+                f"truncated[{index}] is {shown(flag)}. Write true where the completion was cut at a limit, and false "
+                "where it ended."
+            )
+    return flags
 
 
 def _list_of(
@@ -111,21 +119,13 @@ def _finite(number: Any, name: str, remedy: str, above: float = -math.inf) -> fl
     if not is_number or not math.isfinite(number) or number <= above:
         limit, quotes = f" above {above}" if above == 0 else "", " without quotes" if isinstance(number, str) else ""
         raise ValueError(f"{name} is {shown(number)}. Give a finite number{limit}{quotes}; {remedy}.")
-    return number
+    return float(number)
 
 
 def _dense(numbers: Sequence[float]) -> list[int]:
     """1, 2, 3, ... in the order of the numbers; equal numbers share one."""
     places = {number: place for place, number in enumerate(sorted(set(numbers)), start=1)}
     return [places[number] for number in numbers]
-
-
-def _ranks_of(example: Mapping[str, Any], count: int) -> list[int]:
-    name = "ranks" if "ranks" in example else "scores"
-    numbers = _list_of(example, name, count=count)
-    for index, number in enumerate(numbers):
-        _finite(number, f"{name}[{index}]", "drop the row if it has none")
-    return _dense(numbers if name == "ranks" else [-score for score in numbers])
 
 
 def _pairs_of(entries: list[Any], count: int) -> list[Pair]:
@@ -149,19 +149,6 @@ def _pairs_of(entries: list[Any], count: int) -> list[Pair]:
     return list(pairs)
 
 
-def _truncated_of(example: Mapping[str, Any], count: int) -> list[bool]:
-    if example.get("truncated") is None:  # a row without them has finished completions
-        return [False] * count
-    flags = _list_of(example, "truncated", count=count)
-    for index, flag in enumerate(flags):
-        if not isinstance(flag, bool):
-            raise ValueError(
-                f"truncated[{index}] is {shown(flag)}. Write true where the completion was cut at a limit, and false "
-                "where it ended."
-            )
-    return flags
-
-
 @dataclass
 class RankingReport:
     """Counts of what happened to a dataset on its way to tokens.
@@ -179,7 +166,7 @@ class RankingReport:
     overlong_rows: int
     dropped_prompts: int
     tied_prompts: int
-    dropped_pairs: int = 0
+    dropped_pairs: int
 
     def line(self, where: str, max_length: int | None, max_prompt_length: int | None) -> str | None:
         """One sentence for the log; None where there is nothing to say."""
@@ -225,14 +212,10 @@ def tokenize_ranking(
 ) -> dict[str, Any]:
     """Tokens of one row's completions, those longer than the limits left out and counted.
 
-    The arguments are those of `prepare_ranking_dataset`; `margins`: whether the dataset has them, so each row must.
-
     Returns:
-        `input_ids` (a list of K token lists, empty if the row is to be dropped), `ranks` (K, dense; empty where the
-        row has only pairs), `pairs` (a list of [winner, loser]), `margins` (parallel to `pairs`; only if margins are
-        on), `weight`, `labeler` (only if it was there), `prompt_key` (the same for rows of one prompt; None where a
-        row has none), and the counters `long_prompt`, `overlong_rows`, `dropped_pairs`, `tied` (no untied pair among
-        what was kept).
+        `input_ids` (K token lists; none if the row is to be dropped), `ranks` (K, dense; none where there are only
+        pairs), `pairs` ([winner, loser] each), `margins` (one per pair; only if margins are on), `weight`, `labeler`
+        (only if it was there), `prompt_key` (None where a row has no prompt), and the counters of `RankingReport`.
     """
     with in_row(f"{where}, row {index}"):
         ranking, kwargs = parse_ranking(example, margins), template_kwargs(example)
@@ -245,7 +228,7 @@ def tokenize_ranking(
         # An implicit prompt has no length of its own: it cannot be told from its completion.
         prompt = ranking.prompt
         if max_prompt_length and prompt and len(encode_prompt(tokenizer, prompt, **kwargs)) > max_prompt_length:
-            return {**result, "long_prompt": 1}
+            return {**result, "long_prompts": 1}
         rows = [
             tokenize_pair(tokenizer, ranking.prompt, completion, truncated=truncated, **kwargs)
             for completion, truncated in zip(ranking.completions, ranking.truncated, strict=True)
@@ -255,7 +238,7 @@ def tokenize_ranking(
     result |= {"overlong_rows": len(rows) - len(kept), "dropped_pairs": len(ranking.pairs) - len(labels["pairs"])}
     if len(kept) < 2:
         return result
-    return {**result, **labels, "input_ids": [rows[place] for place in kept], "tied": not labels["pairs"]}
+    return {**result, **labels, "input_ids": [rows[place] for place in kept], "tied_prompts": not labels["pairs"]}
 
 
 def _labels_of(ranking: Ranking, kept: Sequence[int]) -> dict[str, Any]:
@@ -313,10 +296,8 @@ def prepare_ranking_dataset(
             )
         return dataset, None
     _check_columns(dataset, columns, where, use_margins)
-    margins, limits = (
-        use_margins or "margin" in columns,
-        {"max_length": max_length, "max_prompt_length": max_prompt_length},
-    )
+    margins = use_margins or "margin" in columns
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     options: dict[str, Any] = {
         "with_indices": True,
         "fn_kwargs": {"tokenizer": tokenizer, **limits, "where": where, "margins": margins},
@@ -330,25 +311,16 @@ def prepare_ranking_dataset(
     if not isinstance(tokenized, Dataset):
         return kept, None
     counts = {name: sum(tokenized[name]) for name in _COUNTERS}
-    report = RankingReport(
-        prompts=len(tokenized),
-        long_prompts=counts["long_prompt"],
-        overlong_rows=counts["overlong_rows"],
-        dropped_prompts=len(tokenized) - len(kept),
-        tied_prompts=counts["tied"],
-        dropped_pairs=counts["dropped_pairs"],
-    )
+    report = RankingReport(len(tokenized), dropped_prompts=len(tokenized) - len(kept), **counts)
     report.refuse_useless(where, **limits)
     return kept, report
 
 
 def _features(margins: bool, labeler: bool) -> Features:
-    whole, real = List(Value("int32")), List(Value("float32"))
-    features = {"input_ids": List(whole), "ranks": whole, "pairs": List(whole), "weight": Value("float32")}
-    features |= {"prompt_key": Value("string"), **{name: Value(kind) for name, kind in _COUNTERS.items()}}
-    return Features(
-        features | ({"margins": real} if margins else {}) | ({"labeler": Value("string")} if labeler else {})
-    )
+    whole, real, text = Value("int32"), Value("float32"), Value("string")
+    features = {"input_ids": List(List(whole)), "ranks": List(whole), "pairs": List(List(whole)), "weight": real}
+    features |= {"prompt_key": text, **{name: Value(kind) for name, kind in _COUNTERS.items()}}
+    return Features(features | ({"margins": List(real)} if margins else {}) | ({"labeler": text} if labeler else {}))
 
 
 def _check_columns(dataset: Any, columns: Sequence[str], where: str, use_margins: bool) -> None:

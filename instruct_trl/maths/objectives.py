@@ -1,6 +1,6 @@
-"""What PPO-ptx minimises: the clipped policy loss, the clipped value loss, and Eq. 2's mix with pretraining.
+"""The losses of PPO-ptx: the clipped policy loss, the clipped value loss, and Eq. 2's mix with pretraining.
 
-Legend: B episodes, T completion tokens. Losses are per token; who calls decides how to average them.
+Legend: B episodes, T completion tokens. Losses are per token; the caller decides how to average them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def clipped_policy_loss(
     Returns:
         loss (B, T) and the ratio ρ = π/π_old (B, T).
     """
-    ratio = torch.exp(logps - old_logps)
+    ratio = torch.exp(logps - old_logps)  # from logs: the probabilities of rare tokens would underflow
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    # The minimum takes the clip only where it gives less: a step too far gains nothing more, a step back still counts.
     return -torch.min(ratio * advantages, clipped * advantages), ratio
 
 
@@ -37,6 +38,7 @@ def clipped_value_loss(
     All arguments (B, T); returns (B, T). The paper does not publish the value loss; ε = `value_clip` = 0.2.
     """
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    # The larger error of the two: it has no gradient once V has moved by more than ε towards the return.
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
 
@@ -45,7 +47,7 @@ def ppo_ptx_loss(ppo_loss: torch.Tensor, ptx_loss: torch.Tensor, ptx_coef: float
 
     `ppo_loss` stands for the first expectation (the clipped surrogate over the KL-penalised reward), `ptx_loss` is
     the mean per-token cross-entropy on pretraining text, `ptx_coef` is γ: 27.8 in the paper, 0 for plain PPO.
-    Since the gradient is linear, the trainer calls this once a term and accumulates, as the paper does.
+    Since the gradient is linear, the trainer calls this once per term and accumulates, as the paper does.
     """
     return ppo_loss + ptx_coef * ptx_loss
 

@@ -29,6 +29,7 @@ def preferred_pairs(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> to
 
 def tied_pairs(ranks: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """(..., K, K) bool, symmetric: [i, j] is True where i ≠ j are real and ranked equal. Arguments as above."""
+    # Without the diagonal: a completion is no tie with itself.
     equal = ranks.unsqueeze(-1) == ranks.unsqueeze(-2)
     other = ~torch.eye(ranks.shape[-1], dtype=torch.bool, device=ranks.device)
     return _real_pairs(equal & other, ranks, mask)
@@ -54,6 +55,7 @@ def _clean(rewards: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, to
             "preferred_pairs(ranks, mask) makes them from ranks."
         )
     pairs = pairs.bool()
+    # Differences of close rewards are lost in 8 bits of mantissa.
     if rewards.dtype in (torch.float16, torch.bfloat16):
         rewards = rewards.float()
     return torch.where(pairs.any(-1) | pairs.any(-2), rewards, torch.zeros_like(rewards)), pairs
@@ -92,9 +94,11 @@ def ranking_losses(
             raise ValueError(f"margins {tuple(margins.shape)} do not fit pairs {tuple(pairs.shape)}.")
         # Taken out before the sigmoid too: a NaN margin of no pair would spoil the gradient.
         logits = logits - torch.where(pairs, margins.to(logits.dtype), torch.zeros_like(logits))
+    # logsigmoid, not log of sigmoid: the latter is −inf for a pair that is far the wrong way round.
     terms = -functional.logsigmoid(logits)
     if center_coefficient:
         terms = terms + center_coefficient * (rewards.unsqueeze(-1) + rewards.unsqueeze(-2)).square()
+    # Each prompt is divided by its own pairs, so that one of 9 completions (36 pairs) weighs no more than one of 4.
     count = pairs.sum((-2, -1))
     losses = torch.where(pairs, terms, torch.zeros_like(terms)).sum((-2, -1)) / count.clamp(min=1)
     return losses, count > 0
@@ -110,7 +114,7 @@ def ranking_loss(
     """Eq. 1 for a batch: Σ w_b loss_b / Σ w_b (a scalar) over the prompts b that have a pair; 0 where none has.
 
     Args:
-        weights: (...) w_b > 0, one a prompt; None means that all are equal, as in the paper.
+        weights: (...) w_b > 0, one per prompt; None means that all are equal, as in the paper.
 
     The other arguments and errors are those of `ranking_losses`.
 
@@ -121,7 +125,8 @@ def ranking_loss(
     if weights is None:
         weights = torch.ones_like(losses)
     if weights.shape != losses.shape:
-        raise ValueError(f"weights {tuple(weights.shape)} do not fit {tuple(losses.shape)}: give one a prompt.")
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit {tuple(losses.shape)}: give one per prompt.")
+    # A prompt without a pair has loss 0, which would pull the mean down if its weight stayed in the divisor.
     weights = torch.where(counted, weights.to(losses.dtype), torch.zeros_like(losses))
     total = weights.sum()
     return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
@@ -149,10 +154,9 @@ def pair_accuracy(rewards: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 def kendall_tau(rewards: torch.Tensor, pairs: torch.Tensor, ties: torch.Tensor | None = None) -> torch.Tensor:
     """Kendall's τ-b of each prompt (...), in [−1, 1]: 1 where the rewards give back the pairs, −1 their reverse.
 
-    τ_b = (concordant − discordant) / sqrt(pairs · compared pairs untied in rewards), where a pair is compared if it
-    is in `pairs` or in `ties`. For a full ranking with its ties this is the usual τ-b. Where a labeler compared only
-    some completions, it is taken over what was compared: what was left out is no tie. 0 where a factor is 0, which
-    leaves τ undefined.
+    τ_b = (concordant − discordant) / sqrt(pairs · compared pairs untied in rewards). Compared are `pairs` and `ties`,
+    so that a full ranking gives the usual τ-b, and one of some completions counts nothing that was left out as a tie.
+    0 if a factor is 0, which leaves τ undefined.
 
     Args:
         rewards, pairs: as in `ranking_losses`.
@@ -168,6 +172,7 @@ def kendall_tau(rewards: torch.Tensor, pairs: torch.Tensor, ties: torch.Tensor |
     pairs = pairs.bool()
     rewards, either = _clean(rewards, pairs | ties.bool())
     differences = _differences(rewards)
+    # Over the winner's side of each pair, the sign is +1 for a concordant pair, −1 for a discordant one.
     signs = torch.where(pairs, differences.sign(), torch.zeros_like(differences)).sum((-2, -1))
     compared = (either | either.transpose(-2, -1)).triu(diagonal=1)  # each two completions once
     untied_rewards = (compared & (differences != 0)).sum((-2, -1)).to(rewards.dtype)
@@ -208,7 +213,7 @@ def ranking_metrics(
     margins: torch.Tensor | None = None,
     center_coefficient: float = 0.0,
 ) -> dict[str, float]:
-    """Everything that an evaluation reports, exact over all B prompts given.
+    """All numbers that an evaluation reports, exact over all B prompts given.
 
     Args:
         rewards, mask: (B, K).

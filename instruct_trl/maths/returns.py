@@ -42,7 +42,8 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, be
     """
     if scores.shape != mask.shape[:1] or kl.shape != mask.shape:
         raise ValueError(f"scores {tuple(scores.shape)}, kl {tuple(kl.shape)} and mask {tuple(mask.shape)} do not fit.")
-    rewards = -beta * kl * mask
+    rewards = -beta * kl * mask  # a penalty at every token, so that each pays for its own drift
+    # The index of the last real token, EOS or not: one later would be padding, which no advantage ever reads.
     last = mask.long().sum(dim=1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores.to(rewards.dtype).unsqueeze(1))
 
@@ -63,12 +64,13 @@ def generalized_advantages(
         advantages (B, T) and returns (B, T) = advantages + values, both 0 where the mask is False.
     """
     mask = mask.to(values.dtype)
-    values = values * mask
+    values = values * mask  # so that the value after the last token is 0: the episode is over, cut or not
     advantages = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
+    # Backwards, because A_t = δ_t + γλ A_{t+1}: each step needs the one after it.
     for t in reversed(range(values.size(1))):
         next_value = values[:, t + 1] if t + 1 < values.size(1) else torch.zeros_like(running)
         delta = rewards[:, t] + discount * next_value - values[:, t]
-        running = (delta + discount * gae_lambda * running) * mask[:, t]
+        running = (delta + discount * gae_lambda * running) * mask[:, t]  # nothing flows back out of padding
         advantages[:, t] = running
-    return advantages, advantages + values
+    return advantages, advantages + values  # before any whitening, which would change what the critic learns

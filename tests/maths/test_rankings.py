@@ -193,7 +193,7 @@ def test_shapes_that_do_not_fit_are_refused():
         preferred_pairs(torch.ones(1, 3), torch.ones(3))
     with pytest.raises(ValueError, match=r"margins \(1, 3\) do not fit pairs \(1, 3, 3\)"):
         ranking_loss(rewards, pairs, margins=torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"weights \(3,\) do not fit \(1,\): give one a prompt"):
+    with pytest.raises(ValueError, match=r"weights \(3,\) do not fit \(1,\): give one per prompt"):
         ranking_loss(rewards, pairs, weights=torch.ones(3))
     with pytest.raises(ValueError, match=r"ties \(3, 3\) do not fit"):
         kendall_tau(rewards, pairs, pairs[0])
