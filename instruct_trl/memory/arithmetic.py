@@ -18,14 +18,14 @@ def nf4_bytes(sizes: Sequence[int], double_quant: bool = True) -> int:
     """Bytes of 4-bit matrices with these numbers of parameters: about 0.5625 per parameter, 0.5159 with `double_quant`.
 
     Each block of 64 numbers has a scale of 4 bytes. Double quantisation (Dettmers et al. 2023, section 3) keeps 1 byte
-    per scale, and 4 more for each block of 256 scales. A matrix has a table of 16 levels (64 bytes); with double
-    quantisation it has a table of 256 (1024 bytes) and an offset (4 bytes) as well.
+    per scale, and 4 more for each block of 256 scales.
     """
     total = 0
     for size in sizes:
         blocks = math.ceil(size / NF4_BLOCK)
+        # Double quantisation keeps a table of 256 float32 levels and an offset per matrix as well.
         scales = blocks + 4 * math.ceil(blocks / NF4_NESTED_BLOCK) + 1024 + 4 if double_quant else 4 * blocks
-        total += math.ceil(size / 2) + scales + 64
+        total += math.ceil(size / 2) + scales + 64  # two numbers per byte, and a table of 16 float32 levels
     return total
 
 
@@ -35,17 +35,14 @@ def sampling_bytes(rows: int, vocabulary: int) -> int:
 
 
 def logps_bytes(scored: int, vocabulary: int, width: int = 4, update: bool = False) -> int:
-    """Log-probs of S scored tokens from full logits, with their entropy in an `update`.
-
-    Scoring holds the logits, and the log-softmax (4 bytes) of a block of tokens. An update holds logits, log-softmax
-    and, per block, the probabilities and their product for the entropy; its backward holds the log-softmax and the
-    gradients that enter and leave it.
-    """
+    """Log-probs of S scored tokens from full logits, with their entropy in an `update`."""
     block = min(scored, LOGPS_BLOCK)
     converted = (width + 4 if width < 4 else 4) * scored
     if update:
+        # Logits, log-softmax and, per block, the probabilities and their product for the entropy; then, in the
+        # backward, the log-softmax and the gradients that enter and leave it.
         return max(converted, 8 * scored + 8 * block, 12 * scored) * vocabulary
-    return max(converted, 4 * scored + 4 * block) * vocabulary
+    return max(converted, 4 * scored + 4 * block) * vocabulary  # the log-softmax of one block of tokens at a time
 
 
 def cross_entropy_bytes(rows: int, tokens: int, vocabulary: int, width: int = 4) -> int:

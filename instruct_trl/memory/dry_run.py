@@ -1,7 +1,7 @@
 """`--dry_run` of a recipe: print the memory that it will need, from `config.json` of its models alone, and exit.
 
 One function per kind of recipe. Models are given as candidates (a setting, then the folder of an earlier stage): the
-first that is there is planned with.
+first that is there is planned with. Each function raises a ValueError if none is, and exits as `--help` does.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ Candidates = Sequence[str | Path | None]
 PROMPT_TOKENS = 1024  # the paper's limit, where nothing else bounds a prompt
 COMPLETIONS = 4  # K, which the data decides
 KL_ROWS = 16  # answers whose log-probs the evaluation computes at once
-UPDATE = ["gradient_checkpointing", ROWS]
-PPO_RELIEF = dict.fromkeys(
-    ("generation", "log-probs", "reward", "values"), ["local_rollout_forward_batch_size"]
-) | dict.fromkeys(("pretraining update", "policy update", "value update"), UPDATE)
+CHECKPOINTING, ROLLOUT = "gradient_checkpointing", "local_rollout_forward_batch_size"
+PPO_RELIEF = {
+    **dict.fromkeys(("generation", "log-probs", "reward", "values"), [ROLLOUT]),
+    **dict.fromkeys(("pretraining update", "policy update", "value update"), [CHECKPOINTING, ROWS]),
+}
 
 
 def training(
@@ -54,7 +55,7 @@ def training(
     scores: bool = False,
     device_memory_gb: float | None = None,
 ) -> NoReturn:
-    """Plan a recipe that trains one model, and exit as `--help` does.
+    """Plan a recipe that trains one model.
 
     Args:
         recipe: its name, for the title.
@@ -62,21 +63,19 @@ def training(
         start: the model that the training starts from.
         scores: it is trained as a classifier with one scalar head, on K completions per prompt.
         device_memory_gb: plan for a GPU of this size; by default for the device here.
-
-    Raises:
-        ValueError: there is no such model.
     """
-    lora, nf4 = _lora_of(model), _nf4_of(model)
-    settings: Any = args
-    length, budget = settings.max_length or PROMPT_TOKENS, getattr(args, "max_tokens_per_batch", None)
-    adapters = torch.bfloat16 if nf4 is not None and args.bf16 else torch.float32
+    from trl import get_peft_config
+
+    lora, settings = get_peft_config(model), vars(args)
+    length, budget = settings["max_length"] or PROMPT_TOKENS, settings.get("max_tokens_per_batch")
+    adapters = torch.bfloat16 if model.load_in_4bit and args.bf16 else torch.float32
     role = RoleModel(
         "model",
         ModelShape(_config_of(start), score=scores),
-        Precision(_dtype(_init_dtype(args)), adapters, bool(args.bf16)),
+        Precision(_dtype((settings["model_init_kwargs"] or {}).get("dtype")), adapters, bool(args.bf16)),
         lora,
         scalar_head=scores and lora is not None,
-        nf4=nf4,
+        nf4=bool(model.use_bnb_nested_quant) if model.load_in_4bit else None,
         trained=True,
     )
     assumed = [f"every row has {length} tokens."]
@@ -88,12 +87,12 @@ def training(
         head = fused_head_bytes(rows * length, role.shape.hidden, role.shape.vocabulary, lora is None)
         update = update_phase(
             "update", role, rows, length, 0 if scores else head,
-            checkpointing=bool(given[UPDATE[0]]), accumulates=given[ACCUMULATION] > 1 or bool(budget),
+            checkpointing=bool(given[CHECKPOINTING]), accumulates=given[ACCUMULATION] > 1 or bool(budget),
         )  # fmt: skip
         return MemoryPlan(tuple(role.resident()), (update, step_phase([role])), tuple(assumed))
 
-    stage = Stage(recipe, make, _settings(args, *UPDATE, ACCUMULATION), {"update": UPDATE})
-    _show(replace(stage, last_resort=last_resort(model)), device_memory_gb)
+    changeable = {name: settings[name] for name in (CHECKPOINTING, ROWS, ACCUMULATION)}
+    _show(Stage(recipe, make, changeable, {"update": [CHECKPOINTING, ROWS]}, last_resort(model)), device_memory_gb)
 
 
 def ppo(
@@ -106,56 +105,49 @@ def ppo(
     one_base: bool,
     device_memory_gb: float | None = None,
 ) -> NoReturn:
-    """Plan a PPO run, and exit. Arguments as `training`'s; `one_base` holds all roles as adapters on one base.
+    """Plan a PPO run. Arguments as `training`'s; `one_base` holds all roles as adapters on one base.
 
     Raises:
         ValueError: there is no policy, or `one_base` has no adapter.
     """
-    device = this_device(device_memory_gb)
-    models, assumed = _ppo_models(args, model, policy, _found(reward_model), one_base)
-    prompt = args.max_prompt_length or PROMPT_TOKENS
-    assumed.append(f"every prompt has {prompt} tokens and every answer {args.max_completion_length}.")
-    assumed += ["vLLM's own memory is not counted."] if args.use_vllm else []
+    from trl import get_peft_config
 
-    def make(given: Settings) -> MemoryPlan:
-        changed = copy(args)
-        vars(changed).update(given)
-        return ppo_plan(models, changed, prompt=prompt, fused_head=device.is_gpu, assumptions=tuple(assumed))
-
-    settings = _settings(args, "local_rollout_forward_batch_size", *UPDATE, ACCUMULATION)
-    stage = Stage(recipe, make, settings, PPO_RELIEF, last_resort(model, one_base))
-    _show(stage, device_memory_gb)
-
-
-def _ppo_models(
-    args: PPOPtxConfig, model: ModelConfig, policy: Candidates, reward_model: str | None, one_base: bool
-) -> tuple[PPOModels, list[str]]:
-    """The models of a PPO run, and the assumptions made."""
-    lora, nf4 = _lora_of(model), _nf4_of(model)
+    lora, reward, settings = get_peft_config(model), _found(reward_model), vars(args)
     sft = read_adapter(_found(policy)) if one_base else None
     if one_base and lora is None and sft is None:
         raise ValueError("--one_base needs --use_peft and its settings (lora_r, ...), or the folder of an SFT adapter.")
-    config = _config_of(policy)
-    assumed = [] if reward_model else ["the reward model has the policy's size."]
-    if one_base and not reward_model:
-        assumed.append("the reward model's adapter has the policy's rank and modules.")
-    if model.load_in_8bit:
-        assumed.append("8-bit weights are counted as if they were not quantised.")
+    config, prompt = _config_of(policy), args.max_prompt_length or PROMPT_TOKENS
     models = PPOModels(
         config,
-        read_config(reward_model) if reward_model else config,
+        read_config(reward) if reward else config,
         "one_base" if one_base else "four_full" if lora is None else "policy_lora",
-        dtype=_dtype(model.dtype if one_base else _init_dtype(args)),
+        dtype=_dtype(model.dtype if one_base else (settings["model_init_kwargs"] or {}).get("dtype")),
         # TRL casts the policy's adapter on a quantised base to bf16; on one base it stays in float32.
-        adapters=torch.bfloat16 if nf4 is not None and not one_base else torch.float32,
-        nf4=nf4,
+        adapters=torch.bfloat16 if model.load_in_4bit and not one_base else torch.float32,
+        nf4=bool(model.use_bnb_nested_quant) if model.load_in_4bit else None,
         peft_config=lora or sft,
-        reward_peft_config=read_adapter(reward_model) if one_base else None,
+        reward_peft_config=read_adapter(reward) if one_base else None,
         sft_adapter=sft is not None,
         autocast=bool(args.bf16),
         ema=args.ema_decay is not None,
     )
-    return models, assumed
+    assumed = {
+        "the reward model has the policy's size.": not reward,
+        "the reward model's adapter has the policy's rank and modules.": one_base and not reward,
+        "8-bit weights are counted as if they were not quantised.": model.load_in_8bit,
+        f"every prompt has {prompt} tokens and every answer {args.max_completion_length}.": True,
+        "vLLM's own memory is not counted.": args.use_vllm,
+    }
+    assumptions = tuple(sentence for sentence, applies in assumed.items() if applies)
+    on_gpu = this_device(device_memory_gb).is_gpu
+
+    def make(given: Settings) -> MemoryPlan:
+        changed = copy(args)
+        vars(changed).update(given)
+        return ppo_plan(models, changed, prompt=prompt, fused_head=on_gpu, assumptions=assumptions)
+
+    changeable = {name: settings[name] for name in (ROLLOUT, CHECKPOINTING, ROWS, ACCUMULATION)}
+    _show(Stage(recipe, make, changeable, PPO_RELIEF, last_resort(model, one_base)), device_memory_gb)
 
 
 def sampling(
@@ -168,21 +160,19 @@ def sampling(
     bf16: bool,
     device_memory_gb: float | None = None,
 ) -> NoReturn:
-    """Plan a recipe that samples and scores and trains nothing, and exit. Judges and tasks are not counted.
+    """Plan a recipe that samples and scores and trains nothing. Judges and tasks are not counted.
 
     Args:
         samplers: role → its model. The first one samples; a second one is its reference, for the KL.
         reward_model: scores the answers; empty for none.
         batch_size: answers sampled or scored at once.
-
-    Raises:
-        ValueError: there is no such model.
     """
     precision = Precision(autocast=bf16)
     roles = [RoleModel(name, ModelShape(_config_of(model)), precision) for name, model in samplers.items()]
     scorers = [RoleModel("reward", ModelShape(_config_of(reward_model), score=True), precision)] if reward_model else []
     sampler = roles[0]
-    prompt = max(1, min(PROMPT_TOKENS, (sampler.shape.context or 2 * PROMPT_TOKENS) - max_completion_length))
+    context = getattr(sampler.shape.config.get_text_config(), "max_position_embeddings", None) or 2 * PROMPT_TOKENS
+    prompt = max(1, min(PROMPT_TOKENS, context - max_completion_length))
     resident = tuple(item for role in (*roles, *scorers) for item in role.resident())
     assumed = (f"every prompt has {prompt} tokens and every answer {max_completion_length}.",)
 
@@ -201,7 +191,7 @@ def sampling(
 
 
 def last_resort(model: ModelConfig, one_base: bool | None = None) -> str:
-    """What is left to do if no setting of the batches makes a run fit. `one_base` is None outside PPO."""
+    """The advice if no setting of the batches makes a run fit. `one_base` is None outside PPO."""
     ways = []
     if one_base is False:
         ways.append("hold the four roles on one frozen base (see recipes/ppo_ptx_qlora_16gb.yaml)")
@@ -239,27 +229,8 @@ def _config_of(candidates: Candidates) -> Any:
     return read_config(found)
 
 
-def _lora_of(model: ModelConfig) -> Any:
-    """The LoraConfig that the model arguments ask for, or None."""
-    from trl import get_peft_config
-
-    return get_peft_config(model)
-
-
-def _nf4_of(model: ModelConfig) -> bool | None:
-    return bool(model.use_bnb_nested_quant) if model.load_in_4bit else None
-
-
-def _init_dtype(args: Any) -> Any:
-    return (args.model_init_kwargs or {}).get("dtype")
-
-
 def _dtype(given: Any) -> torch.dtype:
     """A dtype from its name; 'auto' is bf16, in which most models are published."""
     if isinstance(given, torch.dtype):
         return given
     return getattr(torch, str(given or "float32").removeprefix("torch."), torch.bfloat16)
-
-
-def _settings(args: Any, *names: str) -> Settings:
-    return {name: getattr(args, name) for name in names}

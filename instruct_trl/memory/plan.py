@@ -15,7 +15,13 @@ from instruct_trl.memory.trace import Precision
 if TYPE_CHECKING:
     from instruct_trl.trainers.ppo_ptx_config import PPOPtxConfig
 
-LAYOUTS = ("four_full", "policy_lora", "four_lora", "one_base")
+# Layout → the roles with an adapter of their own.
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "four_full": (),
+    "policy_lora": ("policy",),
+    "four_lora": ("policy", "reference", "reward", "value"),
+    "one_base": ("policy", "reference", "reward", "value"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Phase:
 
     @property
     def size(self) -> int:
-        return sum(item.size for item in self.items)
+        """Bytes of all items."""
+        return total(self.items)
 
 
 @dataclass(frozen=True)
@@ -45,20 +52,18 @@ class MemoryPlan:
     assumptions: tuple[str, ...] = ()
 
     @property
-    def resident_size(self) -> int:
-        return sum(item.size for item in self.resident)
-
-    @property
     def peak_phase(self) -> Phase:
+        """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.size)
 
     @property
     def peak(self) -> int:
-        return self.resident_size + self.peak_phase.size
+        """Bytes of that phase and of what is always there."""
+        return total(self.resident) + self.peak_phase.size
 
     @property
     def weights(self) -> int:
-        """Weights and adapters of all roles."""
+        """Bytes of the weights and adapters of all roles."""
         return total(self.resident, kinds=("weights", "adapters"))
 
 
@@ -70,12 +75,9 @@ def _phase(name: str, role: RoleModel, *moments: dict[str, int], others: Iterabl
 
 
 def generation_phase(role: RoleModel, rows: int, prompt: int, completion: int) -> Phase:
-    """Sampling is largest after the prompts, with their activations, or at the last token, with the full cache.
-
-    Adapters sample without autocast: accelerate's lies on the forward of the PeftModel, and PEFT's `generate` calls the
-    model inside.
-    """
+    """Sampling is largest after the prompts, with their activations, or at the last token, with the full cache."""
     if role.peft_config is not None:
+        # accelerate's autocast lies on the forward of the PeftModel, and PEFT's `generate` calls the model inside.
         role = replace(role, precision=replace(role.precision, autocast=False))
     prefill = role.run(rows, prompt)
     copies = {"bf16 copies": prefill.copies + role.head_copy}
@@ -170,35 +172,31 @@ def ppo_roles(models: PPOModels) -> dict[str, RoleModel]:
     Raises:
         ValueError: the layout is not one of them, or its adapter is missing.
     """
-    layout, names = models.layout, ("policy", "reference", "reward", "value")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    if layout != "four_full" and models.peft_config is None:
-        raise ValueError(f"layout {layout!r} needs a peft_config, e.g. LoraConfig(r=16).")
-    one_base = layout == "one_base"
-    adapted = {"four_full": (), "policy_lora": ("policy",)}.get(layout, names)
+    if models.layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {models.layout!r}.")
+    if LAYOUTS[models.layout] and models.peft_config is None:
+        raise ValueError(f"layout {models.layout!r} needs a peft_config, e.g. LoraConfig(r=16).")
+    one_base = models.layout == "one_base"
     policy, reward = ModelShape(models.policy), ModelShape(models.reward, score=True)
     roles = {}
     if one_base:
         precision = Precision(models.dtype, models.adapters, models.autocast)
         roles["base"] = RoleModel("base", policy, precision, nf4=models.nf4)
-    for name in names:
-        scores, has_adapter = name in ("reward", "value"), name in adapted
-        if name == "reference" and (layout == "policy_lora" or (one_base and not models.sft_adapter)):
+    for name in ("policy", "reference", "reward", "value"):
+        scores, has_adapter = name in ("reward", "value"), name in LAYOUTS[models.layout]
+        if name == "reference" and (models.layout == "policy_lora" or (one_base and not models.sft_adapter)):
             continue  # it is the base with the adapters off
-        plain = scores and not has_adapter
+        full_scorer = scores and not has_adapter
+        weights = torch.float32 if full_scorer else models.dtype
+        adapters = models.adapters if name == "policy" else torch.float32
         lora = (models.reward_peft_config if scores else None) or models.peft_config
         roles[name] = RoleModel(
             name,
             reward if scores and not one_base else policy,
-            Precision(
-                torch.float32 if plain else models.dtype,
-                models.adapters if name == "policy" else torch.float32,
-                models.autocast,
-            ),
+            Precision(weights, adapters, models.autocast),
             peft_config=lora if has_adapter else None,
             scalar_head=one_base and scores,
-            nf4=None if plain else models.nf4,
+            nf4=None if full_scorer else models.nf4,
             own_base=not one_base,
             trained=name in ("policy", "value"),
             averaged=name == "policy" and models.ema,
@@ -218,50 +216,35 @@ def ppo_plan(
     """
     roles = ppo_roles(models)
     policy, value = roles["policy"], roles["value"]
-    completion: int = args.max_completion_length or 0  # upstream's field may be None, ours may not
-    tokens = prompt + completion
+    shape, completion = policy.shape, args.max_completion_length or 0  # upstream's field may be None, ours may not
+    tokens, length, batch = prompt + completion, args.ptx_max_length, args.per_device_train_batch_size
+
+    def head(scored: int, grad: bool) -> int:
+        if fused_head:
+            return fused_head_bytes(scored, shape.hidden, shape.vocabulary, grad and policy.peft_config is None)
+        return logps_bytes(scored, shape.vocabulary, policy.head_width, update=grad)
+
     rows = min(args.local_rollout_forward_batch_size, args.generation_batch_size // args.world_size)
     phases = [] if args.use_vllm else [generation_phase(policy, rows, prompt, completion)]
-    answers = _head(policy, rows * completion, fused_head, grad=False)
     phases += [
-        scoring_phase("log-probs", policy, rows, tokens, answers),
+        scoring_phase("log-probs", policy, rows, tokens, head(rows * completion, grad=False)),
         scoring_phase("reward", roles["reward"], rows, tokens, 0),
         scoring_phase("values", value, rows, tokens, 0),
-        *_updates(policy, value, args, prompt, completion, fused_head),
-        step_phase([policy, value]),
     ]
-    resident = tuple(item for role in roles.values() for item in role.resident())
-    return MemoryPlan(resident, tuple(phases), assumptions)
-
-
-def _updates(
-    policy: RoleModel, value: RoleModel, args: PPOPtxConfig, prompt: int, completion: int, fused_head: bool
-) -> list[Phase]:
-    """Pretraining, policy and value, in this order for each micro-batch. Gradients are kept until the step."""
-    rows, again = args.per_device_train_batch_size, args.gradient_accumulation_steps > 1
-    ptx_ratio, length = args.ptx_ratio if args.ptx_coef else 0, args.ptx_max_length
-    waiting = [value] if again else []  # from the second micro-batch on, the critic's gradients are there as well
-    checkpointing = args.gradient_checkpointing
-    if fused_head:
-        text_loss = _head(policy, rows * length, fused_head, grad=True)
-    else:
-        text_loss = cross_entropy_bytes(rows, length, policy.shape.vocabulary, policy.head_width)
-    answers = _head(policy, rows * completion, fused_head, grad=True)
+    # Pretraining, policy and value follow each other in each micro-batch, and gradients are kept until the step. From
+    # the second micro-batch on all gradients are there already, the critic's too.
+    again, ptx_ratio = args.gradient_accumulation_steps > 1, args.ptx_ratio if args.ptx_coef else 0
+    waiting = [value] if again else []
+    texts = cross_entropy_bytes(batch, length, shape.vocabulary, policy.head_width)
+    texts, answers = head(batch * length, grad=True) if fused_head else texts, head(batch * completion, grad=True)
     # name, role, tokens, bytes of the head, gradients that are there already, roles that wait
     updates = [
-        ("pretraining update", policy, length, text_loss, again or ptx_ratio > 1, waiting),
-        ("policy update", policy, prompt + completion, answers, again or ptx_ratio > 0, waiting),
-        ("value update", value, prompt + completion, 0, again, [policy]),
+        ("pretraining update", policy, length, texts, again or ptx_ratio > 1, waiting),
+        ("policy update", policy, tokens, answers, again or ptx_ratio > 0, waiting),
+        ("value update", value, tokens, 0, again, [policy]),
     ]
-    return [
-        update_phase(name, role, rows, size, head, checkpointing=checkpointing, accumulates=there, others=others)
-        for name, role, size, head, there, others in (updates if ptx_ratio else updates[1:])
-    ]
-
-
-def _head(policy: RoleModel, scored: int, fused: bool, *, grad: bool) -> int:
-    """The head's log-probs of `scored` tokens, with the entropy if there is a gradient."""
-    shape = policy.shape
-    if fused:
-        return fused_head_bytes(scored, shape.hidden, shape.vocabulary, grad and policy.peft_config is None)
-    return logps_bytes(scored, shape.vocabulary, policy.head_width, update=grad)
+    for name, role, size, logits, there, others in updates if ptx_ratio else updates[1:]:
+        how = {"checkpointing": args.gradient_checkpointing, "accumulates": there}
+        phases.append(update_phase(name, role, batch, size, logits, others=others, **how))
+    resident = tuple(item for role in roles.values() for item in role.resident())
+    return MemoryPlan(resident, (*phases, step_phase([policy, value])), assumptions)

@@ -24,6 +24,7 @@ class Device(NamedTuple):
 
     @property
     def usable(self) -> int:
+        """Bytes that a run can count on."""
         return int(self.memory * (1 - KEPT_FREE)) - CONTEXT
 
 
@@ -62,20 +63,20 @@ class Stage:
 def report(stage: Stage, device: Device) -> str:
     """The page. Its last line begins with 'fits' or 'does not fit'."""
     plan = stage.make(stage.settings)
-    width = max(len(phase.name) for phase in plan.phases)
+    peak, width = plan.peak_phase, max(len(phase.name) for phase in plan.phases)
     lines = [
         f"Dry run of {stage.title}: configs were read, no weights were downloaded or loaded, nothing was written.",
         "",
         *_table(plan),
         "",
-        f"Always there: {_gb(plan.resident_size)}. Each phase adds:",
+        f"Always there: {_gb(total(plan.resident))}. Each phase adds:",
         *(
-            f"  {phase.name.ljust(width)}  {_gb(phase.size).rjust(9)}" + "  <- peak" * (phase is plan.peak_phase)
+            f"  {phase.name.ljust(width)}  {_gb(phase.size).rjust(9)}" + "  <- peak" * (phase is peak)
             for phase in plan.phases
         ),
         "",
         *(f"Assumed: {sentence}" for sentence in plan.assumptions),
-        f"Peak {_gb(plan.peak)}, during {plan.peak_phase.name}. Device: {device.name}, {_gb(device.memory)}; usable "
+        f"Peak {_gb(plan.peak)}, during {peak.name}. Device: {device.name}, {_gb(device.memory)}; usable "
         f"{_gb(device.usable)} ({_gb(CONTEXT)} and {KEPT_FREE:.0%} left to driver, libraries and fragmentation).",
         _verdict(plan, stage, device),
     ]
@@ -106,15 +107,15 @@ def _verdict(plan: MemoryPlan, stage: Stage, device: Device) -> str:
     """'fits: ...' or 'does not fit: ... Do this: ...'."""
     if plan.peak <= device.usable:
         return f"fits: {_gb(device.usable - plan.peak)} to spare"
-    over = _gb(plan.peak - device.usable)
-    if plan.resident_size >= device.usable:
-        return f"does not fit: {over} too much, and the models alone are too large. Do this: {stage.last_resort}"
+    over = f"does not fit: {_gb(plan.peak - device.usable)} too much"
+    if total(plan.resident) >= device.usable:
+        return f"{over}, and the models alone are too large. Do this: {stage.last_resort}"
     changed, better = _advise(plan, stage, device.usable)
     words = ", ".join(f"--{name} {str(value).lower()}" for name, value in changed.items())
     if better.peak <= device.usable:
-        return f"does not fit: {over} too much. Do this: {words}; the peak is then {_gb(better.peak)}"
+        return f"{over}. Do this: {words}; the peak is then {_gb(better.peak)}"
     tried = f" (even {words} leaves {_gb(better.peak)})" if words else ""
-    return f"does not fit: {over} too much{tried}. Do this: {stage.last_resort}"
+    return f"{over}{tried}. Do this: {stage.last_resort}"
 
 
 def _advise(plan: MemoryPlan, stage: Stage, usable: int) -> tuple[Settings, MemoryPlan]:
@@ -126,11 +127,12 @@ def _advise(plan: MemoryPlan, stage: Stage, usable: int) -> tuple[Settings, Memo
     settings: Settings = dict(stage.settings)
     changed: Settings = {}
     while plan.peak > usable:
-        options = [name for name in stage.relief.get(plan.peak_phase.name, ()) if _lower(settings[name])]
-        if not options:
+        relief = stage.relief.get(plan.peak_phase.name, ())
+        lower = {name: not old if isinstance(old := settings[name], bool) else old // 2 for name in relief}
+        name = next((name for name, value in lower.items() if value), None)  # 0 and False: it cannot go lower
+        if name is None:
             break
-        name = options[0]
-        lowered: Settings = {name: _lower(settings[name])}
+        lowered: Settings = {name: lower[name]}
         if name == ROWS and ACCUMULATION in settings:
             # The optimizer's batch stays the user's: fewer rows come with more accumulation.
             batch = settings[ROWS] * settings[ACCUMULATION]
@@ -139,8 +141,3 @@ def _advise(plan: MemoryPlan, stage: Stage, usable: int) -> tuple[Settings, Memo
         settings, changed = settings | lowered, changed | lowered
         plan = stage.make(settings)
     return changed, plan
-
-
-def _lower(value: int | bool) -> int | bool:
-    """The next setting that takes less; 0 (or False) if there is none."""
-    return not value if isinstance(value, bool) else value // 2

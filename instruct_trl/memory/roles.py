@@ -37,24 +37,16 @@ def total(items: Iterable[Item], role: str | None = None, kinds: Iterable[str] =
 
 
 class ModelShape:
-    """Counts of one architecture, as a causal language model or, with `score`, as a classifier with one scalar head.
-
-    Attributes:
-        rotates: positions enter by rotating queries and keys (RoPE).
-        context: the longest input in tokens, or None.
-    """
+    """Counts of one architecture, as a causal language model or, with `score`, as a classifier with one scalar head."""
 
     def __init__(self, config: Any, score: bool = False):
         self.config, self.score = config, score
         self._adapters: dict[str, int] = {}
-        text = config.get_text_config()
-        self.hidden: int = text.hidden_size
-        self.vocabulary: int = text.vocab_size
-        heads = text.num_attention_heads
-        self.kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
-        self.head_dim: int = getattr(text, "head_dim", None) or self.hidden // heads
-        self.rotates = bool(getattr(text, "rope_parameters", None))
-        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self._text = config.get_text_config()
+        self.hidden: int = self._text.hidden_size
+        self.vocabulary: int = self._text.vocab_size
+        # Parameters of the LM head's matrix, tied or not.
+        self.head = 0 if score else self.vocabulary * self.hidden
 
     @cached_property
     def _model(self) -> Any:
@@ -66,11 +58,6 @@ class ModelShape:
         model = self._model.base_model if self.score else self._model
         return sum(p.numel() for p in model.parameters()) + self.hidden * self.score
 
-    @property
-    def head(self) -> int:
-        """Parameters of the LM head's matrix (V · H), tied or not; 0 with `score`."""
-        return 0 if self.score else self.vocabulary * self.hidden
-
     @cached_property
     def matrices(self) -> list[int]:
         """Parameters of each linear layer that bitsandbytes quantises: all but the head."""
@@ -80,13 +67,16 @@ class ModelShape:
         linear = (m for name, m in self._model.named_modules() if isinstance(m, nn.Linear) and name not in kept)
         return [module.weight.numel() for module in linear]
 
-    @property
-    def windows(self) -> list[int | None]:
-        """The sliding window of each layer in tokens, None for a layer that sees everything."""
-        text = self.config.get_text_config()
-        window, layers = getattr(text, "sliding_window", None), text.num_hidden_layers
-        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * layers
-        return [window if kind == "sliding_attention" else None for kind in kinds]
+    def cached_numbers(self, tokens: int) -> int:
+        """2 · Σ_layer T · heads · dim: keys and values of every token, or of a sliding layer's window."""
+        heads = self._text.num_attention_heads
+        width = getattr(self._text, "head_dim", None) or self.hidden // heads
+        window, layers = getattr(self._text, "sliding_window", None), self._text.num_hidden_layers
+        kinds = getattr(self._text, "layer_types", None) or ["sliding_attention"] * layers
+        # A sliding layer keeps one token fewer than its window: the next token is the last of it.
+        in_window = min(tokens, window - 1) if window else tokens
+        kept = sum(in_window if kind == "sliding_attention" else tokens for kind in kinds)
+        return 2 * kept * (getattr(self._text, "num_key_value_heads", None) or heads) * width
 
     def adapter_parameters(self, peft_config: Any) -> int:
         """Trainable parameters that PEFT adds, with LoRA or any other method."""
@@ -130,6 +120,7 @@ class RoleModel:
 
     @property
     def trainable(self) -> int:
+        """Parameters that are trained."""
         if not self.trained:
             return 0
         return self.adapter if self.peft_config is not None else self.shape.parameters
@@ -158,8 +149,8 @@ class RoleModel:
 
     def base_bytes(self) -> int:
         """The base's weights. With nf4, linear layers are in 4 bits; embeddings, norms and LM head are not."""
-        shape, packed = self.shape, [] if self.nf4 is None else self.shape.matrices
-        plain = (shape.parameters - sum(packed)) * self.precision.weights.itemsize
+        packed = [] if self.nf4 is None else self.shape.matrices
+        plain = (self.shape.parameters - sum(packed)) * self.precision.weights.itemsize
         return plain + nf4_bytes(packed, bool(self.nf4))
 
     def resident(self) -> list[Item]:
@@ -181,15 +172,14 @@ class RoleModel:
         return _TRACED[key]
 
     def kv_cache(self, rows: int, tokens: int) -> int:
-        """2 · B · Σ_layer T · heads · dim · b: keys and values of every token, or of a sliding layer's window.
+        """Bytes of the keys and values of a generation.
 
         Under autocast they are bf16 only without RoPE: rotated keys stay in float32, and transformers keeps the values
         in the dtype of the keys. Adapters sample without autocast; see `generation_phase`.
         """
-        bf16 = self.precision.autocast and self.peft_config is None and not self.shape.rotates
-        kept = sum(tokens if window is None else min(tokens, window - 1) for window in self.shape.windows)
-        width = 2 if bf16 else self.precision.weights.itemsize
-        return 2 * rows * kept * self.shape.kv_heads * self.shape.head_dim * width
+        rotates = bool(getattr(self.shape.config.get_text_config(), "rope_parameters", None))
+        bf16 = self.precision.autocast and self.peft_config is None and not rotates
+        return rows * self.shape.cached_numbers(tokens) * (2 if bf16 else self.precision.weights.itemsize)
 
 
 def without_head(peft_config: Any) -> Any:
@@ -200,7 +190,7 @@ def without_head(peft_config: Any) -> Any:
     return config
 
 
-def read_config(name: str | Path, revision: str | None = None) -> Any:
+def read_config(name: str | Path) -> Any:
     """The config of a local folder, of the base of a PEFT adapter's folder, or of a name on the hub.
 
     Nothing but `config.json` (and `adapter_config.json`) is read.
@@ -216,7 +206,7 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
     if adapter.is_file():
         return read_config(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
     check_model_path(name, weights=False)
-    return AutoConfig.from_pretrained(name, revision=revision)
+    return AutoConfig.from_pretrained(name)
 
 
 def read_adapter(name: str | Path | None) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from instruct_trl.models.adapters import without_adapters
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on, as long as they live. Views count once.
+    """Counts the bytes of the tensors that are made while it is on, as long as they live.
 
     Args:
         weights: these are not counted. Their copies in another dtype (autocast's) are also counted apart.
@@ -37,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, weights: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.now = self.peak = self.copies = 0
-        self._alive: dict[int, tuple[int, bool]] = {}
+        self._alive: set[int] = set()
         self._weights = {weight.untyped_storage()._cdata for weight in weights}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -45,23 +44,23 @@ class LiveBytes(TorchDispatchMode):
         is_copy = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage(), is_copy)
+                # A view shares its storage with what it views, so counting storages counts it once.
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._alive and key not in self._weights:
+                    self._alive.add(key)
+                    self._change(size, is_copy)
+                    weakref.finalize(storage, self._remove, key, size, is_copy)
         return out
 
-    def _add(self, storage: torch.UntypedStorage, is_copy: bool) -> None:
-        key = storage._cdata
-        if key in self._alive or key in self._weights:
-            return
-        self._alive[key] = size, _ = storage.nbytes(), is_copy
+    def _change(self, size: int, is_copy: bool) -> None:
         self.now += size
         self.copies += size * is_copy
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key)
 
-    def _remove(self, key: int) -> None:
-        size, is_copy = self._alive.pop(key, (0, False))
-        self.now -= size
-        self.copies -= size * is_copy
+    def _remove(self, key: int, size: int, is_copy: bool) -> None:
+        self._alive.discard(key)
+        self._change(-size, is_copy)
 
     def restart(self) -> None:
         """Measure the peak from here on."""
@@ -131,10 +130,10 @@ def trace_pass(
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         with LiveBytes(model.parameters()) as live:
-            if accumulates and train:
-                _one_pass(model, inputs, live, train, precision.autocast)
+            for _ in range(2 if accumulates and train else 1):
                 live.restart()
-            return _one_pass(model, inputs, live, train, precision.autocast)
+                found = _one_pass(model, inputs, live, train, precision.autocast)
+        return found
 
 
 def meta_model(
@@ -171,17 +170,15 @@ def _fake(model: Any) -> Any:
 
 
 def _one_pass(model: Any, inputs: dict[str, Any], live: LiveBytes, train: bool, autocast: bool) -> Pass:
-    transformer = without_adapters(model).base_model
     before = live.now
-    context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with torch.set_grad_enabled(train):
-        with context:
-            hidden = transformer(**inputs).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            hidden = without_adapters(model).base_model(**inputs).last_hidden_state
             # The head comes next, in the same context. So autocast's copies are still alive then.
             copies, forward, kept = live.copies, live.peak - before, live.now - before
         if not train:
             return Pass(copies, forward, kept)
         live.restart()
         hidden.float().sum().backward()
-    del hidden
+    del hidden  # it is the head's, and no gradient
     return Pass(copies, forward, kept, live.peak, live.now)

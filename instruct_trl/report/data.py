@@ -19,17 +19,11 @@ LogRows = list[dict[str, Any]]
 class ModelResult:
     """One model on the held-out prompts. A value that was not measured stays None and is left out of the report.
 
-    Units: scores in the judge's own unit; `kl` in `ReportData.kl_unit`; `pretraining_loss` in nats per token;
-    `mean_length` in tokens; all rates from 0 to 1.
-
-    Attributes:
-        labeler, reward: mean score by the labeler and by the reward model.
-        labeler_difference: mean labeler score less the baseline's, paired over prompts.
-        like_length: win rate over the prompts whose two answers are about equally long.
-        length_correlation: Spearman's, of labeler score and length.
-        opening: the most common first words, and the share of answers that begin with them.
-        favourite: the word that more answers hold than the baseline's, its share here and in the baseline's.
-        tasks: task → the row of `tasks.task_table`.
+    Scores are means in the judge's own unit (`labeler_difference`: less the baseline's, paired), `kl` is in
+    `ReportData.kl_unit`, `pretraining_loss` in nats per token, `mean_length` in tokens, and all rates go from 0 to 1.
+    `like_length` is the win rate over prompts whose two answers are about equally long, `length_correlation` Spearman's
+    of labeler score and length. `opening` holds the most common first words and their share; `favourite` the word that
+    more answers hold than the baseline's, its share here and its share there. `tasks` has rows of `tasks.task_table`.
     """
 
     name: str
@@ -76,19 +70,16 @@ class ReportData:
         baseline: the model that win rates are against (the paper's choice: SFT).
         subject: the model that the headline is about; None takes the last of `models`.
         labeler: who judged, for a reader: "a sentiment classifier trained on ...". A program, not people.
-        training: log of the PPO trainer; rows with `step`, `episodes`, `score`, `kl`, and where known
-            `labeler_score`, `ptx_loss`, `value_loss`, `explained_variance`. Other rows and keys are passed over.
-        runs: logs of other runs by name, drawn beside `training`.
-        checkpoints: rows of `selection.score_checkpoints` on validation prompts.
-        judged, ratings: replies of further judges, as rows of `judges.tally`; `judge_notes` are about them.
+        training, runs: log of the PPO trainer, and logs of other runs by name. Rows have `step`, `episodes`, `score`,
+            `kl`, and where known other keys of `findings.TRAINING_NAMES`; what else they have is passed over.
+        checkpoints: rows of `gold.score_checkpoints` on validation prompts.
+        judged, ratings, judge_notes: replies of further judges, as rows of `judges.tally`, and notes about them.
         reward_model: `reward_metrics`, or the part of it that `pair_accuracy` gives, with `kendall_tau`.
-        selection_picture: PNG of the SFT selection; `selection_note` is its finding in one sentence.
+        selection_picture, selection_note: PNG of the SFT selection, and its finding in one sentence.
         settings: flat, or one dict per stage.
-        deviations: from the paper, one sentence each.
         timings: stage → seconds.
         trained_on: `rows` prompts `of` all that were trained on, and a sentence on them, `note`; {} if none.
         kl_reference, training_reference: the model that `kl` is measured from, in `models` and in `training`.
-        pretraining_text: what `pretraining_loss` was measured on.
     """
 
     run_name: str
@@ -128,7 +119,7 @@ class ReportData:
     @property
     def headline_model(self) -> ModelResult:
         """The model that the headline is about."""
-        return (self.model(self.subject) if self.subject else None) or self.models[-1]
+        return self.model(self.subject or "") or self.models[-1]
 
     @property
     def tasks(self) -> list[str]:

@@ -68,14 +68,12 @@ def write_reward_report(
 ) -> dict[str, Any]:
     """Write the reward model's report.md, report.html, metrics.json and pictures/*.png into `folder`.
 
-    Sections that the data have nothing for are left out (no `labeler`, one K only, no lengths).
-
     Args:
-        records: `RankingRewardTrainer.evaluation_records`, of prompts that were not trained on.
+        records: `RankingRewardTrainer.evaluation_records`, of prompts that were not trained on. Sections that they have
+            nothing for are left out (no `labeler`, one K only, no lengths).
         notes: anything a reader must know, one sentence each.
         labeler_folds: result of `cross_validate_labelers`.
-        trained_on: how many of the rows have a prompt that was trained on, and the number of all rows. The page warns
-            of any, and gives no verdict where it is more than one row in twenty.
+        trained_on: how many of the rows have a prompt that was trained on, and the number of all rows.
 
     Returns:
         `reward_metrics(records)` with `labeler_folds` and `trained_on` (or None), and `warnings`, the page's warnings.

@@ -28,7 +28,6 @@ from instruct_trl.report.pictures import (
     rate_dot,
     reference_line,
     say,
-    short,
     short_names,
 )
 
@@ -70,24 +69,22 @@ def run_pictures(data: ReportData) -> dict[str, Draw]:
 
 def with_short_names(data: ReportData) -> ReportData:
     """The same report with every name of the user's as pictures show it."""
-    models = {model.name for model in data.models} | {data.baseline, data.kl_reference, data.training_reference}
-    names = short_names(sorted(models | set(data.runs)))
-    tasks, judges = short_names(data.tasks), short_names(row["judge"] for row in data.judged)
+    judges = [row[key] for row in data.judged for key in ("judge", "model")]
+    models = [data.baseline, data.kl_unit, data.training_reference, *(model.name for model in data.models)]
+    names = short_names(sorted({*models, *judges, *data.runs, *data.tasks}))
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {names.get(key, key): renamed(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [renamed(entry) for entry in value]
+        return names.get(value, value) if isinstance(value, str) else value
+
+    changed = ("baseline", "subject", "judged", "runs", "training_reference", "kl_unit")
     return replace(
         data,
-        models=[
-            replace(model, name=names[model.name], tasks={tasks[task]: row for task, row in model.tasks.items()})
-            for model in data.models
-        ],
-        baseline=names[data.baseline],
-        subject=names.get(data.subject or ""),
-        judged=[
-            row | {"judge": judges[row["judge"]], "model": names.get(row["model"], short(row["model"]))}
-            for row in data.judged
-        ],
-        runs={names[name]: log for name, log in data.runs.items()},
-        training_reference=names[data.training_reference],
-        kl_unit=short(data.kl_unit),
+        models=[replace(model, name=names[model.name], tasks=renamed(model.tasks)) for model in data.models],
+        **{name: renamed(getattr(data, name)) for name in changed},
     )
 
 
