@@ -1,8 +1,9 @@
-"""Every YAML parses strictly; every recipe runs two steps under its real launcher, on a user's own data."""
+"""Every YAML parses strictly; every recipe runs as a program, two steps long, on a user's own data."""
 
 import importlib
 import json
-import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, pipel
 from trl import ModelConfig
 
 from instruct_trl import RankingRewardConfig
+from instruct_trl._upstream import reset_accelerator
 from instruct_trl.pipeline.arguments import RunArguments, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -178,9 +180,29 @@ def home(tmp_path, tokenizer):
     return tmp_path
 
 
-def launch(home, recipe, *arguments, launcher=("accelerate.commands.launch", "--num_processes", "1", "--cpu")):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return python("-m", *launcher, RECIPES / f"{recipe}.py", *arguments, cwd=home, env=env)
+ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
+
+
+def launch(home, launcher, recipe, *arguments):
+    """Run a recipe under its launcher, in `home`. Two of them: to import everything takes longer than two steps."""
+    return python(*launcher, RECIPES / f"{recipe}.py", *arguments, cwd=home)
+
+
+@pytest.fixture
+def call(home, monkeypatch, capsys):
+    """Run a recipe as a program, but in this process, in `home`; returns what it printed."""
+
+    def run(recipe, *arguments):
+        reset_accelerator()
+        monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *arguments])
+        runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(home)
+    sys.modules.pop("mine", None)  # of another test's folder
+    yield run
+    sys.modules.pop("mine", None)
 
 
 TINY = ("--bf16", "false", "--cpu_threads", "1")
@@ -188,17 +210,16 @@ TRAIN = (*TINY, "--max_steps", "2", "--per_device_train_batch_size", "2", "--rep
 
 
 @pytest.mark.slow
-def test_sft_under_torchrun(home):
+def test_sft_under_torchrun(home, call):
     out = launch(
-        home, "sft", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "sft.jsonl", "--output_dir", "sft",
-        "--pretraining_fraction", "0.25", "--pretraining_dataset_name", "texts.jsonl", "--eval_strategy", "no",
-        "--save_strategy", "steps", "--save_steps", "1",
-        launcher=("torch.distributed.run", "--standalone", "--nproc_per_node", "1"),
+        home, TORCHRUN, "sft", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "sft.jsonl",
+        "--output_dir", "sft", "--pretraining_fraction", "0.25", "--pretraining_dataset_name", "texts.jsonl",
+        "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1",
     )  # fmt: skip
     assert "== SFT: done" in out
     assert (home / "sft" / "model.safetensors").exists()
-    again = launch(
-        home, "select_sft", *TINY, "--sft_path", "sft", "--reward_model_path", "rm", "--dataset_name",
+    again = call(
+        "select_sft", *TINY, "--sft_path", "sft", "--reward_model_path", "rm", "--dataset_name",
         "prompts.jsonl", "--output_dir", "selected", "--max_completion_length", "4",
     )  # fmt: skip
     assert "checkpoint checkpoint-" in again
@@ -207,7 +228,7 @@ def test_sft_under_torchrun(home):
 
 
 @pytest.mark.slow
-def test_reward_model_with_held_out_rankings_and_labelers(home):
+def test_reward_model_with_held_out_rankings_and_labelers(home, call):
     """A page on the held-out rankings, with the paper's cross validation over groups of labelers in it."""
     (home / "ranked").mkdir()
     for split, count in (("train", 12), ("test", 6)):
@@ -216,8 +237,8 @@ def test_reward_model_with_held_out_rankings_and_labelers(home):
             for i in range(count)
         ]
         (home / "ranked" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = launch(
-        home, "reward_model", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "ranked",
+    out = call(
+        "reward_model", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "ranked",
         "--labeler_folds", "3", "--output_dir", "rm2",
     )  # fmt: skip
     assert "rm2/evaluation/report.html" in out
@@ -228,16 +249,16 @@ def test_reward_model_with_held_out_rankings_and_labelers(home):
 
 
 @pytest.mark.slow
-def test_sample_then_reward_model(home):
-    launch(
-        home, "sample", *TINY, "--model_name_or_path", "policy", "--dataset_name", "prompts.jsonl", "--output_dir",
+def test_sample_then_reward_model(home, call):
+    call(
+        "sample", *TINY, "--model_name_or_path", "policy", "--dataset_name", "prompts.jsonl", "--output_dir",
         "ranked", "--num_completions", "3", "--max_completion_length", "4", "--labeler", "mine:score",
     )  # fmt: skip
     row = json.loads((home / "ranked" / "train.jsonl").read_text().splitlines()[0])
     lengths = [len(c) for c in row["completions"]]
     assert row["ranks"] == [1 + sum(other > mine for other in lengths) for mine in lengths]
-    launch(
-        home, "reward_model", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "rankings.jsonl",
+    call(
+        "reward_model", *TRAIN, "--model_name_or_path", "policy", "--dataset_name", "rankings.jsonl",
         "--demonstrations_name", "sft.jsonl", "--output_dir", "rm2",
     )  # fmt: skip
     from instruct_trl import RewardScorer
@@ -248,16 +269,16 @@ def test_sample_then_reward_model(home):
 
 
 @pytest.mark.slow
-def test_ppo_ptx_then_evaluate(home):
+def test_ppo_ptx_then_evaluate(home, call):
     ppo = (
         *TRAIN, "--model_name_or_path", "policy", "--reward_model_path", "rm", "--dataset_name", "prompts.jsonl",
         "--pretraining_dataset_name", "texts.jsonl", "--output_dir", "ppo", "--generation_batch_size", "4",
         "--gradient_accumulation_steps", "1", "--max_completion_length", "4", "--labeler", "mine:score",
         "--save_strategy", "steps", "--save_steps", "1",
     )  # fmt: skip
-    out = launch(home, "ppo_ptx", *ppo)
+    out = launch(home, ACCELERATE, "ppo_ptx", *ppo)
     assert "rollout batch 4, minibatch 2, 2 optimizer steps per iteration" in out
-    assert "finished earlier" in launch(home, "ppo_ptx", *ppo)
+    assert "finished earlier" in call("ppo_ptx", *ppo)
     answer = pipeline("text-generation", model=str(home / "ppo" / "policy"))("q1", max_new_tokens=2)
     assert answer[0]["generated_text"].startswith("q1")
     (home / "run").mkdir()
@@ -267,14 +288,14 @@ def test_ppo_ptx_then_evaluate(home):
         "rm", "--dataset_name", "prompts.jsonl", "--labeler", "mine:score", "--run_dir", "run",
         "--max_completion_length", "4", "--checkpoint_prompts", "prompts.jsonl",
     )  # fmt: skip
-    launch(home, "evaluate", *evaluate)
+    call("evaluate", *evaluate)
     report = (home / "run" / "report.md").read_text()
     assert "no judge but the labeler was asked" in report
     assert "The labeler scores step" in report
     assert "the labeler's score over training was not logged" not in report
     assert (home / "run" / "report.html").exists()
     # Judges are added without sampling again.
-    out = launch(home, "evaluate", *evaluate, "--judges", "reward_model", "people", "--questions", "likert")
+    out = call("evaluate", *evaluate, "--judges", "reward_model", "people", "--questions", "likert")
     assert "Evaluation: finished earlier" in out
     report = (home / "run" / "report.md").read_text()
     assert "| reward model: PPO |" in report
@@ -283,19 +304,19 @@ def test_ppo_ptx_then_evaluate(home):
 
 
 @pytest.mark.slow
-def test_one_base_through_all_its_recipes(home, monkeypatch):
+def test_one_base_through_all_its_recipes(home, call):
     """SFT as an adapter, a reward adapter on it, PPO on their base: nobody writes a whole model."""
     lora = ("--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj")
-    launch(
-        home, "sft", *TRAIN, *lora, "--model_name_or_path", "policy", "--dataset_name", "sft.jsonl", "--output_dir",
+    call(
+        "sft", *TRAIN, *lora, "--model_name_or_path", "policy", "--dataset_name", "sft.jsonl", "--output_dir",
         "sft", "--pretraining_fraction", "0", "--eval_strategy", "no", "--learning_rate", "1e-2",
     )  # fmt: skip
-    launch(
-        home, "reward_model", *TRAIN, *lora, "--lora_task_type", "SEQ_CLS", "--model_name_or_path", "sft",
+    call(
+        "reward_model", *TRAIN, *lora, "--lora_task_type", "SEQ_CLS", "--model_name_or_path", "sft",
         "--dataset_name", "rankings.jsonl", "--demonstrations_name", "sft.jsonl", "--output_dir", "rm2",
     )  # fmt: skip
-    launch(
-        home, "ppo_ptx", *TRAIN, *lora, "--one_base", "true", "--model_name_or_path", "sft", "--reward_model_path",
+    call(
+        "ppo_ptx", *TRAIN, *lora, "--one_base", "true", "--model_name_or_path", "sft", "--reward_model_path",
         "rm2", "--dataset_name", "prompts.jsonl", "--pretraining_dataset_name", "texts.jsonl", "--output_dir", "ppo",
         "--generation_batch_size", "4", "--gradient_accumulation_steps", "1", "--max_completion_length", "4",
         "--labeler", "mine:score",
@@ -303,6 +324,6 @@ def test_one_base_through_all_its_recipes(home, monkeypatch):
     for role in ("policy", "value", "ema"):
         assert (home / "ppo" / role / "adapter_config.json").exists()
         assert not (home / "ppo" / role / "model.safetensors").exists()
-    monkeypatch.chdir(home)  # the adapter names its base as it was given: by a relative path
+    # The adapter names its base as it was given: by a path relative to `home`, where `call` has gone.
     answer = pipeline("text-generation", model="ppo/policy")("q1", max_new_tokens=2)
     assert answer[0]["generated_text"].startswith("q1")
