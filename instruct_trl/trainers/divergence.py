@@ -12,7 +12,7 @@ import math
 import operator
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,42 +58,16 @@ class Verdict:
     reason: str = ""
 
 
-@dataclass
 class DivergenceGuard:
     """Reads metrics and answers what to do. It knows no model; `memory`, plain JSON, is all that it remembers.
 
-    The settings are those of `PPOPtxConfig`; None is no limit.
-
-    Raises:
-        ValueError: a setting is out of range.
+    `settings` are those of a `PPOPtxConfig`, which checks them; None is no limit.
     """
 
-    kl_stop: float | None = None
-    value_loss_stop: float | None = None
-    entropy_stop: float | None = None
-    eos_rate_stop: float | None = None
-    eos_rate_patience: int = 3
-    divergence_action: str = "stop"
-
-    def __post_init__(self) -> None:
-        for name, holds, must in (
-            ("kl_stop", lambda value: value > 0, "above 0"),
-            ("value_loss_stop", lambda value: value > 1, "above 1"),
-            ("entropy_stop", lambda value: value >= 0, "at least 0"),
-            ("eos_rate_stop", lambda value: 0 <= value < 1, "in [0, 1)"),
-            ("eos_rate_patience", lambda value: value >= 1, "at least 1"),
-            ("divergence_action", lambda value: value in ("stop", "skip", "ignore"), "'stop', 'skip' or 'ignore'"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {must}, got {value!r}.")
+    def __init__(self, settings: Any):
+        self.settings = settings
         self.memory: dict[str, Any] = {"value_losses": [], "unfinished_rollouts": 0, "skips_in_a_row": 0}
         self._warned: set[str] = set()
-
-    @classmethod
-    def from_config(cls, args: Any) -> DivergenceGuard:
-        """The guard that a `PPOPtxConfig` describes."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     def judge_rollout(self, metrics: Mapping[str, float]) -> Verdict:
         """Judge `kl` and `eos_rate` of a rollout, before any step on it. A metric that is absent is not judged."""
@@ -111,14 +85,15 @@ class DivergenceGuard:
             if not math.isfinite(value)
         }
         loss, losses = metrics.get("value_loss", math.nan), self.memory["value_losses"]
+        limit = math.inf if self.settings.value_loss_stop is None else self.settings.value_loss_stop
         if math.isfinite(loss):
             # A multiple of the median, not a fixed loss: the loss has the unit of the squared reward, which is each
             # reward model's own. An outlier hardly moves a median.
             median = statistics.median(losses) if len(losses) >= MEDIAN_MINIMUM else math.inf
             self.memory["value_losses"] = [*losses, loss][-MEDIAN_STEPS:]
-            if self.value_loss_stop is not None and loss > self.value_loss_stop * median:
+            if loss > limit * median:
                 step["value_loss"] = (
-                    f"value_loss is {loss:.4g}, above value_loss_stop={self.value_loss_stop:g} times its running "
+                    f"value_loss is {loss:.4g}, above value_loss_stop={limit:g} times its running "
                     f"median {median:.4g}. Lower value_learning_rate or value_max_grad_norm, or bound the rewards."
                 )
         verdict = self._verdict(self._bad_policy(metrics), step)
@@ -132,13 +107,13 @@ class DivergenceGuard:
         """The reason for each limit that the policy breaks, by metric."""
         reasons = {}
         for name, (holds, reason) in POLICY_LIMITS.items():
-            value, limit = metrics.get(name), getattr(self, f"{name}_stop")
+            value, limit = metrics.get(name), getattr(self.settings, f"{name}_stop")
             if value is None or limit is None:
                 continue
             broken = not holds(value, limit)
             if name == "eos_rate":  # one rollout without an end may be chance
                 self.memory["unfinished_rollouts"] = self.memory["unfinished_rollouts"] + 1 if broken else 0
-                broken = self.memory["unfinished_rollouts"] >= self.eos_rate_patience
+                broken = self.memory["unfinished_rollouts"] >= self.settings.eos_rate_patience
             if broken:
                 reasons[name] = reason.format(value=value, limit=limit, rollouts=self.memory["unfinished_rollouts"])
         return reasons
@@ -147,11 +122,11 @@ class DivergenceGuard:
         name, reason = next(iter({**policy, **step}.items()), (None, ""))
         if name is None:
             return Verdict("go_on")
-        if self.divergence_action == "ignore":
+        if self.settings.divergence_action == "ignore":
             known = name in self._warned
             self._warned.add(name)
             return Verdict("go_on" if known else "warn", reason)
-        return Verdict("stop" if policy else self.divergence_action, reason)
+        return Verdict("stop" if policy else self.settings.divergence_action, reason)
 
 
 class DivergenceMonitor(TrainerCallback):
@@ -163,7 +138,7 @@ class DivergenceMonitor(TrainerCallback):
     """
 
     def __init__(self, args: Any):
-        self.args, self.guard = args, DivergenceGuard.from_config(args)
+        self.args, self.guard = args, DivergenceGuard(args)
         self.stopped: str | None = None  # the reason, once training has been stopped
         self.good_step = -1  # the newest step whose weights passed a rollout and a minibatch
         self._sums: dict[str, tuple[float, float]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from trl import GRPOConfig
 
 from instruct_trl._upstream import apply_cpu_defaults, load_models_whole
 from instruct_trl.models.precision import one_dtype
-from instruct_trl.trainers.divergence import DivergenceGuard
 from instruct_trl.trainers.run_checks import check_training_numbers
 
 # Inherited settings that would change the objective of Eq. 2 unseen, and the only value that each may have.
@@ -40,6 +39,24 @@ ALLOWED_GENERATION_KWARGS = {
     *("compile_config", "low_memory", "seed", "detokenize"),
 }
 
+# What each setting must be; null is no setting.
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("ptx_coef", "beta", "value_clip", "value_max_grad_norm", "warmup_iterations", "entropy_stop"),
+        (lambda value: value >= 0, "not be negative"),
+    ),
+    **dict.fromkeys(
+        ("ptx_ratio", "ptx_max_length", "num_iterations", "local_rollout_forward_batch_size", "eos_rate_patience"),
+        (lambda value: value >= 1, "be at least 1"),
+    ),
+    **dict.fromkeys(("discount", "gae_lambda"), (lambda value: 0 <= value <= 1, "be in [0, 1]")),
+    "eos_rate_stop": (lambda value: 0 <= value < 1, "be in [0, 1)"),
+    "kl_stop": (lambda value: value > 0, "be above 0"),
+    "value_loss_stop": (lambda value: value > 1, "be above 1"),
+    "kl_estimator": (lambda value: value in ("k1", "k2", "k3"), "be 'k1', 'k2' or 'k3'"),
+    "divergence_action": (lambda value: value in ("stop", "skip", "ignore"), "be 'stop', 'skip' or 'ignore'"),
+}
+
 
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -56,7 +73,7 @@ class PPOPtxConfig(GRPOConfig):
         ValueError: batch sizes that do not divide, an option out of range, or a refused inherited knob.
     """
 
-    beta: float = _setting(0.02, "β of Eq. 2: weight of the KL penalty per token against the starting policy (0.02).")
+    beta: float = _setting(0.02, "β of Eq. 2: weight of the KL penalty per token (paper: 0.02).")
     epsilon: float = _setting(0.2, "Clip range of the policy ratio (paper: 0.2).")
     num_iterations: int = _setting(1, "Inner epochs over each rollout batch (paper: 1).")
     num_generations: int = _setting(1, "Answers sampled per prompt (paper: 1).")
@@ -83,9 +100,7 @@ class PPOPtxConfig(GRPOConfig):
     gae_lambda: float = _setting(0.95, "λ of GAE (not published).")
     kl_estimator: str = _setting("k1", "Estimator of the KL penalty: 'k1' (paper), 'k2' or 'k3'.")
     whiten_advantages: bool = _setting(True, "Whiten advantages over the whole rollout batch (not published).")
-    missing_eos_penalty: float | None = _setting(
-        None, "Subtract this from the score of an answer without an EOS, cut at max_completion_length."
-    )
+    missing_eos_penalty: float | None = _setting(None, "Is subtracted from the score of an answer without an EOS.")
     value_clip: float = _setting(0.2, "Clip range of the value update (not published; the policy's).")
     value_learning_rate: float = _setting(9e-6, "Peak LR of the value model (paper: 9e-6).")
     value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (not published). 0 is no clip.")
@@ -93,49 +108,37 @@ class PPOPtxConfig(GRPOConfig):
     local_rollout_forward_batch_size: int = _setting(64, "Rows generated or scored at once on one device.")
     old_logps_from_sampler: bool = _setting(
         False,
-        "Take log π_old from the sampler and save a forward. The ratio then starts at 1 only up to the sampler's "
-        "rounding, which is logged as sampler_gap. Needs transformers' generate, or vLLM without its correction.",
+        "Take log π_old from the sampler and save a forward. The first ratio is then 1 only up to the sampler's "
+        "rounding, logged as sampler_gap.",
     )
     eval_win_rate: bool = _setting(
-        True,
-        "With eval_dataset, log eval_win_rate: the share of its prompts to which the policy's answer scores higher "
-        "than the reference's. The reference's answers are generated and scored once per run.",
+        True, "With eval_dataset, log how often the policy's answer scores higher than the reference's."
     )
 
-    kl_stop: float | None = _setting(
-        None, "Stop training if the mean KL from the reference, in nats per answer, exceeds this in a rollout."
-    )
+    kl_stop: float | None = _setting(None, "Stop training if a rollout's mean KL, in nats per answer, exceeds this.")
     value_loss_stop: float | None = _setting(
         None, "A step is bad if its value loss exceeds this many times the running median."
     )
     entropy_stop: float | None = _setting(
-        None, "Stop training if the policy's entropy, in nats per token, falls below this: it has collapsed."
+        None, "Stop training if the policy's entropy, in nats per token, falls below this."
     )
     eos_rate_stop: float | None = _setting(
-        None,
-        "Stop training if the share of answers that end with an EOS stays at or below this for eos_rate_patience "
-        "rollouts. 0 stops only if no answer ends.",
+        None, "Stop training if no more than this share of answers ends with an EOS, eos_rate_patience times in a row."
     )
     eos_rate_patience: int = _setting(3, "Consecutive rollouts that eos_rate_stop needs before it stops training.")
     divergence_action: str = _setting(
         "stop",
-        "What to do at a bad step, one that is not finite or exceeds value_loss_stop: 'stop' training, 'skip' the step "
-        "and change no weight, or 'ignore' it and warn once. The limits on KL, entropy and EOS stop training under "
-        "'skip', too; under 'ignore' they warn.",
+        "At a step that is bad or not finite: 'stop' training, 'skip' the step, or 'ignore' it and warn once. "
+        "Under 'skip' the limits on KL, entropy and EOS still stop training; under 'ignore' they warn.",
     )
 
     def __post_init__(self) -> None:
         apply_cpu_defaults(self)
         check_training_numbers(self)
-        for name, only in FIXED.items():
-            if getattr(self, name) != only:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} would change PPO-ptx's objective; leave it at {only!r}."
-                )
+        self._check_settings()
+        self._check_sampler()
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "warmup_stable_decay":
             self.lr_scheduler_kwargs = {"min_lr_ratio": 0.1, "num_decay_steps": 0}
-        self._check_generation_kwargs()
-        self._check_ranges()
         log_each_iteration = self.logging_steps is None
         if log_each_iteration:
             self.logging_steps = 1
@@ -147,7 +150,13 @@ class PPOPtxConfig(GRPOConfig):
                 "precision nor the policy's the positions to project. Leave it, and its backend and mode, off."
             )
         load_models_whole()
-        self._check_batches()
+        if self.generation_batch_size % self.minibatch_size:
+            raise ValueError(
+                f"generation_batch_size ({self.generation_batch_size}) must be a multiple of the minibatch, "
+                f"per_device_train_batch_size × gradient_accumulation_steps × processes = "
+                f"{self.per_device_train_batch_size} × {self.gradient_accumulation_steps} × {self.world_size} = "
+                f"{self.minibatch_size}. Change one of them."
+            )
         if self.max_steps <= 0 and self.total_episodes is not None:
             self.max_steps = -(-self.total_episodes // self.generation_batch_size) * self.steps_per_iteration
         if log_each_iteration:
@@ -166,8 +175,23 @@ class PPOPtxConfig(GRPOConfig):
         finally:
             self.num_generations = num_generations
 
-    def _check_generation_kwargs(self) -> None:
-        """Refuse what would draw answers from another distribution than the one whose log-probs are computed."""
+    def _check_settings(self) -> None:
+        for name, only in FIXED.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} would change PPO-ptx's objective; leave it at {only!r}."
+                )
+        for name, (holds, must) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must {must}, got {value!r}.")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise ValueError(
+                f"total_episodes must be at least 1, got {self.total_episodes}: nothing would be trained. For a number "
+                "of optimizer steps set max_steps, for epochs total_episodes=None."
+            )
+
+    def _check_sampler(self) -> None:
         given = self.generation_kwargs or {}
         names = sorted(set(json.loads(given) if isinstance(given, str) else given) - ALLOWED_GENERATION_KWARGS)
         if names:
@@ -176,41 +200,12 @@ class PPOPtxConfig(GRPOConfig):
                 "than the one whose log-probs PPO-ptx computes, or end elsewhere. Remove it: the temperature and the "
                 f"length have settings of their own. Allowed are {', '.join(sorted(ALLOWED_GENERATION_KWARGS))}."
             )
-
-    def _check_ranges(self) -> None:
-        not_negative = ("ptx_coef", "beta", "value_clip", "value_max_grad_norm", "warmup_iterations")
-        at_least_1 = ("ptx_ratio", "num_iterations", "local_rollout_forward_batch_size", "ptx_max_length")
-        for names, low, high, must in (
-            (not_negative, 0, math.inf, "must not be negative"),
-            (at_least_1, 1, math.inf, "must be at least 1"),
-            (("discount", "gae_lambda"), 0, 1, "must be in [0, 1]"),
-        ):
-            for name in names:
-                if not low <= getattr(self, name) <= high:
-                    raise ValueError(f"{name} {must}, got {getattr(self, name)}.")
-        if self.total_episodes is not None and self.total_episodes < 1:
-            raise ValueError(
-                f"total_episodes must be at least 1, got {self.total_episodes}: nothing would be trained. For a number "
-                "of optimizer steps set max_steps, for epochs total_episodes=None."
-            )
-        if self.kl_estimator not in ("k1", "k2", "k3"):
-            raise ValueError(f"kl_estimator must be 'k1', 'k2' or 'k3', got {self.kl_estimator!r}.")
         if self.old_logps_from_sampler and self.use_transformers_continuous_batching:
             raise ValueError("old_logps_from_sampler: continuous batching keeps no log-probs. Switch one of them off.")
         if self.old_logps_from_sampler and self.use_vllm and self.vllm_importance_sampling_correction:
             raise ValueError(
                 "old_logps_from_sampler takes vLLM's log-probs as they are: set "
                 "vllm_importance_sampling_correction=False, which compares them with a forward's, or leave it off."
-            )
-        DivergenceGuard.from_config(self)  # checks its settings
-
-    def _check_batches(self) -> None:
-        if self.generation_batch_size % self.minibatch_size:
-            raise ValueError(
-                f"generation_batch_size ({self.generation_batch_size}) must be a multiple of the minibatch, "
-                f"per_device_train_batch_size × gradient_accumulation_steps × processes = "
-                f"{self.per_device_train_batch_size} × {self.gradient_accumulation_steps} × {self.world_size} = "
-                f"{self.minibatch_size}. Change one of them."
             )
 
     @property

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def rows(trainer, key):
     return [row[key] for row in trainer.state.log_history if key in row]
 
 
+def guard_of(**settings):
+    limits = dict.fromkeys(("kl_stop", "value_loss_stop", "entropy_stop", "eos_rate_stop"))
+    return DivergenceGuard(SimpleNamespace(**{**limits, "divergence_action": "stop", **settings}))
+
+
 # The guards ----------------------------------------------------------------------------------------------------------
 
 
@@ -29,13 +35,13 @@ def rows(trainer, key):
 @pytest.mark.parametrize("name", ["policy_loss", "ratio", "value_loss", "ptx_loss", "grad_norm", "value_grad_norm"])
 def test_what_is_not_finite_stops_or_skips_as_the_user_sets_it(name, value):
     for action, expected in (("stop", "stop"), ("skip", "skip"), ("ignore", "warn")):
-        verdict = DivergenceGuard(divergence_action=action).judge_step({**HEALTHY, name: value})
+        verdict = guard_of(divergence_action=action).judge_step({**HEALTHY, name: value})
         assert verdict.action == expected
         assert verdict.reason.startswith(f"{name} is {value}, it must be finite. Lower")
 
 
 def test_by_default_nothing_finite_is_touched():
-    guard = DivergenceGuard()
+    guard = guard_of()
     for size in (1e-9, 1.0, 1e9):
         for _ in range(20):
             assert guard.judge_rollout({"kl": size, "eos_rate": 0.0}).action == "go_on"
@@ -44,7 +50,7 @@ def test_by_default_nothing_finite_is_touched():
 
 @pytest.mark.parametrize("action", ["stop", "skip"])  # a policy that is bad is no better after a skipped step
 def test_kl_above_kl_stop_stops(action):
-    guard = DivergenceGuard(kl_stop=20, divergence_action=action)
+    guard = guard_of(kl_stop=20, divergence_action=action)
     assert guard.judge_rollout({"kl": 20.0}).action == "go_on"
     assert guard.judge_rollout({"kl": -3.0}).action == "go_on"  # the estimate k1 can be negative
     assert guard.judge_rollout({}).action == "go_on"  # no answer had a score
@@ -56,7 +62,7 @@ def test_kl_above_kl_stop_stops(action):
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
 def test_a_value_loss_out_of_proportion_to_its_running_median(action):
-    guard = DivergenceGuard(value_loss_stop=10, divergence_action=action)
+    guard = guard_of(value_loss_stop=10, divergence_action=action)
     for loss in (1, 1e6, 3, 4, 5, 6, 7, 8):  # too few for a median: not even 1e6 is judged
         assert guard.judge_step({"value_loss": loss}).action == "go_on"
     assert guard.judge_step({"value_loss": 55.0}).action == "go_on"  # the median of the 8 is 5.5
@@ -66,14 +72,14 @@ def test_a_value_loss_out_of_proportion_to_its_running_median(action):
 
 
 def test_the_median_is_a_running_one():
-    guard = DivergenceGuard(value_loss_stop=10)
+    guard = guard_of(value_loss_stop=10)
     for loss in [1000.0] * 64 + [1.0] * 33:  # of the last 64 losses 33 are 1
         assert guard.judge_step({"value_loss": loss}).action == "go_on"
     assert guard.judge_step({"value_loss": 11.0}).action == "stop"
 
 
 def test_a_collapse_of_the_entropy_stops():
-    guard = DivergenceGuard(entropy_stop=0.1, divergence_action="skip")
+    guard = guard_of(entropy_stop=0.1, divergence_action="skip")
     assert guard.judge_step({**HEALTHY, "entropy": 0.1}).action == "go_on"
     verdict = guard.judge_step({**HEALTHY, "entropy": 0.05})
     assert verdict.action == "stop"
@@ -81,19 +87,19 @@ def test_a_collapse_of_the_entropy_stops():
 
 
 def test_answers_that_never_end_stop_after_that_many_rollouts_in_a_row():
-    guard = DivergenceGuard(eos_rate_stop=0.0, eos_rate_patience=3)
+    guard = guard_of(eos_rate_stop=0.0, eos_rate_patience=3)
     actions = [guard.judge_rollout({"eos_rate": rate}).action for rate in (0.0, 0.0, 0.01, 0.0, 0.0, 0.0)]
     assert actions == ["go_on"] * 5 + ["stop"]
 
 
 def test_ignore_warns_once_a_metric():
-    guard = DivergenceGuard(kl_stop=1, divergence_action="ignore")
+    guard = guard_of(kl_stop=1, divergence_action="ignore")
     assert [guard.judge_rollout({"kl": 2.0}).action for _ in range(3)] == ["warn", "go_on", "go_on"]
     assert [guard.judge_step({"grad_norm": math.nan}).action for _ in range(2)] == ["warn", "go_on"]
 
 
 def test_skipping_for_ever_stops():
-    guard = DivergenceGuard(divergence_action="skip")
+    guard = guard_of(divergence_action="skip")
     bad = {"grad_norm": math.inf}
     assert [guard.judge_step(bad).action for _ in range(SKIP_LIMIT - 1)] == ["skip"] * (SKIP_LIMIT - 1)
     assert guard.judge_step(HEALTHY).action == "go_on"  # begins the count anew
@@ -102,7 +108,7 @@ def test_skipping_for_ever_stops():
 
 def test_what_a_guard_remembers_survives_json():
     settings = {"value_loss_stop": 10, "eos_rate_stop": 0.0, "eos_rate_patience": 2}
-    guard, other = DivergenceGuard(**settings), DivergenceGuard(**settings)
+    guard, other = guard_of(**settings), guard_of(**settings)
     guard.judge_rollout({"eos_rate": 0.0})
     for _ in range(8):
         guard.judge_step({"value_loss": 1.0})
@@ -117,7 +123,7 @@ def test_what_a_guard_remembers_survives_json():
         ({"kl_stop": 0}, "kl_stop must be above 0, got 0"),
         ({"kl_stop": math.nan}, "kl_stop must be above 0, got nan"),
         ({"value_loss_stop": 1.0}, "value_loss_stop must be above 1"),
-        ({"entropy_stop": -1.0}, "entropy_stop must be at least 0"),
+        ({"entropy_stop": -1.0}, "entropy_stop must not be negative"),
         ({"eos_rate_stop": 1.0}, r"eos_rate_stop must be in \[0, 1\)"),
         ({"eos_rate_patience": 0}, "eos_rate_patience must be at least 1"),
         ({"divergence_action": "halt"}, "divergence_action must be .* got 'halt'"),
