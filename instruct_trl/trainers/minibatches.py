@@ -32,19 +32,14 @@ def split_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int
 def arrange_minibatches(micro_batches: list[Batch], accumulation: int, accelerator: Accelerator) -> list[Batch]:
     """Sort each minibatch by the length of prompt and answer together; add `minibatch_tokens` to its micro-batches.
 
-    Args:
-        micro_batches: the rollout, shuffled and split; `accumulation` neighbours are one minibatch.
-        accumulation: micro-batches an optimizer step.
-        accelerator: sums the token count over processes.
-
-    Returns:
-        As many micro-batches, of the same sizes. `minibatch_tokens` is the minibatch's number of loss tokens over
-        all processes, divided by their number, since DDP averages gradients.
+    `accumulation` neighbours of `micro_batches`, a rollout shuffled and split, are one minibatch. `minibatch_tokens` is
+    its number of loss tokens over all processes, divided by the number of processes.
     """
     arranged: list[Batch] = []
     for start in range(0, len(micro_batches), accumulation):
         window = _sorted_by_length(micro_batches[start : start + accumulation])
         tokens = torch.stack([batch["loss_mask"].sum() for batch in window]).sum().float()
+        # Divided by the processes, because DDP averages the gradients that it sums up.
         tokens = (accelerator.reduce(tokens, "sum") / accelerator.num_processes).clamp(min=1)
         arranged += [{**batch, "minibatch_tokens": tokens} for batch in window]
     return arranged
@@ -71,7 +66,6 @@ def trim_padding(batch: Batch) -> Batch:
     A row [pad pad p p | c c pad pad] with room becomes [p p c c]: the batch is as wide as its longest prompt and answer
     together. Where an answer is shorter than the longest, T', the T' completion columns begin with the end of its
     prompt: there `completion_mask`, which is what attention sees, is True and every other per-token tensor is 0.
-    Causal models do not notice: rows stay in order, and positions count real tokens.
 
     Args:
         batch: `prompt_ids` and `prompt_mask` (B, P) padded on the left, `completion_ids` and `completion_mask` (B, T)
@@ -80,6 +74,7 @@ def trim_padding(batch: Batch) -> Batch:
     Returns:
         the same names, (B, P') and (B, T').
     """
+    # Causal models do not notice: rows stay in order, and positions count real tokens.
     width, lengths = batch["completion_ids"].size(1), batch["completion_mask"].sum(dim=1)
     longest = int(lengths.max())
     shift = longest - lengths
@@ -101,12 +96,9 @@ def trim_padding(batch: Batch) -> Batch:
 def compute_by_length(
     batch: Batch, size: int, compute: Callable[[Batch], torch.Tensor], *, by_count: bool = False
 ) -> torch.Tensor:
-    """`compute` on the rows of a rollout, a few of similar length at a time, each time without their padding.
+    """`compute`, (B', T') of trimmed rows, on the rows of a rollout, at most `size` of similar length at a time.
 
     Args:
-        batch: prompts and completions, as `trim_padding` takes them.
-        size: rows at once at most.
-        compute: from trimmed rows (B', P') and (B', T') to numbers (B', T').
         by_count: call `compute` ⌈B / size⌉ times, however long the rows, as processes that must step together need it.
 
     Returns:
@@ -118,6 +110,7 @@ def compute_by_length(
     for rows in similar_lengths(lengths + batch["prompt_mask"].sum(dim=1), size, by_count):
         part = compute(trim_padding({name: value[rows] for name, value in batch.items()}))
         result = part.new_zeros(mask.shape) if result is None else result
+        # Answers end in the last column here, and begin in the first one of the rollout.
         kept = torch.arange(part.size(1), device=part.device) >= part.size(1) - lengths[rows].unsqueeze(1)
         result[rows] = result[rows].masked_scatter(mask[rows], part[kept])
     assert result is not None

@@ -95,12 +95,21 @@ class PPOPtxTrainer(GRPOTrainer):
         args = args or PPOPtxConfig("PPO-ptx")
         ppo_ptx_setup.check_pretraining(args, pretraining_dataset)
         with_win_rate = ppo_evaluation.check_win_rate(args, eval_dataset, rollout_func)
-        given = ppo_ptx_setup.Given(model, value_model, ref_model, role_adapters, peft_config, quantization_config)
-        models = ppo_ptx_setup.build_models(given, reward_funcs, processing_class, reward_processing_classes, args)
+        models = ppo_ptx_setup.Models(
+            model,
+            value_model,
+            ref_model,
+            peft_config,
+            quantization_config,
+            role_adapters,
+            reward_funcs,
+            processing_class,
+        )
+        ppo_ptx_setup.complete_models(models, reward_processing_classes, args)
         tokenizer, limit = models.tokenizer, args.max_prompt_length
         with ppo_ptx_setup.as_upstream_must_see(args, models):
             super().__init__(
-                models.policy, models.reward_funcs, args,
+                models.model, models.reward_funcs, args,
                 filter_prompts(train_dataset, tokenizer, limit, "train_dataset"),
                 filter_prompts(eval_dataset, tokenizer, limit, "eval_dataset"),
                 tokenizer, callbacks=callbacks, optimizers=optimizers,

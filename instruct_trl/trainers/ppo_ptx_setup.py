@@ -38,60 +38,50 @@ from instruct_trl.trainers.pretraining_gradient import PretrainingGradient
 
 
 @dataclass
-class Given:
-    """The models as a user hands them to `PPOPtxTrainer`, and the configs to make them with."""
+class Models:
+    """The models of a run: as the user hands them over, with the configs to make them; then complete."""
 
-    model: Any
+    model: Any  # the policy
     value_model: Any = None
-    ref_model: Any = None
-    roles: RoleAdapters | None = None
+    ref_model: Any = None  # once complete, None is the policy with its adapters off, or as they were
     peft_config: Any = None
     quantization_config: Any = None
+    roles: RoleAdapters | None = None
+    reward_funcs: Any = None
+    tokenizer: Any = None
+    loaded: bool = False  # the policy was given as a path
 
 
-@dataclass
-class Models:
-    """The models that train, and those that judge them."""
-
-    policy: Any
-    value_model: ValueModel | ValueRole
-    ref_model: Any  # None: the policy with its adapters off, or as they were
-    reward_funcs: list[Any]
-    tokenizer: Any
-    roles: RoleAdapters | None
-    with_peft: bool
-    loaded: bool  # the policy was given as a path
-
-
-def build_models(given: Given, reward_funcs: Any, tokenizer: Any, reward_tokenizers: Any, args: PPOPtxConfig) -> Models:
-    """Policy, reference, reward functions and critic, checked against each other.
+def complete_models(models: Models, reward_tokenizers: Any, args: PPOPtxConfig) -> None:
+    """Make policy, reference, reward functions and critic of what was handed over, and check them against each other.
 
     Raises:
         ValueError: naming the argument and the remedy.
     """
-    check_whole(model=given.model, value_model=given.value_model, ref_model=given.ref_model)
-    model, value_model, ref_model, roles = given.model, given.value_model, given.ref_model, given.roles
+    check_whole(model=models.model, value_model=models.value_model, ref_model=models.ref_model)
+    roles = models.roles
     if roles is not None:
-        check_beside_roles(given, roles, args)
-        model, value_model, ref_model = roles.policy, roles.value, roles.reference
-        reward_funcs = roles.reward if reward_funcs is None else reward_funcs
-    tokenizer = tokenizer or load_policy_tokenizer(model, roles, **starting_model.loading_kwargs(args))
+        check_beside_roles(models, roles, args)
+        models.model, models.value_model, models.ref_model = roles.policy, roles.value, roles.reference
+        models.reward_funcs = roles.reward if models.reward_funcs is None else models.reward_funcs
+    kwargs = starting_model.loading_kwargs(args)
+    tokenizer = models.tokenizer = models.tokenizer or load_policy_tokenizer(models.model, roles, **kwargs)
     require_eos(tokenizer)
-    reward_funcs = wrap_reward_funcs(reward_funcs, reward_tokenizers, args)
-    for name, reader in (("value_model", value_model), ("ref_model", ref_model)):
+    models.reward_funcs = wrap_reward_funcs(models.reward_funcs, reward_tokenizers, args)
+    for name in ("value_model", "ref_model"):
+        reader = getattr(models, name)
         if reader is not None and not isinstance(reader, (ValueRole, ReferenceRole)):
             path = str(reader) if isinstance(reader, (str, Path)) else reader.config._name_or_path
             if has_tokenizer(tokenizer_source(path)):
                 check_same_tokens(load_tokenizer(path), tokenizer, f"{name} ({path})", name)
-    value_model = resolve_value_model(value_model, reward_funcs, tokenizer, args)
-    for scorer in (func for func in reward_funcs if isinstance(func, RewardScorer)):
+    models.value_model = resolve_value_model(models.value_model, models.reward_funcs, tokenizer, args)
+    for scorer in (func for func in models.reward_funcs if isinstance(func, RewardScorer)):
         is_role = isinstance(scorer.model, RewardRole)  # it masks the pad token away
         check_token_rows(scorer.model, scorer.processing_class, "The reward model", pad=not is_role)
-    policy = load_policy(model, args, given.quantization_config, given.peft_config)
-    with_peft = has_adapters(policy, given.peft_config)
-    ref_model = resolve_reference(policy, ref_model, with_peft, args)
-    loaded = policy is not model
-    return Models(policy, value_model, ref_model, reward_funcs, tokenizer, roles, with_peft, loaded)
+    policy = load_policy(models.model, args, models.quantization_config, models.peft_config)
+    models.loaded, models.model = policy is not models.model, policy
+    with_peft = has_adapters(policy, models.peft_config)
+    models.ref_model = resolve_reference(policy, models.ref_model, with_peft, args)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -116,7 +106,7 @@ def check_whole(**models: Any) -> None:
             )
 
 
-def check_beside_roles(given: Given, roles: RoleAdapters, args: PPOPtxConfig) -> None:
+def check_beside_roles(models: Models, roles: RoleAdapters, args: PPOPtxConfig) -> None:
     """Refuse models, and configs to make them, beside `roles`; and what would change the base under them."""
     if args.cast_lm_head_to_fp32:
         raise ValueError(
@@ -128,9 +118,8 @@ def check_beside_roles(given: Given, roles: RoleAdapters, args: PPOPtxConfig) ->
             "use_vllm merges the policy's adapter into the base at each iteration and takes it out again. This rounds "
             "a base that is not in float32, and all roles stand on it. Load it in float32, or leave vLLM off."
         )
-    names = [
-        name for name, value in vars(given).items() if not any(value is own for own in (None, roles, roles.policy))
-    ]
+    given = ("model", "value_model", "ref_model", "peft_config", "quantization_config")
+    names = [name for name in given if getattr(models, name) not in (None, roles.policy)]
     if names:
         raise ValueError(
             f"{', '.join(names)}= and role_adapters= are given: policy, reference and critic are those of "
@@ -209,7 +198,8 @@ def as_upstream_must_see(args: PPOPtxConfig, models: Models) -> Iterator[None]:
     but it keeps the adapters of a PEFT policy only with beta > 0. On a 4-bit base it also rounds what is trained to
     bf16, and the policy would differ from the reference that it is a copy of.
     """
-    beta, args.beta = args.beta, 1.0 if models.with_peft and models.roles is None else 0.0
+    with_peft = has_adapters(models.model, models.peft_config)
+    beta, args.beta = args.beta, 1.0 if with_peft and models.roles is None else 0.0
     try:
         with without_init_kwargs(args, models.loaded), nullcontext() if models.roles is None else models.roles.frozen():
             yield
@@ -293,15 +283,14 @@ def resolve_value_model(
         ValueError: it is not clear which reward model to copy; or the critic could not read the policy's tokens.
     """
     scorers = [func for func in reward_funcs if isinstance(func, RewardScorer)]
-    is_role, name = isinstance(value_model, ValueRole), "The value model"
-    if value_model is None:
-        name = "The reward model, of which the critic is a copy,"
-        if len(scorers) != 1:
-            raise ValueError(
-                f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
-                "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
-            )
-    for scorer in scorers:  # of these, the one that the critic starts from reads the policy's tokens from now on
+    is_role = isinstance(value_model, ValueRole)
+    name = "The reward model, of which the critic is a copy," if value_model is None or is_role else "The value model"
+    if value_model is None and len(scorers) != 1:
+        raise ValueError(
+            f"value_model is not given and reward_funcs holds {len(scorers)} reward models, so it is not clear "
+            "what the critic starts from. Pass value_model=, e.g. value_model_from_reward_model(reward_model)."
+        )
+    for scorer in scorers:
         if value_model is None or (is_role and isinstance(scorer.model, RewardRole)):
             check_same_tokens(scorer.processing_class, policy_tokenizer, name, "value_model")
     if is_role:

@@ -12,7 +12,7 @@ from ppo_helpers import PROMPTS, make
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl import PPOPtxConfig, PPOPtxTrainer, RewardScorer
-from instruct_trl.trainers.ppo_ptx_setup import Given, check_beside_roles, load_policy_tokenizer, wrap_reward_funcs
+from instruct_trl.trainers.ppo_ptx_setup import Models, check_beside_roles, load_policy_tokenizer, wrap_reward_funcs
 
 
 def test_gamma_without_pretraining_data(tmp_path, policy, scorer, tokenizer):
@@ -95,10 +95,10 @@ def test_how_the_policy_is_loaded_outlives_the_first_trainer(tmp_path, policy, s
 
 def test_vllm_on_a_shared_base_that_it_would_round_is_refused(roles):
     args = SimpleNamespace(use_vllm=True, cast_lm_head_to_fp32=False)
-    check_beside_roles(Given(None, roles=roles), roles, args)
+    check_beside_roles(Models(None, roles=roles), roles, args)
     roles.model.bfloat16()
     with pytest.raises(ValueError, match="rounds a base that is not in float32"):
-        check_beside_roles(Given(None, roles=roles), roles, args)
+        check_beside_roles(Models(None, roles=roles), roles, args)
 
 
 def test_a_head_in_float32_is_refused_where_it_cannot_be(tmp_path, policy, scorer, tokenizer, roles):
