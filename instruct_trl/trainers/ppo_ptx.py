@@ -95,16 +95,8 @@ class PPOPtxTrainer(GRPOTrainer):
         args = args or PPOPtxConfig("PPO-ptx")
         ppo_ptx_setup.check_pretraining(args, pretraining_dataset)
         with_win_rate = ppo_evaluation.check_win_rate(args, eval_dataset, rollout_func)
-        models = ppo_ptx_setup.Models(
-            model,
-            value_model,
-            ref_model,
-            peft_config,
-            quantization_config,
-            role_adapters,
-            reward_funcs,
-            processing_class,
-        )
+        given = model, value_model, ref_model, peft_config, quantization_config, role_adapters
+        models = ppo_ptx_setup.Models(*given, reward_funcs, processing_class)
         ppo_ptx_setup.complete_models(models, reward_processing_classes, args)
         tokenizer, limit = models.tokenizer, args.max_prompt_length
         with ppo_ptx_setup.as_upstream_must_see(args, models):
