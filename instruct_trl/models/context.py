@@ -18,7 +18,7 @@ NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")  # the last is
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that `model` (or the model of this config) reads at once; None where its config names no limit."""
+    """Tokens that `model` (or the model of this config) reads at once; None if its config names no limit."""
     config = getattr(model, "config", model).get_text_config()
     length = next((value for value in (getattr(config, name, None) for name in NAMES) if value), None)
     if length is None or length < 1:  # XLNet's is -1: no limit

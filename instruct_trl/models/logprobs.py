@@ -15,17 +15,8 @@ from instruct_trl.models.adapters import without_adapters
 BLOCK = 32  # rows of logits worked on at once where no gradient is kept: they stay near the processor
 
 
-def keeps_logits(model: Any) -> bool:
-    """True where the model's forward can leave the prompt's logits out (`logits_to_keep`)."""
-    return _takes(model, "logits_to_keep")
-
-
-def takes_positions(model: Any) -> bool:
-    """True where the model's forward can be told each token's position (`position_ids`)."""
-    return _takes(model, "position_ids")
-
-
-def _takes(model: Any, argument: str) -> bool:
+def forward_takes(model: Any, argument: str) -> bool:
+    """True if the forward of the causal LM inside `model` has this argument: `logits_to_keep`, `position_ids`."""
     return argument in inspect.signature(type(_unwrapped(model)).forward).parameters
 
 
@@ -45,7 +36,7 @@ def completion_logps(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log π of the last `width` tokens of each row, and the entropy of each choice.
 
-    TRL's fused head is compact under Triton only: elsewhere it projects every position, prompt and padding included,
+    TRL's fused head is compact under Triton only: without it every position is projected, prompt and padding included,
     in tiles. On a CPU one projection of the N scored positions alone is faster (benchmarks/logprobs.py).
 
     Args:
@@ -53,17 +44,17 @@ def completion_logps(
         width: T.
         temperature: logits are divided by it.
         compute_entropy: also return the entropies, without gradient.
-        scored: (B, T) True where a token is asked for; default: where the attention mask is 1.
+        scored: (B, T) True for the tokens that are asked for; default: those with attention mask 1.
 
     Returns:
-        log-probs (B, T) with gradient if it is enabled, entropies (B, T) in nats or None; float32, 0 where not scored.
+        log-probs (B, T) with gradient if it is enabled, entropies (B, T) in nats or None; float32, 0 if not scored.
     """
     scored = (attention_mask[:, -width:] if scored is None else scored).bool()
     # Token t is chosen from the logits at t - 1: the mask moves one place to the left, (B, T + 1).
     kept = torch.nn.functional.pad(scored, (0, 1))
     base = _unwrapped(model)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if takes_positions(base):
+    if forward_takes(base, "position_ids"):
         inputs["position_ids"] = positions(attention_mask)
     # The head gets the N scored positions as one row (1, N, H): no logits of prompts or padding are ever made.
     head = base.get_output_embeddings()

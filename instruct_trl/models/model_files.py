@@ -107,7 +107,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _fault(path: Path) -> str | None:
-    """The fault of a file of weights, as the end of "The weights ..."; None where it is whole."""
+    """The fault of a file of weights, as the end of "The weights ..."; None if it is whole."""
     if not path.is_file():
         return "lack a file that their index names"
     with open(path, "rb") as file:
@@ -154,7 +154,7 @@ def adapter_config(path: str | Path) -> PeftConfig:
 
 
 def base_of_adapter(path: str | Path) -> str:
-    """The folder or name of the model that an adapter was trained on, "" where it does not say."""
+    """The folder or name of the model that an adapter was trained on, "" if it does not say."""
     return str(adapter_config(path).base_model_name_or_path or "")
 
 

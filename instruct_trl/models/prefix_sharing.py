@@ -156,10 +156,10 @@ def _obstacle(model: Any, attention: str) -> str | None:
 
 
 class ScoringRoute:
-    """Scores rows with shared prefixes where the model can, and one row per completion where it cannot.
+    """Scores rows with shared prefixes if the model can, and else one row per completion.
 
-    The first batch that has something to share is scored both ways. Where they differ, "auto" goes on without
-    sharing and says so once, and "on" raises.
+    The first batch that has something to share is scored both ways. If they differ, "auto" goes on without sharing and
+    says so once, and "on" raises.
 
     Args:
         model: as for `PrefixSharing`; `shares` says whether prefixes are shared.
@@ -218,7 +218,7 @@ class ScoringRoute:
 
     @torch.no_grad()
     def _verify(self, model: nn.Module, rows: GroupedRows) -> None:
-        """Score the prompt with the longest prefix both ways, and fall back where the scores differ."""
+        """Score the prompt with the longest prefix both ways, and fall back if the scores differ."""
         # One prompt is enough to see a wrong mask, and the longest prefix shows it best.
         prompt = int(rows.prefix_lengths.argmax())
         own = slice(int(rows.group_sizes[:prompt].sum()), int(rows.group_sizes[: prompt + 1].sum()))

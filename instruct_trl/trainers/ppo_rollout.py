@@ -17,7 +17,7 @@ from instruct_trl._upstream import fused_head_is_compact
 from instruct_trl.data.encoding import encode_prompt, ending_ids, plain_answer, same_tokens
 from instruct_trl.maths.masking import masked_whiten
 from instruct_trl.models.generation import RolloutGenerate, replaced_generate
-from instruct_trl.models.logprobs import completion_logps, keeps_logits, positions, takes_positions
+from instruct_trl.models.logprobs import completion_logps, forward_takes, positions
 from instruct_trl.models.reward import RewardScorer
 from instruct_trl.trainers.engines import is_sharding
 from instruct_trl.trainers.minibatches import ROW, Batch, compute_by_length, join_rows
@@ -129,11 +129,11 @@ def forward_logps(
     """log π (B, T) of one forward, and entropies (B, T) or None; by TRL's head, `fused`, if that one is compact."""
     input_ids, attention_mask = join_rows(rows)
     width = rows["completion_ids"].size(1)
-    if keeps_logits(trainer.model) and not fused_head_is_compact(trainer.accelerator.device):
+    if forward_takes(trainer.model, "logits_to_keep") and not fused_head_is_compact(trainer.accelerator.device):
         with trainer.accelerator.autocast():
             scored = rows["loss_mask"]
             return completion_logps(model, input_ids, attention_mask, width, trainer.temperature, entropy, scored)
-    if takes_positions(trainer.model):
+    if forward_takes(trainer.model, "position_ids"):
         model = partial(model, position_ids=positions(attention_mask))
     return fused(model, input_ids, attention_mask, width, compute_entropy=entropy)[:2]
 
