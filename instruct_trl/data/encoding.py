@@ -68,9 +68,19 @@ def prompt_key(prompt: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def prompt_keys(prompts: Iterable[Any]) -> list[str]:
-    """The names of several; equal prompts have equal names."""
-    return [prompt_key(prompt) for prompt in prompts]
+def prompt_keys(prompts: Iterable[Any], loosely: bool = False) -> list[str]:
+    """The names of several; equal prompts have equal names.
+
+    `loosely`: blanks around a prompt do not count, nor whether a lone message or its text is given.
+    """
+    return [prompt_key(_bare(prompt) if loosely else prompt) for prompt in prompts]
+
+
+def _bare(prompt: Any) -> Any:
+    prompt = _without_nulls(prompt)
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], Mapping):
+        prompt = prompt[0].get("content")
+    return prompt.strip() if isinstance(prompt, str) else prompt
 
 
 # -- messages as they were written -------------------------------------------------------------------------------------
@@ -102,9 +112,8 @@ def without_padding(dataset: Any) -> Any:
     # Rows of the format "custom" are made by the user's own function as they are read; a map would read through it.
     if features is None or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         return dataset
-    as_json = {
-        name: _with_json(features[name]) for name in (*_CHAT_COLUMNS, _KWARGS) if _has_struct(features.get(name))
-    }
+    made = {name: _as_json(features.get(name)) for name in _CHAT_COLUMNS}
+    as_json = {name: feature for name, feature in made.items() if feature is not None}
     if isinstance(features.get(_KWARGS), Json):
         as_json[_KWARGS] = Json()  # for the rows that have none: see `_drop_nulls`
     if not as_json:
@@ -120,11 +129,12 @@ def _drop_nulls(example: Mapping[str, Any], columns: list[str]) -> dict[str, Any
     return {**rows, _KWARGS: rows[_KWARGS] or {}} if _KWARGS in rows else rows
 
 
-def _has_struct(feature: Any) -> bool:
-    """Whether a column holds structs, and nothing in them that JSON cannot hold (an image, say)."""
+def _as_json(feature: Any) -> Any:
+    """A column's type with Json for its structs; None if it has none, or one that JSON cannot hold (an image, say)."""
     if isinstance(feature, List | LargeList):
-        return _has_struct(feature.feature)
-    return isinstance(feature, dict) and _is_plain(feature)
+        inner = _as_json(feature.feature)
+        return None if inner is None else type(feature)(inner)
+    return Json() if isinstance(feature, dict) and _is_plain(feature) else None
 
 
 def _is_plain(feature: Any) -> bool:
@@ -135,14 +145,10 @@ def _is_plain(feature: Any) -> bool:
     return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype.startswith(_JSON_TYPES))
 
 
-def _with_json(feature: Any) -> Any:
-    return type(feature)(_with_json(feature.feature)) if isinstance(feature, List | LargeList) else Json()
-
-
 def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for the chat template from a row's `tools` and `chat_template_kwargs`, as in TRL's RewardTrainer.
 
-    Nulls are Arrow's and go (`as_written`), except in tools that are a JSON string.
+    Nulls are Arrow's and go, except in tools that are a JSON string.
     """
     tools, kwargs = example.get("tools"), as_written(example.get(_KWARGS)) or {}
     try:
@@ -168,11 +174,7 @@ def plain_answer(completion: Text) -> str | None:
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
-    """Messages as the tokenizer's chat template writes them; `kwargs` go to `apply_chat_template`.
-
-    Raises:
-        TemplateRefusal: the tokenizer has no chat template, or its template refuses the messages.
-    """
+    """Messages as the tokenizer's chat template writes them, or a `TemplateRefusal` that says why it does not."""
     if not (kwargs.get("chat_template") or getattr(tokenizer, "chat_template", None)):
         raise TemplateRefusal(
             "these are messages, and the tokenizer has no chat template to render them with. Set "
@@ -189,11 +191,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], **kwargs: Any) ->
 
 
 def turn_end(tokenizer: Any, prompt: Sequence[dict[str, Any]], **kwargs: Any) -> str:
-    """The text that the chat template writes after an answer to `prompt`.
-
-    Raises:
-        ValueError: the template leaves the answer out.
-    """
+    """The text that the chat template writes after an answer to `prompt`."""
     text = render(tokenizer, _answered(prompt, _PROBE), **kwargs)
     if _PROBE not in text:
         raise ValueError(
@@ -286,11 +284,7 @@ def _encode_rendered(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: Text, **kwargs: Any) -> list[int]:
-    """Token ids of a prompt up to where the answer begins, as the policy reads it; `kwargs` go to the chat template.
-
-    Raises:
-        ValueError: the chat template refuses the prompt, or cannot leave open the assistant message that it ends in.
-    """
+    """Token ids of a prompt up to where the answer begins, as the policy reads it; `kwargs` go to the chat template."""
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt)
     return _encode_rendered(tokenizer, _opening(tokenizer, as_written(prompt), kwargs))
@@ -304,10 +298,6 @@ def tokenize_pair(
     Plain text ends in the EOS token, conversations in whatever the chat template puts there; a completion that was
     cut at a length limit (`truncated`) ends in its last own token. `kwargs` go to the chat template. Where the template
     would change the words of an answer, the row holds them as they are.
-
-    Raises:
-        ValueError: plain text and a tokenizer without EOS, text mixed with messages, or messages that the chat
-            template refuses.
     """
     check_same_kind(prompt, "the prompt", completion, "the completion")
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -323,6 +313,7 @@ def tokenize_pair(
         if truncated:
             text = text.removesuffix(turn_end(tokenizer, asked, **kwargs))
         return _encode_rendered(tokenizer, text)
+    # A template that rewrites the answer still says how a turn opens and ends; the answer goes between as it is.
     begun, end = _as_template_writes(tokenizer, asked, answer, kwargs) or (
         _opening(tokenizer, asked, kwargs) + answer,
         turn_end(tokenizer, asked, **kwargs),
@@ -341,16 +332,13 @@ def tokenize_drawn(
 ) -> list[int]:
     """Token ids of a prompt and of the answer that a policy drew to it, which are those that it drew.
 
-    A policy may spell a text by other tokens than the tokenizer would, and draw special ones.
-
     Args:
-        answer_ids: what was drawn, less the token that ended it.
+        answer_ids: those drawn, less the one that ended the answer.
         truncated: the answer was cut at a length limit, so nothing ends the row.
-        prompt_ids: what the policy read; encoded from `prompt` if None.
-        kwargs: for the chat template.
+        prompt_ids: those that the policy read; encoded from `prompt` if None.
     """
     start = encode_prompt(tokenizer, prompt, **kwargs) if prompt_ids is None else prompt_ids
-    row = [*start, *answer_ids]
+    row = [*start, *answer_ids]  # not by way of the text: a policy may spell it by other tokens than the tokenizer
     if truncated:
         return row
     if isinstance(prompt, str):
@@ -374,11 +362,7 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, multiple: int | N
 
 
 def require_eos(tokenizer: Any) -> int:
-    """The id of the EOS token.
-
-    Raises:
-        ValueError: the tokenizer has none, so that an answer could neither end nor be seen to be cut.
-    """
+    """The id of the EOS token; a ValueError where there is none."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "The tokenizer has no EOS token, so an answer could never end. Set `tokenizer.eos_token` to a token of "
@@ -394,11 +378,7 @@ def ending_ids(tokenizer: Any, model: Any = None) -> list[int]:
     which the chat template closes an assistant's turn. A chat model often ends its turn with another token than EOS.
 
     Args:
-        tokenizer: with an EOS token.
         model: a causal LM or a classifier, wrapped by PEFT or not; None leaves its configs out.
-
-    Raises:
-        ValueError: no EOS token.
     """
     ids: list[int | None] = [require_eos(tokenizer)]
     configs = [] if model is None else [getattr(model, "generation_config", None), model.config.get_text_config()]

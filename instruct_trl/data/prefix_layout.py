@@ -76,7 +76,7 @@ class PrefixLayout:
         owner: (N,) the prompt of each completion.
         prefix_lengths: (B,).
         prompts, completions: (B, P) and (N, C) rectangles for attention, the only place where padding comes in.
-        attention: the attention implementation of the model ("sdpa" or "eager"), which computes each rectangle.
+        attention: of the model, "sdpa" or "eager".
         layers: how many layers have attended by this layout.
     """
 

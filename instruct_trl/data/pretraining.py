@@ -140,7 +140,6 @@ class _Streamed:
             epoch += 1
 
     def take(self, start: int, count: int) -> list[list[int]]:
-        """The examples at `start`, ..., `start + count - 1` of the order."""
         if start < self._position:  # a stream cannot go back
             self._position, self._ahead = 0, self._read()
         skipped, self._position = start - self._position, start + count
@@ -190,11 +189,7 @@ def _tokenize(
 
 
 def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_dataset: Any, packing: bool) -> None:
-    """Refuse settings under which `fraction` could not be what is trained on.
-
-    Raises:
-        ValueError: fraction outside [0, 1), without data, with data but 0, with packing, or with streamed data.
-    """
+    """Refuse settings under which `fraction` could not be what is trained on."""
     if not 0 <= fraction < 1:
         raise ValueError(f"pretraining_fraction must be in [0, 1), got {fraction}; the paper's RL initialisation: 0.1.")
     if (fraction > 0) != (pretraining_dataset is not None):
@@ -216,11 +211,7 @@ def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_datas
 
 
 def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
-    """The rows as `input_ids` and `labels`, every token scored.
-
-    Raises:
-        ValueError: no rows; neither column; a text or a list of ids that is missing, or too short to hold a next token.
-    """
+    """The rows as `input_ids` and `labels`, every token scored."""
     column = _column_of(dataset)
     batch = {column: list(dataset[column])}
     rows = _tokenize(batch, list(range(len(dataset))), column, tokenizer, max_length=None)["input_ids"]
@@ -230,15 +221,8 @@ def tokenize_pretraining(dataset: Dataset, tokenizer: Any) -> Dataset:
 def mix_pretraining(demonstrations: Dataset, pretraining: Dataset, fraction: float, seed: int) -> Dataset:
     """Tokenised demonstrations and as many pretraining rows as make up `fraction` of the result, in random order.
 
-    Pretraining rows are drawn without repetition until all have been used, then again.
-
-    Args:
-        demonstrations, pretraining: with `input_ids` and `labels`.
-        fraction: of all rows, in (0, 1).
-        seed: of the choice and the order.
-
-    Raises:
-        ValueError: so few demonstrations that the fraction comes to no row at all.
+    Both have `input_ids` and `labels`. Pretraining rows are drawn without repetition until all have been used, then
+    again. A ValueError says if there are so few demonstrations that the fraction (in (0, 1)) comes to no row at all.
     """
     # M of the whole N + M: fraction = M / (N + M), solved for M.
     needed = round(fraction * len(demonstrations) / (1 - fraction))
@@ -253,7 +237,7 @@ def mix_pretraining(demonstrations: Dataset, pretraining: Dataset, fraction: flo
         order = list(range(len(pretraining)))
         rng.shuffle(order)
         picked += order[: needed - len(picked)]
-    columns = ["input_ids", "labels"]
+    columns = ["input_ids", "labels"]  # what else the rows hold is not trained on, and differs between the two
     demonstrations = demonstrations.select_columns(columns)
     drawn = pretraining.select(picked).select_columns(columns).cast(demonstrations.features)
     return concatenate_datasets([demonstrations, drawn]).shuffle(seed=seed)

@@ -66,12 +66,8 @@ def require_columns(dataset: Any, names: Sequence[str | tuple[str, ...]], where:
     """Refuse a dataset that lacks a column, and point at the one that was probably meant.
 
     Args:
-        dataset: a Dataset or IterableDataset.
         names: required columns; a tuple stands for alternatives, of which exactly one must be there.
-        where: how to call the dataset in the message, e.g. "the train dataset".
-
-    Raises:
-        ValueError: a column is missing, or two alternatives are both there.
+        where: the name of the dataset in the message, e.g. "the train dataset".
     """
     present = column_names(dataset)
     groups = [(name,) if isinstance(name, str) else name for name in names]
@@ -104,12 +100,9 @@ def _quoted(names: Sequence[str], joint: str = ", ") -> str:
 
 
 def check_rows(dataset: Any, check: Check, columns: Sequence[str] = ()) -> Any:
-    """Call `check` for all rows: at once, or as a stream flows.
+    """The dataset, with `check` called for all rows: at once, or while a stream is read.
 
     Of a Dataset `check` sees `columns` alone, if any are named: others may hold pictures, which take long to decode.
-
-    Returns:
-        The dataset; for an IterableDataset one that is checked while it is read.
     """
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_passes, with_indices=True, fn_kwargs={"check": check})
@@ -146,11 +139,7 @@ def check_text(value: Any, place: str, messages: bool = True) -> None:
 
     Numbers are refused as well: how one would be written out (7, 7.0, 007) only its user knows.
 
-    Args:
-        place: names dataset, column and row, and begins the error: "the train dataset: column 'text', row 3".
-
-    Raises:
-        ValueError: null, number, empty, blank, half a character, or a message without role or content.
+    `place` begins the error: "the train dataset: column 'text', row 3".
     """
     wanted = "text or a list of messages" if messages else "text"
     if value is None or (isinstance(value, str) and not value.strip()) or (messages and value == []):
@@ -212,11 +201,7 @@ def check_sft_dataset(dataset: Any, tokenizer: Any, chat_template: str | None, t
             `input_ids` comes back as it is.
         tokenizer, chat_template: render the messages of a stream; those of a Dataset: `refusals_named`.
         text_field: the column of plain text, as `SFTConfig.dataset_text_field` names it.
-        where: how to call the dataset in the message, e.g. "the train dataset".
-
-    Raises:
-        ValueError: none of the columns; a row with null, a number or nothing where text belongs, or of another kind
-            than the first row; says which.
+        where: the name of the dataset in an error, e.g. "the train dataset".
     """
     columns = column_names(dataset)
     if not columns or "input_ids" in columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
@@ -295,13 +280,10 @@ def _check_row(
 
 def _as_messages(value: Any) -> Any:
     """The value with `from` and `value` called `role` and `content`, as upstream calls them."""
+    if isinstance(value, list):
+        return [_as_messages(item) for item in value]
     names = {"from": "role", "value": "content"}
-    if not isinstance(value, list):
-        return value
-    return [
-        {names.get(key, key): entry for key, entry in item.items()} if isinstance(item, Mapping) else item
-        for item in value
-    ]
+    return {names.get(key, key): entry for key, entry in value.items()} if isinstance(value, Mapping) else value
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -313,10 +295,6 @@ def filter_prompts(dataset: Any, tokenizer: Any, max_prompt_length: int | None, 
     Columns with a name under which reward functions get something of the trainer's (`completions`, `truncated`, ...)
     are left out, and a line says so. A streamed dataset is checked and filtered as it flows, so its drops cannot be
     counted beforehand. Messages come back without the nulls that Arrow added.
-
-    Raises:
-        ValueError: no `prompt` column, a prompt that is empty or no text, one that the chat template refuses, text
-            among messages, or none short enough.
     """
     if isinstance(dataset, dict):
         return {k: filter_prompts(part, tokenizer, max_prompt_length, f"{name}[{k}]") for k, part in dataset.items()}

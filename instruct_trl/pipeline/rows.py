@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from instruct_trl.data.encoding import prompt_keys
 from instruct_trl.data.rows import check_pretraining_row, check_rows, require_columns
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.loading import held_out_split, load_split, load_splits, pick_split
@@ -175,24 +176,13 @@ def evaluate_held_out(args: Any, test: Any) -> None:
 
 
 def _rows_keys(rows: Any) -> list[str]:
-    """Each row's prompt as text to compare by: of `messages` all but the last, of `text` the whole; [] without one."""
+    """Each row's prompt by name: of `messages` all but the last, of `text` the whole; [] without one."""
     if "prompt" in rows.column_names:
-        return _keys(rows["prompt"])
+        return prompt_keys(rows["prompt"], loosely=True)
     if "messages" in rows.column_names:
-        return _keys(value[:-1] if isinstance(value, list) else value for value in rows["messages"])
-    return _keys(rows["text"]) if "text" in rows.column_names else []
-
-
-def _keys(prompts: Iterable[Any]) -> list[str]:
-    """Blanks around a prompt do not count, nor whether a lone message or its text is given."""
-    keys = []
-    for prompt in prompts:
-        if isinstance(prompt, list):  # Arrow adds nulls to messages
-            prompt = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in prompt]
-            if len(prompt) == 1 and isinstance(prompt[0], dict):
-                prompt = prompt[0].get("content")
-        keys.append(prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str))
-    return keys
+        asked = (value[:-1] if isinstance(value, list) else value for value in rows["messages"])
+        return prompt_keys(asked, loosely=True)
+    return prompt_keys(rows["text"], loosely=True) if "text" in rows.column_names else []
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
@@ -227,7 +217,7 @@ def trained_on(run: RunArguments, prompts: Sequence[Any], folders: Iterable[str 
     Returns:
         `rows`, so many `of` all prompts, and a sentence, `note`.
     """
-    keys = _keys(prompts)
+    keys = prompt_keys(prompts, loosely=True)
     stages = {(run.run / stage).resolve(): stage for stage in TRAINED}
     for folder in folders:
         if folder is not None:

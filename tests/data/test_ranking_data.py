@@ -152,11 +152,6 @@ def test_text_and_messages_do_not_mix(tokenizer):
         prepare(Dataset.from_list([row]), tokenizer)
 
 
-def test_all_rows_tied_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="none of its 2 prompts has an untied pair"):
-        prepare(Dataset.from_list([{**GOOD, "ranks": [1, 1, 1]}] * 2), tokenizer)
-
-
 def test_nothing_that_fits_is_refused(tokenizer):
     with pytest.raises(ValueError, match="none of its 2 prompts fits max_length=3"):
         prepare(rows(), tokenizer, max_length=3)
