@@ -22,10 +22,8 @@ EVALUATION_SETS = ("held_in", "held_out")
 def labeler_folds(labelers: Sequence[str], n_folds: int = 5, seed: int = 0) -> list[set[str]]:
     """Part the labelers into `n_folds` groups with about equal numbers of rows.
 
-    From the busiest labeler to the least busy, each joins the group that has the fewest rows so far.
-
     Args:
-        labelers: the dataset's `labeler` column, one name a row.
+        labelers: the dataset's `labeler` column, one name per row.
         seed: decides between labelers with equal numbers of rows.
 
     Raises:
@@ -42,11 +40,9 @@ def labeler_folds(labelers: Sequence[str], n_folds: int = 5, seed: int = 0) -> l
     names = sorted(rows)
     random.Random(seed).shuffle(names)
     folds: list[set[str]] = [set() for _ in range(n_folds)]
-    sizes = [0] * n_folds
+    # From the busiest labeler to the least busy, each joins the group that has the fewest rows so far.
     for name in sorted(names, key=lambda name: -rows[name]):
-        smallest = sizes.index(min(sizes))
-        folds[smallest].add(name)
-        sizes[smallest] += rows[name]
+        min(folds, key=lambda fold: sum(rows[other] for other in fold)).add(name)
     return folds
 
 
@@ -57,12 +53,10 @@ def cross_validate_labelers(
     seed: int = 0,
     held_in: float = 0.1,
 ) -> dict[str, Any]:
-    """Train once a fold without its labelers, then compare labelers seen in training with those held out.
+    """Train once per fold without its labelers, then compare labelers seen in training with those held out.
 
-    No prompt of an evaluation set is in the fold's training set, whoever labeled it: a part `held_in` of the training
-    labelers' prompts is held in for evaluation, and of the held-out labelers' rows those count whose prompt was not
-    trained on. The folds share training data, so the intervals are a little too narrow (Bengio and Grandvalet 2004);
-    the paper's errors are of this kind too.
+    The folds share training data, so the intervals are a little too narrow (Bengio and Grandvalet 2004); the paper's
+    errors are of this kind too.
 
     ```python
     def train_and_evaluate(train_dataset, evaluation_sets):
@@ -89,67 +83,53 @@ def cross_validate_labelers(
         of `Estimate`.
 
     Raises:
-        ValueError: no labeler column; what `labeler_folds` raises; `held_in` outside 0 to 1; a fold with an empty
+        ValueError: no labeler column; whatever `labeler_folds` raises; `held_in` outside 0 to 1; a fold with an empty
             set; records missing from the answer.
     """
-    _check(dataset, held_in)
-    labelers = list(dataset["labeler"])
-    prompts = _prompt_keys(dataset)
-    folds = []
-    for number, out in enumerate(labeler_folds(labelers, n_folds, seed), 1):
-        parts = _split(labelers, prompts, out, held_in, random.Random(f"{seed}/{number}"))
-        empty = [name for name in ("train", *EVALUATION_SETS) if not parts[name]]
-        if empty:
-            raise ValueError(
-                f"Fold {number} (without {', '.join(sorted(out))}) has no rows for {empty[0]!r}; use fewer folds, "
-                "another held_in, or more prompts."
-            )
-        folds.append({"held_out_labelers": sorted(out), **_run_fold(dataset, parts, train_and_evaluate)})
-    rates = {name: [fold[name]["mean"] for fold in folds] for name in EVALUATION_SETS}
-    rates["difference"] = [new - seen for seen, new in zip(rates["held_in"], rates["held_out"], strict=True)]
-    return {"folds": folds, **{name: asdict(mean_interval(values)) for name, values in rates.items()}}
-
-
-def _check(dataset: Any, held_in: float) -> None:
     if "labeler" not in dataset.column_names:
         raise ValueError(
             f"The dataset has no `labeler` column, only {', '.join(dataset.column_names)}; name who ranked each row."
         )
     if not 0 < held_in < 1:
         raise ValueError(f"held_in is {held_in}; it is the share of prompts kept from training, between 0 and 1.")
-
-
-def _run_fold(
-    dataset: Any, parts: dict[str, list[int]], train_and_evaluate: Callable[..., dict[str, Sequence[Record]]]
-) -> dict[str, Any]:
-    """Train and evaluate on one fold's rows; the accuracies and the numbers of rows."""
-    sets = {name: dataset.select(parts[name]) for name in EVALUATION_SETS}
-    records = train_and_evaluate(dataset.select(parts["train"]), sets)
-    missing = [name for name in EVALUATION_SETS if name not in records]
-    if missing:
-        raise ValueError(f"train_and_evaluate gave no records for {missing[0]!r}; return both sets' records by name.")
-    accuracies = {name: asdict(pair_accuracy(records[name])) for name in EVALUATION_SETS}
-    return {"n_train": len(parts["train"]), "n_overlap": len(parts["overlap"]), **accuracies}
-
-
-def _prompt_keys(dataset: Any) -> list[str]:
-    """The key of each row's prompt; without the column the row's number."""
-    if "prompt" not in dataset.column_names:
-        return [str(row) for row in range(len(dataset))]
-    return prompt_keys(dataset["prompt"])
+    labelers = list(dataset["labeler"])
+    own = [str(row) for row in range(len(dataset))]
+    prompts = prompt_keys(dataset["prompt"]) if "prompt" in dataset.column_names else own
+    folds = []
+    for number, out in enumerate(labeler_folds(labelers, n_folds, seed), 1):
+        parts = _split(labelers, prompts, out, held_in, random.Random(f"{seed}/{number}"))
+        if empty := [name for name in ("train", *EVALUATION_SETS) if not parts[name]]:
+            raise ValueError(
+                f"Fold {number} (without {', '.join(sorted(out))}) has no rows for {empty[0]!r}; use fewer folds, "
+                "another held_in, or more prompts."
+            )
+        sets = {name: dataset.select(parts[name]) for name in EVALUATION_SETS}
+        records = train_and_evaluate(dataset.select(parts["train"]), sets)
+        if missing := [name for name in EVALUATION_SETS if name not in records]:
+            raise ValueError(f"train_and_evaluate gave no records for {missing[0]!r}; return both sets' by name.")
+        fold: dict[str, Any] = {
+            "held_out_labelers": sorted(out),
+            "n_train": len(parts["train"]),
+            "n_overlap": len(parts["overlap"]),
+        }
+        folds.append(fold | {name: asdict(pair_accuracy(records[name])) for name in EVALUATION_SETS})
+    rates = {name: [fold[name]["mean"] for fold in folds] for name in EVALUATION_SETS}
+    rates["difference"] = [new - seen for seen, new in zip(rates["held_in"], rates["held_out"], strict=True)]
+    return {"folds": folds, **{name: asdict(mean_interval(values)) for name, values in rates.items()}}
 
 
 def _split(
     labelers: Sequence[str], prompts: Sequence[str], out: set[str], held_in: float, rng: random.Random
 ) -> dict[str, list[int]]:
-    """Row numbers of `train`, `held_in`, `held_out`, and `overlap`: held-out labelers on prompts trained on."""
+    """Row numbers of `train`, `held_in`, `held_out`, and `overlap`: held-out labelers on prompts trained on.
+
+    No prompt of an evaluation set is in the fold's training set, whoever labeled it.
+    """
     seen = sorted({prompt for prompt, name in zip(prompts, labelers, strict=True) if name not in out})
-    kept = set(rng.sample(seen, min(len(seen) - 1, max(1, round(held_in * len(seen)))))) if len(seen) > 1 else set()
-    trained = set(seen) - kept
+    kept = rng.sample(seen, min(len(seen) - 1, max(1, round(held_in * len(seen))))) if len(seen) > 1 else []
+    trained = set(seen) - set(kept)
     parts: dict[str, list[int]] = {"train": [], "held_in": [], "held_out": [], "overlap": []}
     for row, (prompt, name) in enumerate(zip(prompts, labelers, strict=True)):
-        if name in out:
-            parts["overlap" if prompt in trained else "held_out"].append(row)
-        else:
-            parts["train" if prompt in trained else "held_in"].append(row)
+        own, other = ("overlap", "held_out") if name in out else ("train", "held_in")
+        parts[own if prompt in trained else other].append(row)
     return parts

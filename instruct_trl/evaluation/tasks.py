@@ -1,7 +1,7 @@
 """Public NLP tasks before and after alignment, run by lm-eval: the paper's alignment tax (section 4.2, Table 14).
 
-lm-eval (the `eval` extra) brings prompts, metrics and the model's side; here are only its call, the intervals over
-items, and the change from one model to another on the same items.
+lm-eval (the `eval` extra) brings prompts, metrics and the model's side. Here are its call, the intervals over items,
+and the change from one model to another on the same items.
 
 Legend: D items of a task.
 """
@@ -39,7 +39,7 @@ class TaskScore(Estimate):
 
 
 def require_lm_eval() -> None:
-    """Fail early, before hours of training, when the tasks could not be run.
+    """Fail early, before hours of training, if the tasks could not be run.
 
     Raises:
         ImportError: lm-eval is missing; names the extra that brings it.
@@ -58,10 +58,9 @@ def check_hub_tasks(names: Sequence[str]) -> None:
     Raises:
         ValueError: names the task.
     """
-    with _quiet("lm_eval"):
+    with _quiet():
         known = _task_manager().all_tasks if names else []
-    unknown = [name for name in names if name not in known]
-    if unknown:
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
 
 
@@ -73,19 +72,16 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
-    max_length: int | None = None,
 ) -> dict[str, TaskScore]:
     """Scores of a causal LM on lm-eval tasks, by the task's name.
 
     Args:
-        model: a transformers causal LM, on its device, in eval mode.
-        tokenizer: its tokenizer.
+        model: on its device, in eval mode.
         tasks: names that lm-eval knows, or task configs as dicts: a dict whose `task` is a known name changes that
             task's config, such as where its data are.
         limit: the first so many items of each task; None takes all.
         num_fewshot: worked examples before each item; None takes the task's own number.
-        batch_size: rows a forward pass.
-        max_length: tokens of the context; None takes the model's.
+        batch_size: rows per forward pass.
 
     Raises:
         ImportError: lm-eval is missing.
@@ -96,19 +92,21 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     check_hub_tasks([task for task in tasks if isinstance(task, str)])
-    with _quiet("lm_eval"):
+    with _quiet():
         manager = _task_manager()
-        judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        output = simple_evaluate(
-            judged,
-            tasks=_specs(tasks, manager.all_tasks),
+        # lm-eval merges a dict with the known task of its name only inside a group.
+        changed = [task for task in tasks if isinstance(task, dict) and task["task"] in manager.all_tasks]
+        others = [task for task in tasks if not any(task is other for other in changed)]
+        samples = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=[*others, *([{"group": "changed_tasks", "task": changed}] if changed else [])],
             task_manager=manager,
             limit=limit,
             num_fewshot=num_fewshot,
             bootstrap_iters=0,
-        )
+        )["samples"]
     names = [task if isinstance(task, str) else task["task"] for task in tasks]
-    samples = output["samples"]  # a group's name gives its tasks'
+    # A group's name gives its tasks'.
     found = [name for name in names if name in samples] + [name for name in samples if name not in names]
     return {name: _score(name, samples[name]) for name in found}
 
@@ -121,21 +119,24 @@ def _task_manager() -> Any:
     return TaskManager()
 
 
-def _specs(tasks: Sequence[str | dict[str, Any]], known: Sequence[str]) -> list[str | dict[str, Any]]:
-    """As lm-eval takes them: it merges a dict with the known task of its name inside a group only."""
-    changed = [task for task in tasks if isinstance(task, dict) and task["task"] in known]
-    others = [task for task in tasks if not any(task is other for other in changed)]
-    return [*others, *([{"group": "changed_tasks", "task": changed}] if changed else [])]
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, lm-eval reports what goes wrong, and not its whole configuration."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _score(task: str, rows: Sequence[Mapping[str, Any]]) -> TaskScore:
-    """Collect one task's items; several filters give an item several rows, and the first is taken."""
-    items: dict[Any, Mapping[str, Any]] = {}
-    for row in rows:
-        items.setdefault(row["doc_id"], row)
-    first = next(iter(items.values()))
-    metric = next((name for name in METRICS if isinstance(first.get(name), (int, float))), None)
-    if metric is None:  # lm-eval's corpus metrics keep pairs of prediction and reference instead
+    # Several filters give an item several rows; the first is taken.
+    items = {row["doc_id"]: row for row in reversed(rows)}
+    # lm-eval's corpus metrics keep pairs of prediction and reference instead of a number.
+    metric = next((name for name in METRICS if isinstance(rows[0].get(name), (int, float))), None)
+    if metric is None:
         raise ValueError(f"The task {task!r} has none of {', '.join(METRICS)} for each item; choose another task.")
     values = [float(items[key][metric]) for key in sorted(items)]
     return TaskScore(**asdict(mean_interval(values)), task=task, metric=metric, values=values)
@@ -150,50 +151,34 @@ def task_table(scores: Mapping[str, Mapping[str, TaskScore]]) -> dict[str, dict[
         ValueError: a task whose items differ in number between models.
     """
     first = next(iter(scores.values()), {})
-    table: dict[str, dict[str, dict[str, Any]]] = {}
+    table: dict[str, dict[str, dict[str, Any]]] = {model: {} for model in scores}
     for model, tasks in scores.items():
-        table[model] = {}
         for name, score in tasks.items():
-            row = asdict(score)
-            del row["values"], row["task"]
+            row = {key: value for key, value in asdict(score).items() if key not in ("values", "task")}
             if tasks is not first and name in first:
                 row["change"] = asdict(mean_interval(paired_difference(score.values, first[name].values)))
             table[model][name] = row
     return table
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """lm-eval tells its whole configuration; only what goes wrong is to be seen."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def squad_f1(answer: str, references: Sequence[str]) -> tuple[float, float]:
     """(F1, exact match) of an answer against the best of its references (Rajpurkar et al. 2016), 0 to 1.
 
-    F1 is that of the bags of words, after lower-casing and dropping punctuation and the articles a, an, the. Against a
-    reference without words an answer scores 1 where it has none either.
+    F1 is that of the bags of words, after lower-casing and dropping punctuation and the articles a, an, the. If a
+    reference has no words, an answer scores 1 if it has none either.
     """
-    pairs = [(_words(answer), _words(reference)) for reference in references]
-    return max(_overlap(*pair) for pair in pairs), float(any(given == wanted for given, wanted in pairs))
 
+    def words(text: str) -> list[str]:
+        bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+        return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
-def _words(text: str) -> list[str]:
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def _overlap(given: list[str], wanted: list[str]) -> float:
-    if not given or not wanted:
-        return float(given == wanted)
-    shared = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * shared / (len(given) + len(wanted))
+    given = words(answer)
+    scores = []
+    for wanted in map(words, references):
+        shared = sum((Counter(given) & Counter(wanted)).values())
+        f1 = 2 * shared / (len(given) + len(wanted)) if given and wanted else float(given == wanted)
+        scores.append((f1, float(given == wanted)))
+    return max(f1 for f1, _ in scores), max(exact for _, exact in scores)
 
 
 def squad_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

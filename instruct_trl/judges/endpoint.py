@@ -1,7 +1,7 @@
 """A chat model behind an OpenAI-compatible server as a judge, on the web or on this machine.
 
 The `openai` client sends the requests: it waits, tries again and gives up. It also reads keys and headers from the
-environment, and would send them to whatever server it is given. `ChatEndpoint` lets through only what its caller names.
+environment, and would send them to whatever server it is given. `EndpointJudge` sends only what its caller names.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from tqdm.auto import tqdm
 
 from instruct_trl.judges import wording
 from instruct_trl.judges.base import Answer, Pair, Question, Reply, as_text, digest
-from instruct_trl.judges.wording import Messages
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 # What the client may send beside the body; the last two it reads itself. Everything else came from the environment.
@@ -95,20 +95,13 @@ class ReplyCache:
         self.path = None if path is None else Path(path)
         self.replies: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
-        self._mend = False
-        if self.path is not None and self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
-            self._mend = bool(text) and not text.endswith("\n")  # the last run was killed while it wrote
-            for line in text.split("\n"):  # splitlines would also cut at U+2028, which a reply may hold
-                self._read(line)
-
-    def _read(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-            if isinstance(entry["content"], str):
-                self.replies[entry["key"]] = entry
-        except (json.JSONDecodeError, KeyError, TypeError):
-            return  # half a line; the reply is asked for again
+        text = self.path.read_text(encoding="utf-8") if self.path and self.path.exists() else ""
+        self._mend = text != "" and not text.endswith("\n")  # the last run was killed while it wrote
+        for line in text.split("\n"):  # splitlines would also cut at U+2028, which a reply may hold
+            with suppress(json.JSONDecodeError, KeyError, TypeError):  # half a line; the reply is asked for again
+                entry = json.loads(line)
+                if isinstance(entry["content"], str):
+                    self.replies[entry["key"]] = entry
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
         """Keep a reply; it is on disk before this returns."""
@@ -137,29 +130,37 @@ def check_url(url: str) -> SplitResult:
     if "?" in url or "#" in url:
         shown = url.split("?")[0].split("#")[0]
         raise ValueError(f"The judge's URL {shown!r} is followed by a query (? or #). Give it up to /v1; {key}")
-    try:
+    with suppress(ValueError):  # a port that is no number, or half an IPv6 address
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, or half an IPv6 address
-        valid = False
-    if not valid:
-        raise ValueError(f"base_url is {url!r}; give a URL such as http://localhost:8000/v1.")
-    return parts
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    raise ValueError(f"base_url is {url!r}; give a URL such as http://localhost:8000/v1.")
 
 
-class ChatEndpoint:
-    """Sends chats to `base_url`/chat/completions.
+class EndpointJudge:
+    """Asks a chat model which answer is better, in both orders, since models favour a position.
+
+    A pair is won only if both orders name the same answer (Zheng et al. 2023, section 3.4). If they differ it is a
+    tie, and it is counted as `flipped` if they name opposite winners. A pair with an order that has no verdict is
+    invalid. Equal answers are a tie and are not asked about. All questions about an answer go in one request.
 
     Args:
-        base_url: up to and including /v1, such as http://localhost:8000/v1.
+        base_url: the server, up to and including /v1, such as http://localhost:8000/v1.
         model: the model's name on that server.
+        criterion: what makes an answer better, in a sentence or two.
+        both_orders: False asks once, and a hash of the pair decides which answer comes first. That halves the cost;
+            the preference for a position then averages out over many prompts instead of within each.
+        temperature, max_tokens: of the judge's replies.
+        options: more fields of the request (`seed`, ...).
         api_key: sent as a bearer token to this URL alone; None sends none.
-        cache: the file of the `ReplyCache`.
-        options: more fields of the request (`temperature`, `max_tokens`, `seed`, ...).
+        cache: a file for the replies: a broken run goes on from it, and a second run costs nothing.
         workers: requests at a time.
         attempts: how often a request is sent before the run gives up.
         timeout: seconds to wait for a reply.
         price_in, price_out: see `Usage`.
+
+    Attributes:
+        cut: replies that were cut at `max_tokens`, or inside a reasoning model's thoughts; each is invalid.
 
     Raises:
         ImportError: the `openai` package is missing.
@@ -171,9 +172,13 @@ class ChatEndpoint:
         base_url: str,
         model: str,
         *,
+        criterion: str = wording.CRITERION,
+        both_orders: bool = True,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        options: dict[str, Any] | None = None,
         api_key: str | None = None,
         cache: str | Path | None = None,
-        options: dict[str, Any] | None = None,
         workers: int = 4,
         attempts: int = 8,
         timeout: float = 120.0,
@@ -186,9 +191,10 @@ class ChatEndpoint:
         self._key = (api_key or "").strip()  # files and secrets end in a newline
         if not (self._key.isascii() and self._key.isprintable()):
             raise ValueError("The API key holds characters that no header can carry, such as a line break inside it.")
-        self.base_url, self.model, self.options, self.workers = base_url.rstrip("/"), model, options or {}, workers
-        self.usage, self.cache = Usage(price_in, price_out), ReplyCache(cache)
-        self._lock = threading.Lock()
+        self.name, self.base_url, self._url = model, base_url.rstrip("/"), f"{base_url.rstrip('/')}/chat/completions"
+        self.criterion, self.both_orders, self.workers, self.cut = criterion, both_orders, workers, 0
+        self.options = {"temperature": temperature, "max_tokens": max_tokens, **(options or {})}
+        self.usage, self.cache, self._lock = Usage(price_in, price_out), ReplyCache(cache), threading.Lock()
         try:
             import openai
         except ImportError as error:
@@ -207,7 +213,26 @@ class ChatEndpoint:
             http_client=http,
         )
 
-    def ask(self, chats: Sequence[Messages], desc: str = "judging") -> list[str]:
+    def compare(self, pairs: Sequence[Pair]) -> list[Reply]:
+        """Ask about each pair, in one order or both."""
+        asked = [(place, first) for place, pair in enumerate(pairs) for first in self._orders(pair)]
+        chats = []
+        for place, first in asked:
+            texts = [pairs[place].answer.text, pairs[place].baseline.text]
+            a, b = texts if first else reversed(texts)
+            chats.append(wording.comparison(as_text(pairs[place].answer.prompt), a, b, self.criterion))
+        verdicts: list[list[tuple[bool, str | None]]] = [[] for _ in pairs]
+        for (place, first), said in zip(asked, self._conclusions(chats, f"comparing by {self.name}"), strict=True):
+            verdicts[place].append((first, said))
+        return [_combine(orders) for orders in verdicts]
+
+    def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
+        """Ask about each answer, all questions at once."""
+        said = self._conclusions([wording.rating(answer, questions) for answer in answers], f"rating by {self.name}")
+        cut = {question.name: Reply(None, wording.CUT) for question in questions}
+        return [dict(cut) if text is None else wording.read_rating(text, questions) for text in said]
+
+    def ask(self, chats: Sequence[wording.Messages], desc: str = "judging") -> list[str]:
         """The text of the reply to each chat; "" without text. Equal chats are sent once.
 
         Raises:
@@ -215,9 +240,8 @@ class ChatEndpoint:
         """
         keys = [self._name(chat) for chat in chats]
         missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self.cache.replies}
-        for key in dict.fromkeys(keys):
-            if key not in missing:
-                self.usage.add(self.cache.replies[key], cached=True)
+        for key in set(keys) - set(missing):
+            self.usage.add(self.cache.replies[key], cached=True)
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._fetch, key, chat) for key, chat in missing.items()]
             try:
@@ -228,18 +252,45 @@ class ChatEndpoint:
                 raise
         return [self.cache.replies[key]["content"] for key in keys]
 
-    def was_cut(self, chat: Messages) -> bool:
-        """Whether the reply to this chat, asked before, was stopped at its longest length."""
-        return str(self.cache.replies.get(self._name(chat), {}).get("finish_reason")).casefold() in _CUT
+    def cut_line(self, cut: int) -> str:
+        """A line for a log or a report about this many cut replies."""
+        return (
+            f"{cut:,} replies were cut at max_tokens={self.options['max_tokens']} before they ended and count as "
+            "invalid. Give a judge that reasons more: --judge_max_tokens."
+        )
 
-    def _name(self, chat: Messages) -> str:
-        body = {"model": self.model, "messages": chat, **self.options}
-        return digest(self.base_url, json.dumps(body, sort_keys=True))
+    def _orders(self, pair: Pair) -> list[bool]:
+        """Whether the model's answer comes first, for each time that the pair is asked about."""
+        if pair.same:
+            return []
+        if self.both_orders:
+            return [True, False]
+        # A hash of both texts, whichever is the model's: swapped models get the same requests.
+        texts = [pair.answer.text, pair.baseline.text]
+        even = int(digest(as_text(pair.answer.prompt), *sorted(texts)), 16) % 2 == 0
+        return [(texts[0] < texts[1]) == even]
 
-    def _fetch(self, key: str, chat: Messages) -> None:
+    def _conclusions(self, chats: Sequence[wording.Messages], desc: str) -> list[str | None]:
+        """The conclusion of each reply. A reply that was cut is None: it has no verdict, whatever stands in it."""
+        said: list[str | None] = []
+        for chat, text in zip(chats, self.ask(chats, desc=desc), strict=True):
+            finish = self.cache.replies.get(self._name(chat), {}).get("finish_reason")
+            said.append(None if str(finish).casefold() in _CUT else wording.conclusion(text))
+        if cut := said.count(None):
+            self.cut += cut
+            print(f"== {self.name}: {self.cut_line(cut)}")
+        return said
+
+    # One request ------------------------------------------------------------------------------------------------------
+
+    def _name(self, chat: wording.Messages) -> str:
+        """The key of a chat in the cache: another server, model, wording or option asks anew."""
+        return digest(self.base_url, json.dumps({"model": self.name, "messages": chat, **self.options}, sort_keys=True))
+
+    def _fetch(self, key: str, chat: wording.Messages) -> None:
         # Half a surrogate pair, which a prompt may hold and UTF-8 has not, becomes "?".
-        messages: Any = [{role: text.encode("utf-8", "replace").decode() for role, text in m.items()} for m in chat]
-        entry = {"model": self.model, **self._read(self._post(messages))}
+        messages = [{role: text.encode("utf-8", "replace").decode() for role, text in m.items()} for m in chat]
+        entry = {"model": self.name, **self._read(self._post(messages))}
         self.cache.add(key, entry)
         with self._lock:
             self.usage.add(entry, cached=False)
@@ -250,27 +301,19 @@ class ChatEndpoint:
 
         create = self._client.chat.completions.with_raw_response.create
         try:
-            return create(model=self.model, messages=messages, extra_body=self.options).content
+            return create(model=self.name, messages=messages, extra_body=self.options).content
         except openai.APIStatusError as error:
             status, said = error.status_code, self._hidden(error.response.content or error.response.reason_phrase)
             remedy = _REMEDIES.get(status, "Check the URL: redirects are not followed." if status < 400 else "")
-            problem = f"HTTP {status}: {said[:500]}. {remedy}".strip()
+            problem, failed = f"HTTP {status}: {said[:500]}. {remedy}".strip(), error.request
             if status < 500 and status not in (408, 409, 429):
                 raise RuntimeError(f"{self._url} refused with {problem}") from None
-            raise RuntimeError(self._gave_up(error, problem)) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise RuntimeError(self._gave_up(error, f"{type(cause).__name__}: {cause}.")) from None
-
-    @property
-    def _url(self) -> str:
-        return f"{self.base_url}/chat/completions"
-
-    def _gave_up(self, error: Any, problem: str) -> str:
-        tries = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
-        return (
-            f"{self._url} gave no answer to {tries} requests. The last one ended with {problem} Earlier replies are "
-            "kept: start the server or wait, then run this again."
+            problem, failed = f"{type(cause).__name__}: {cause}.", error.request
+        raise RuntimeError(
+            f"{self._url} gave no answer to {1 + int(failed.headers.get('x-stainless-retry-count', 0))} requests. The "
+            f"last one ended with {problem} Earlier replies are kept: start the server or wait, then run this again."
         )
 
     def _send_only_ours(self, request: Any) -> None:
@@ -306,98 +349,15 @@ class ChatEndpoint:
             raise RuntimeError(f"{self._url} replied with a web page: {text[:200]!r}. {_EXPECTED}.")
         raw = json.loads(text)
         try:
-            choice = raw["choices"][0]
-            content, finish, counts = choice["message"].get("content"), choice.get("finish_reason"), raw.get("usage")
+            content, finish = raw["choices"][0]["message"].get("content"), raw["choices"][0].get("finish_reason")
+            counts = raw["usage"] if isinstance(raw.get("usage"), dict) else {}
         except (KeyError, IndexError, TypeError, AttributeError):
-            content, finish, counts = raw, None, None
+            content, finish, counts = False, None, {}
         if not isinstance(content, str | None):
             raise RuntimeError(f"{self._url} replied, but not as the chat API does: {text[:200]}. {_EXPECTED}.")
-        tokens = dict.fromkeys(("prompt_tokens", "completion_tokens"))
-        for name in tokens if isinstance(counts, dict) else ():
-            tokens[name] = counts.get(name) if isinstance(counts.get(name), int) else None
+        found = {name: counts.get(name) for name in ("prompt_tokens", "completion_tokens")}
+        tokens = {name: count if isinstance(count, int) else None for name, count in found.items()}
         return {"content": content or "", "finish_reason": finish, **tokens}
-
-
-class EndpointJudge:
-    """Asks a chat model which answer is better, in both orders, since models favour a position.
-
-    A pair is won only if both orders name the same answer (Zheng et al. 2023, section 3.4). If they differ it is a
-    tie, and it is counted as `flipped` if they name opposite winners. A pair with an order that has no verdict is
-    invalid. Equal answers are a tie and are not asked about. All questions about an answer go in one request.
-
-    Args:
-        base_url, model: the server (up to /v1) and the model's name there; see `ChatEndpoint`.
-        criterion: what makes an answer better, in a sentence or two.
-        both_orders: False asks once, and a hash of the pair decides which answer comes first. That halves the cost;
-            the preference for a position then averages out over many prompts instead of within each.
-        temperature, max_tokens: of the judge's replies.
-        cache: a file for the replies: a broken run goes on from it, and a second run costs nothing.
-        kwargs: `api_key`, `workers`, `attempts`, `timeout`, `price_in`, `price_out` and `options` of `ChatEndpoint`.
-
-    Attributes:
-        cut: replies that were cut at `max_tokens`, or inside a reasoning model's thoughts; each is invalid.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        criterion: str = wording.CRITERION,
-        both_orders: bool = True,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        cache: str | Path | None = None,
-        **kwargs: Any,
-    ):
-        options = {"temperature": temperature, "max_tokens": max_tokens, **(kwargs.pop("options", None) or {})}
-        self.endpoint = ChatEndpoint(base_url, model, cache=cache, options=options, **kwargs)
-        self.name, self.usage = model, self.endpoint.usage
-        self.criterion, self.both_orders = criterion, both_orders
-        self.cut = 0
-
-    def compare(self, pairs: Sequence[Pair]) -> list[Reply]:
-        """Ask about each pair, in one order or both."""
-        orders = [(pair, first) for pair in pairs for first in self._orders(pair)]
-        said = iter(self._ask([self._chat(pair, first) for pair, first in orders], f"comparing by {self.name}"))
-        return [_combine([(first, next(said)) for first in self._orders(pair)]) for pair in pairs]
-
-    def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
-        """Ask about each answer, all questions at once."""
-        said = self._ask([wording.rating(answer, questions) for answer in answers], f"rating by {self.name}")
-        cut = {question.name: Reply(None, wording.CUT) for question in questions}
-        return [dict(cut) if text is None else wording.read_rating(text, questions) for text in said]
-
-    def _ask(self, chats: Sequence[Messages], desc: str) -> list[str | None]:
-        """The conclusion of each reply. A reply that was cut is None: it has no verdict, whatever stands in it."""
-        texts = zip(chats, self.endpoint.ask(chats, desc=desc), strict=True)
-        said = [None if self.endpoint.was_cut(chat) else wording.conclusion(text) for chat, text in texts]
-        if cut := said.count(None):
-            self.cut += cut
-            print(f"== {self.name}: {self.cut_line(cut)}")
-        return said
-
-    def cut_line(self, cut: int) -> str:
-        """A line for a log or a report about this many cut replies."""
-        return (
-            f"{cut:,} replies were cut at max_tokens={self.endpoint.options['max_tokens']} before they ended and count "
-            "as invalid. Give a judge that reasons more: --judge_max_tokens."
-        )
-
-    def _orders(self, pair: Pair) -> list[bool]:
-        """Whether the model's answer comes first, for each time that the pair is asked about."""
-        if pair.same:
-            return []
-        if self.both_orders:
-            return [True, False]
-        texts = [pair.answer.text, pair.baseline.text]
-        even = int(digest(as_text(pair.answer.prompt), *sorted(texts)), 16) % 2 == 0
-        return [(texts[0] < texts[1]) == even]
-
-    def _chat(self, pair: Pair, first: bool) -> Messages:
-        texts = [pair.answer.text, pair.baseline.text]
-        a, b = texts if first else reversed(texts)
-        return wording.comparison(as_text(pair.answer.prompt), a, b, self.criterion)
 
 
 def _combine(orders: list[tuple[bool, str | None]]) -> Reply:

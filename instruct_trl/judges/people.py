@@ -27,10 +27,12 @@ from instruct_trl.judges.wording import CRITERION, read_choice
 Columns = Mapping[str, Sequence[str]]  # column to fill in → valid values
 Rows = Mapping[str, Mapping[str, str]]  # id → column to read → text
 Sheet = dict[str, dict[str, str]]  # id → column to fill in → value
+Lines = Iterator[tuple[int, dict[str, Any]]]  # row number as a spreadsheet shows it, column → cell
 
 LONGEST_CELL = 32_767  # characters, of Excel and LibreOffice
 _SHOWN = 10  # problems per error
 _BETTER = ("a", "b", "tie")
+_WORKBOOKS = (".xlsx", ".xls", ".ods")
 # Letters that hexadecimal has not: no number, no exponent, no date, no word that a spreadsheet knows.
 _LETTERS = "ghjkmnpqrstvwxyz"
 _TO_LETTERS = str.maketrans("0123456789abcdef", _LETTERS)
@@ -112,8 +114,7 @@ class PeopleJudge:
         same = [a == b for words in said.values() for a, b in combinations(filter(None, words), 2)]
         self.agreement = (fmean(same), len(same)) if same else None
         return [
-            Reply(0.5) if pair.same else _majority([_outcome(key, pair, word) for word in said[key]])
-            for key, pair in zip(keys, pairs, strict=True)
+            Reply(0.5) if pair.same else _majority(key, pair, said[key]) for key, pair in zip(keys, pairs, strict=True)
         ]
 
     def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
@@ -123,13 +124,11 @@ class PeopleJudge:
         lines = [f"- `{q.name}`: {q.text} Write {', '.join(q.choices)}." for q in questions]
         guide = _RATE.format(file=f"rate{self.suffix}", questions="\n".join(lines))
         filled = self._filled("rate", rows, {q.name: q.choices for q in questions}, guide)
-        return [
-            {
-                q.name: _mean([read_choice(sheet[key][q.name], q, "not filled in") for sheet in filled])
-                for q in questions
-            }
+        said = [
+            {q.name: [read_choice(sheet[key][q.name], q, "not filled in") for sheet in filled] for q in questions}
             for key in keys
         ]
+        return [{name: _mean(replies) for name, replies in row.items()} for row in said]
 
     def _key(self, *answers: Answer) -> str:
         """A row's id. It does not depend on which of two answers is the model's, so it gives nothing away."""
@@ -148,18 +147,17 @@ class PeopleJudge:
         if not blank.exists():
             write_sheet(blank, dict(sorted(rows.items())), fill)  # by hash: shuffled, the same way each time
             rules = _RULES.format(stem=kind, suffix=self.suffix)
-            (self.folder / f"{kind}.md").write_text(guide + rules, encoding="utf-8")
+            blank.with_suffix(".md").write_text(guide + rules, encoding="utf-8")
         copies = sorted(self.folder.glob(f"{kind}_*{self.suffix}"))
         first, *others = [read_sheet(path, rows, fill, self.allow_unfilled) for path in [blank, *copies]]
         # Somebody may fill in the blank, then copy it under a name of theirs.
         filled = [sheet for sheet in ([] if first in others else [first]) + others if sheet is not None]
         if not filled:
-            raise WaitingForPeople(self._waiting(kind, rows))
+            raise WaitingForPeople(self._waiting(blank, rows))
         self.name = "a person" if len(filled) == 1 else f"{len(filled)} people"
         return filled
 
-    def _waiting(self, kind: str, rows: Rows) -> str:
-        blank = self.folder / f"{kind}{self.suffix}"
+    def _waiting(self, blank: Path, rows: Rows) -> str:
         text = f"{len(rows)} rows wait to be filled in: {blank}. {blank.with_suffix('.md')} says how. Then run again."
         long = sum(_is_long(cell) for row in rows.values() for cell in row.values())
         if long and self.suffix == ".csv":
@@ -167,8 +165,9 @@ class PeopleJudge:
                 f" {long} texts have more than the {LONGEST_CELL:,} characters that a spreadsheet keeps of a cell: "
                 "have them judged from a jsonl file, --people_file_type jsonl."
             )
-        books = [path.name for path in sorted(self.folder.glob(f"{kind}*")) if path.suffix in (".xlsx", ".xls", ".ods")]
-        return text + (f" {books[0]!r} is not read: save it as a {self.suffix} file." if books else "")
+        books = (path.name for path in sorted(self.folder.glob(f"{blank.stem}*")) if path.suffix in _WORKBOOKS)
+        book = next(books, None)
+        return text + (f" {book!r} is not read: save it as a {self.suffix} file." if book else "")
 
 
 def _sides(key: str, pair: Pair) -> list[str]:
@@ -176,21 +175,15 @@ def _sides(key: str, pair: Pair) -> list[str]:
     return sorted([pair.answer.text, pair.baseline.text], reverse=_LETTERS.index(key[-1]) % 2 == 1)
 
 
-def _outcome(key: str, pair: Pair, word: str) -> Reply:
-    if word not in _BETTER:
+def _majority(key: str, pair: Pair, words: Sequence[str]) -> Reply:
+    """The verdict that most people gave; a tie if two are equally common."""
+    winners = {"tie": 0.5} | {
+        word: float(side == pair.answer.text) for word, side in zip(_BETTER, _sides(key, pair), strict=False)
+    }
+    (value, most), *others = Counter(winners[word] for word in words if word).most_common() or [(-1.0, 0)]
+    if not most:
         return Reply(None, "not filled in")
-    if word == "tie":
-        return Reply(0.5)
-    return Reply(float(_sides(key, pair)[_BETTER.index(word)] == pair.answer.text))
-
-
-def _majority(replies: Sequence[Reply]) -> Reply:
-    """The reply that most people gave; a tie if two are equally common."""
-    values = Counter(reply.value for reply in replies if reply.value is not None)
-    if not values:
-        return replies[0]
-    (first, most), *others = values.most_common()
-    return Reply(0.5 if others and others[0][1] == most else first)
+    return Reply(0.5 if others and others[0][1] == most else value)
 
 
 def _mean(replies: Sequence[Reply]) -> Reply:
@@ -234,35 +227,41 @@ def read_sheet(path: Path, rows: Rows, fill: Columns, allow_unfilled: bool = Fal
         ValueError: missing columns; rows that are missing, doubled or unknown; texts that the spreadsheet cut; empty
             cells; unknown values. It names the first ten with their row, column, value and remedy.
     """
-    text = _decode(path.read_bytes())
+    raw = path.read_bytes()
+    # Ids and values to read are ASCII in every encoding; "Unicode text" is UTF-16.
+    utf_16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = raw.decode("utf-16" if utf_16 else "utf-8-sig", errors="replace")
     lines = list(_read_csv(text) if path.suffix == ".csv" else _read_jsonl(path, text))
-    missing = [name for name in ("id", *fill) if lines and name not in lines[0][1]]
-    if missing:
+    if lines and (missing := [name for name in ("id", *fill) if name not in lines[0][1]]):
         raise ValueError(
             f"{path}: there is no column {missing[0]!r}, only {', '.join(lines[0][1])}. Restore its header, or fill in "
             "a fresh copy of the file."
         )
-    problems, found = _check_ids(lines, rows)
-    if not problems and not any(_value(line.get(name)) for _, line in lines for name in fill):
-        return None
-    for key, (number, line) in found.items():
-        problems += _check_texts(number, line, rows[key])
+    foreign: list[str] = []
+    problems: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
     for number, line in lines:
-        problems += _check_cells(number, line, fill, allow_unfilled)
-    if problems:
+        shown = str(line.get("id") or "").strip()
+        key = shown.lower() if shown.lower() in rows else shown.lower().translate(_TO_LETTERS)  # older sheets: digits
+        if key in rows and key not in found:
+            found[key] = line
+            problems += _cut_texts(number, line, rows[key])
+        else:
+            foreign.append(f"row {number}, column 'id': {shown!r} {_foreign(shown, key in found)}")
+        problems += _bad_cells(number, line, fill, allow_unfilled)
+    if lost := rows.keys() - found.keys():
+        text = f"{len(lost)} of {len(rows)} rows are missing, such as id {min(lost)!r}. Put them back from a fresh file"
+        foreign.insert(0, f"{text}, or evaluate the answers that this file was made for.")
+    if not foreign and not any(_value(line.get(name)) for line in found.values() for name in fill):
+        return None
+    if problems := foreign + problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise ValueError("\n  ".join([f"{path} cannot be read yet:", *problems[:_SHOWN], *more]))
-    return {key: {name: _value(line.get(name)) for name in fill} for key, (_, line) in found.items()}
+    return {key: {name: _value(line.get(name)) for name in fill} for key, line in found.items()}
 
 
-def _decode(raw: bytes) -> str:
-    """The text of a file that a spreadsheet saved. Ids and values to read are ASCII in every encoding."""
-    utf_16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # "Unicode text"
-    return raw.decode("utf-16" if utf_16 else "utf-8-sig", errors="replace")
-
-
-def _read_csv(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number as a spreadsheet shows it, column → cell) of every row that is not blank."""
+def _read_csv(text: str) -> Lines:
+    """Every row that is not blank."""
     separator = re.match(r"sep=(.)\s*?(\r\n|\r|\n)", text)  # a first line of Excel's own
     text = text[separator.end() :] if separator else text
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
@@ -278,7 +277,7 @@ def _read_csv(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, dict(zip(names, cells, strict=False))
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(path: Path, text: str) -> Lines:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -291,61 +290,42 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _check_ids(
-    lines: list[tuple[int, dict[str, Any]]], rows: Rows
-) -> tuple[list[str], dict[str, tuple[int, dict[str, Any]]]]:
-    """(problems, id → its row)."""
-    problems: list[str] = []
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
-    for number, line in lines:
-        shown = str(line.get("id") or "").strip()
-        key = shown.lower().translate({} if shown.lower() in rows else _TO_LETTERS)  # older sheets have digits
-        place = f"row {number}, column 'id': {shown!r}"
-        if key in found:
-            problems.append(f"{place} is there twice. Remove one of the two rows.")
-        elif key in rows:
-            found[key] = number, line
-        elif re.fullmatch(r"[\d.,]+(E[+-]?\d+)?", shown):
-            remedy = "A spreadsheet made a number of the id: copy the ids from a fresh file, importing them as text."
-            problems.append(f"{place} is none of this evaluation's. {remedy}")
-        else:
-            remedy = "The file belongs to other answers, or the cell was changed: restore it, or remove the row."
-            problems.append(f"{place} is none of this evaluation's. {remedy}")
-    if lost := rows.keys() - found.keys():
-        problems.insert(
-            0,
-            f"{len(lost)} of {len(rows)} rows are missing, such as id {min(lost)!r}. Put them back from a fresh file, "
-            "or evaluate the answers that this file was made for.",
-        )
-    return problems, found
+def _foreign(shown: str, twice: bool) -> str:
+    if twice:
+        return "is there twice. Remove one of the two rows."
+    if re.fullmatch(r"[\d.,]+(E[+-]?\d+)?", shown):
+        remedy = "A spreadsheet made a number of the id: copy the ids from a fresh file, importing them as text."
+    else:
+        remedy = "The file belongs to other answers, or the cell was changed: restore it, or remove the row."
+    return f"is none of this evaluation's. {remedy}"
 
 
-def _check_texts(number: int, line: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
-    """Find texts that came back cut: whoever filled in the row judged the beginning alone."""
-    return [
-        f"row {number}, column {name!r}: a spreadsheet cut the text, {len(text):,} characters long, at "
-        f"{len(str(line[name])):,}, so that whoever filled in the row read no more. Judge it from a jsonl file "
-        "(--people_file_type jsonl), then put the whole text back from a fresh file."
-        for name, text in written.items()
-        if name in line and _was_cut(str(line[name]), _inert(text))
-    ]
+def _cut_texts(number: int, line: Mapping[str, Any], written: Mapping[str, str]) -> Iterator[str]:
+    """Texts that came back cut: whoever filled in the row judged the beginning alone."""
+    for name, text in written.items():
+        cell = _inert(text)
+        # Line ends, blanks and the encoding may differ.
+        came, whole = " ".join(str(line.get(name, cell)).split()), " ".join(cell.split())
+        if _is_long(cell) and len(came) < len(whole) and (not _is_long(came) or whole.startswith(came)):
+            yield (
+                f"row {number}, column {name!r}: a spreadsheet cut the text, {len(text):,} characters long, at "
+                f"{len(str(line[name])):,}, so that whoever filled in the row read no more. Judge it from a jsonl file "
+                "(--people_file_type jsonl), then put the whole text back from a fresh file."
+            )
 
 
-def _check_cells(number: int, line: Mapping[str, Any], fill: Columns, allow_unfilled: bool) -> list[str]:
-    problems = []
+def _bad_cells(number: int, line: Mapping[str, Any], fill: Columns, allow_unfilled: bool) -> Iterator[str]:
     for name, choices in fill.items():
         value = _value(line.get(name))
-        problem = f"{line.get(name)!r} is unknown" if value else "not filled in"
         if value not in choices and (value or not allow_unfilled):
+            problem = f"{line.get(name)!r} is unknown" if value else "not filled in"
             either = f"{', '.join(choices[:-1])} or {choices[-1]}"
-            problems.append(f"row {number}, column {name!r}: {problem}. Write {either}.")
-    return problems
+            yield f"row {number}, column {name!r}: {problem}. Write {either}."
 
 
 def _value(cell: Any) -> str:
     """A cell as it is compared: trimmed, in lower case, a spreadsheet's 5.0 or 5,0 as 5."""
-    text = "" if cell is None else str(cell).strip().lower()
-    return re.sub(r"(?<=\d)[.,]0+$", "", text)
+    return re.sub(r"(?<=\d)[.,]0+$", "", "" if cell is None else str(cell).strip().lower())
 
 
 def _inert(cell: str) -> str:
@@ -356,9 +336,3 @@ def _inert(cell: str) -> str:
 def _is_long(text: str) -> bool:
     """Whether a spreadsheet would keep only the beginning of `text`; it counts in units of UTF-16."""
     return len(text.encode("utf-16-le", "surrogatepass")) // 2 > LONGEST_CELL
-
-
-def _was_cut(cell: str, written: str) -> bool:
-    """Whether only the beginning of `written` came back; line ends, blanks and the encoding may differ."""
-    came, whole = " ".join(cell.split()), " ".join(written.split())
-    return _is_long(written) and len(came) < len(whole) and (not _is_long(came) or whole.startswith(came))

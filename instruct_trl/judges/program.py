@@ -45,14 +45,15 @@ class ScoreJudge:
         """Score each answer once, however many pairs it is in."""
         sides = {repr(side): side for pair in pairs for side in (pair.answer, pair.baseline)}
         scores = dict(zip(sides, _call(self.score, list(sides.values()), self.name), strict=True))
-        return [self._reply(scores[repr(pair.answer)], scores[repr(pair.baseline)]) for pair in pairs]
-
-    def _reply(self, answer: float | None, baseline: float | None) -> Reply:
-        if answer is None or baseline is None:
-            return Reply(None, "no score")
-        if abs(answer - baseline) <= self.tie_margin:
-            return Reply(0.5)
-        return Reply(float(answer > baseline))
+        replies = []
+        for pair in pairs:
+            answer, baseline = scores[repr(pair.answer)], scores[repr(pair.baseline)]
+            if answer is None or baseline is None:
+                replies.append(Reply(None, "no score"))
+            else:
+                tie = abs(answer - baseline) <= self.tie_margin
+                replies.append(Reply(0.5 if tie else float(answer > baseline)))
+        return replies
 
     def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
         """The replies of the functions in `answers_to`."""
@@ -63,9 +64,14 @@ class ScoreJudge:
             )
         replies: list[dict[str, Reply]] = [{} for _ in answers]
         for question in questions:
+            low, high = (1, 7) if question.kind == "likert" else (0, 1)
             values = _call(self.answers_to[question.name], answers, f"{self.name}: {question.name}")
             for reply, value in zip(replies, values, strict=True):
-                reply[question.name] = _rating(question, value)
+                if value is None:
+                    reply[question.name] = Reply(None, NOT_APPLICABLE)
+                else:
+                    fits = low <= value <= high
+                    reply[question.name] = Reply(value) if fits else Reply(None, f"{value} is not {low} to {high}")
         return replies
 
 
@@ -77,10 +83,3 @@ def _call(function: ScoreFunction, answers: Sequence[Answer], name: str) -> list
     )
     values = one_number_each(scores, len(answers), f"The judge {name!r}")
     return [value if value is not None and math.isfinite(value) else None for value in values]
-
-
-def _rating(question: Question, value: float | None) -> Reply:
-    low, high = (1, 7) if question.kind == "likert" else (0, 1)
-    if value is None:
-        return Reply(None, NOT_APPLICABLE)
-    return Reply(value) if low <= value <= high else Reply(None, f"{value} is not between {low} and {high}")

@@ -14,8 +14,6 @@ from instruct_trl.evaluation.estimates import Estimate, Prompts, mean_interval, 
 from instruct_trl.evaluation.win_rate import WinRate, win_rate
 from instruct_trl.judges.base import NOT_APPLICABLE, Answer, Judge, Pair, Prompt, Question, Reply
 
-LIKERT = (1.0, 7.0)
-
 Truncated = Mapping[str, Sequence[bool]] | None
 
 
@@ -50,7 +48,6 @@ class Rating:
             valid reply.
         n: the number of answers with a valid reply.
         not_applicable, invalid: the numbers of answers left out.
-        values: (N,) each answer's value, None if it was left out.
     """
 
     judge: str
@@ -62,7 +59,6 @@ class Rating:
     n: int
     not_applicable: int = 0
     invalid: int = 0
-    values: list[float | None] = field(default_factory=list)
 
 
 def compare_models(
@@ -138,32 +134,24 @@ def tally_pairs(
     values = [reply.value for reply in replies]
     outcomes = [None if value is None else (1 + (value > 0.5) - (value < 0.5)) / 2 for value in values]
     valid, keys = _valid(outcomes, prompts)
-    return JudgedWinRate(
-        judge,
-        model,
-        baseline,
-        win_rate(valid, [0.5] * len(valid), prompts=keys) if valid else None,
-        invalid=len(outcomes) - len(valid),
-        flipped=sum(reply.flipped for reply in replies),
-        outcomes=outcomes,
-        prompts=list(prompts),
-    )
+    win = win_rate(valid, [0.5] * len(valid), prompts=keys) if valid else None
+    flipped = sum(reply.flipped for reply in replies)
+    return JudgedWinRate(judge, model, baseline, win, len(outcomes) - len(valid), flipped, outcomes, list(prompts))
 
 
 def tally_question(
     replies: Sequence[Reply], judge: str, model: str, question: Question, prompts: Sequence[str] = ()
 ) -> Rating:
     """Mean and interval of (N,) replies to one question; `prompts` (N,) are the keys of the prompts."""
-    values = [reply.value for reply in replies]
-    valid, keys = _valid(values, prompts)
+    valid, keys = _valid([reply.value for reply in replies], prompts)
     unasked = sum(reply.value is None and reply.said == NOT_APPLICABLE for reply in replies)
     mean, low, high = None, None, None
     if valid:
         flag = question.kind == "flag"
-        found = rate_interval(valid, keys) if flag else mean_interval(valid, keys, scale=LIKERT)
+        found = rate_interval(valid, keys) if flag else mean_interval(valid, keys, scale=(1.0, 7.0))
         mean, low, high = found.mean, found.low, found.high
-    invalid = len(values) - len(valid) - unasked
-    return Rating(judge, model, question.name, mean, low, high, len(valid), unasked, invalid, values)
+    invalid = len(replies) - len(valid) - unasked
+    return Rating(judge, model, question.name, mean, low, high, len(valid), unasked, invalid)
 
 
 def _valid(values: Sequence[float | None], prompts: Sequence[str]) -> tuple[list[float], Prompts]:
@@ -201,8 +189,3 @@ def judged_row(result: JudgedWinRate) -> dict[str, Any]:
     for name in ("mean", "low", "high", "wins", "ties", "losses", "n"):
         row[name] = getattr(result.win, name, None)
     return row | {"invalid": result.invalid, "flipped": result.flipped}
-
-
-def rating_row(rating: Rating) -> dict[str, Any]:
-    """A rating as a row of the report, without the single values."""
-    return {name: value for name, value in vars(rating).items() if name != "values"}

@@ -58,14 +58,16 @@ _OPEN_THOUGHT = re.compile(rf"^\s*[<\[◁]{_TAG}[>\]▷]", re.MULTILINE | re.IGN
 
 def comparison(prompt: str, a: str, b: str, criterion: str = CRITERION) -> Messages:
     """The chat that asks which of two answers is better."""
-    text = _COMPARE.format(criterion=criterion, prompt=prompt, a=a, b=b)
-    return [{"role": "system", "content": _JUDGE}, {"role": "user", "content": text}]
+    return _chat(_COMPARE.format(criterion=criterion, prompt=prompt, a=a, b=b))
 
 
 def rating(answer: Answer, questions: Sequence[Question]) -> Messages:
     """The chat that asks all questions about one answer."""
     lines = "\n".join(f"{q.name}: {q.text} Reply {_CHOICES[q.kind]}." for q in questions)
-    text = _RATE.format(prompt=as_text(answer.prompt), answer=answer.text, questions=lines)
+    return _chat(_RATE.format(prompt=as_text(answer.prompt), answer=answer.text, questions=lines))
+
+
+def _chat(text: str) -> Messages:
     return [{"role": "system", "content": _JUDGE}, {"role": "user", "content": text}]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ from instruct_trl.judges import (
     rate_models,
 )
 from instruct_trl.judges.endpoint import check_url
-from instruct_trl.judges.tally import judged_row, rating_row
+from instruct_trl.judges.tally import judged_row
 from instruct_trl.judges.wording import CRITERION
 from instruct_trl.pipeline.arguments import require_at_least
 from instruct_trl.pipeline.functions import load_function, names_a_function
@@ -150,7 +150,7 @@ def _ask(judge: Judge, count: int | None, folder: Path, baseline: str, questions
         result["judged"] = [judged_row(win) for win in wins.values()]
 
     def rate() -> None:
-        result["ratings"] = [rating_row(row) for row in rate_models(judge, prompts, answers, questions, cut)]
+        result["ratings"] = [asdict(row) for row in rate_models(judge, prompts, answers, questions, cut)]
 
     for ask in [compare] + [rate] * (bool(questions) and not isinstance(judge, ScoreJudge)):
         try:

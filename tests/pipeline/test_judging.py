@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from instruct_trl.evaluation import tasks as benchmarks
-from instruct_trl.judges.endpoint import ChatEndpoint
+from instruct_trl.judges import EndpointJudge
 from instruct_trl.pipeline import sampling
 from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
 from instruct_trl.pipeline.functions import try_judges
@@ -137,7 +137,7 @@ def test_every_judge_is_looked_at_before_one_is_asked(run, tmp_path, monkeypatch
 
 
 def test_two_servers_with_one_models_name_stay_apart(run, monkeypatch):
-    monkeypatch.setattr(ChatEndpoint, "ask", lambda self, chats, desc: ["Verdict: A"] * len(chats))
+    monkeypatch.setattr(EndpointJudge, "ask", lambda self, chats, desc: ["Verdict: A"] * len(chats))
     urls = ["http://localhost:1/v1", "http://localhost:2/v1"]
     result = judge_answers(run, JudgeArguments(judges=urls, judge_model="m"), run.run)
     assert {row["judge"] for row in result["judged"]} == {"m at localhost:1", "m at localhost:2"}
@@ -146,7 +146,7 @@ def test_two_servers_with_one_models_name_stay_apart(run, monkeypatch):
 def test_two_models_of_one_server_stay_apart_and_ratings_are_kept_where_no_question_is_put(run, monkeypatch):
     replies = {"quality": "quality: 6", "Verdict": "Verdict: A"}
     answer = lambda chat: next(text for word, text in replies.items() if word in chat[-1]["content"])  # noqa: E731
-    monkeypatch.setattr(ChatEndpoint, "ask", lambda self, chats, desc: [answer(chat) for chat in chats])
+    monkeypatch.setattr(EndpointJudge, "ask", lambda self, chats, desc: [answer(chat) for chat in chats])
     url = "http://localhost:1/v1"
     judge_answers(run, JudgeArguments(judges=[url], judge_model="m", questions=["likert"]), run.run)
     judge_answers(run, JudgeArguments(judges=[url], judge_model="n"), run.run)
