@@ -62,11 +62,8 @@ def cross_validate_labelers(
     def train_and_evaluate(train_dataset, evaluation_sets):
         trainer = RankingRewardTrainer("my/model", config, train_dataset=train_dataset)
         trainer.train()
-        records = {}
-        for name, rows in evaluation_sets.items():
-            trainer.evaluate(...)  # of `rows`
-            records[name] = trainer.evaluation_records
-        return records
+        ...  # trainer.evaluate() on the rows of each set
+        return {"held_in": records, "held_out": records}  # trainer.evaluation_records of each
     ```
 
     Args:
@@ -78,23 +75,16 @@ def cross_validate_labelers(
 
     Returns:
         `folds`, a list with `held_out_labelers`, `n_train`, `n_overlap` (rows of held-out labelers left out since
-        their prompt was trained on), `held_in` and `held_out` (as `pair_accuracy`); `held_in`, `held_out` and
-        `difference` (held out minus held in, of the same fold), each an estimate over folds. All in the JSON shape
-        of `Estimate`.
+        their prompt was trained on), `held_in` and `held_out` (pair accuracies as dicts); `held_in`, `held_out` and
+        `difference` (held out minus held in, of the same fold), each an estimate over folds as a dict.
 
     Raises:
         ValueError: no labeler column; whatever `labeler_folds` raises; `held_in` outside 0 to 1; a fold with an empty
             set; records missing from the answer.
     """
-    if "labeler" not in dataset.column_names:
-        raise ValueError(
-            f"The dataset has no `labeler` column, only {', '.join(dataset.column_names)}; name who ranked each row."
-        )
     if not 0 < held_in < 1:
         raise ValueError(f"held_in is {held_in}; it is the share of prompts kept from training, between 0 and 1.")
-    labelers = list(dataset["labeler"])
-    own = [str(row) for row in range(len(dataset))]
-    prompts = prompt_keys(dataset["prompt"]) if "prompt" in dataset.column_names else own
+    labelers, prompts = _labelers_and_prompts(dataset)
     folds = []
     for number, out in enumerate(labeler_folds(labelers, n_folds, seed), 1):
         parts = _split(labelers, prompts, out, held_in, random.Random(f"{seed}/{number}"))
@@ -116,6 +106,15 @@ def cross_validate_labelers(
     rates = {name: [fold[name]["mean"] for fold in folds] for name in EVALUATION_SETS}
     rates["difference"] = [new - seen for seen, new in zip(rates["held_in"], rates["held_out"], strict=True)]
     return {"folds": folds, **{name: asdict(mean_interval(values)) for name, values in rates.items()}}
+
+
+def _labelers_and_prompts(dataset: Any) -> tuple[list[str], list[str]]:
+    if "labeler" not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no `labeler` column, only {', '.join(dataset.column_names)}; name who ranked each row."
+        )
+    own = [str(row) for row in range(len(dataset))]
+    return list(dataset["labeler"]), prompt_keys(dataset["prompt"]) if "prompt" in dataset.column_names else own
 
 
 def _split(

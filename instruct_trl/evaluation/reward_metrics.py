@@ -235,26 +235,29 @@ def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOO
     """
     longer, shorter = table.extra_length > 0, table.extra_length < 0
     everything, unequal = np.ones_like(longer), longer | shorter
-
-    def rate(values: np.ndarray, rows: np.ndarray) -> PairAccuracy | None:
-        return pair_rate(values[rows], table.prompt[rows], n_boot) if rows.any() else None
-
+    rates = {  # name → (what is counted, among which pairs)
+        "longer_is_better": (longer, everything),
+        "shorter_is_better": (shorter, everything),
+        "model_picks_longer": (table.difference * table.extra_length > 0, unequal),
+        "labeler_picks_longer": (longer, unequal),
+        "if_longer_wins": (table.correct, longer),
+        "if_shorter_wins": (table.correct, shorter),
+    }
     rule = longer if longer.sum() >= shorter.sum() else shorter
     top, bottom = sums_by_prompt(table.correct.astype(float) - rule, table.prompt)
     gain = Estimate(float(top.sum() / bottom.sum()), None, None, len(top))
     if len(top) >= MIN_PROMPTS:
         gain = bootstrap_interval(top, bottom, n_boot=n_boot, confidence=widened(len(top)))
+    pooled = [
+        np.concatenate([np.asarray(record[name], float) for record in records]) for name in ("rewards", "lengths")
+    ]
     return {
-        **correlations(
-            *(np.concatenate([np.asarray(r[name], float) for r in records]) for name in ("rewards", "lengths"))
-        ),
+        **correlations(*pooled),
         "within_prompt": _within_prompt(records, n_boot),
-        "longer_is_better": rate(longer, everything),
-        "shorter_is_better": rate(shorter, everything),
-        "model_picks_longer": rate(table.difference * table.extra_length > 0, unequal),
-        "labeler_picks_longer": rate(longer, unequal),
-        "if_longer_wins": rate(table.correct, longer),
-        "if_shorter_wins": rate(table.correct, shorter),
+        **{
+            name: pair_rate(values[rows], table.prompt[rows], n_boot) if rows.any() else None
+            for name, (values, rows) in rates.items()
+        },
         "gain_over_rule": gain,
     }
 

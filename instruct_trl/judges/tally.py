@@ -160,7 +160,7 @@ def _valid(values: Sequence[float | None], prompts: Sequence[str]) -> tuple[list
     return [value for value, _ in kept], [prompts[row] for _, row in kept] if prompts else None
 
 
-def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int = 0) -> Estimate:
+def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate) -> Estimate:
     """One model's win rate minus another's, against the same baseline, paired over prompts (`mean_interval`).
 
     Both models met the same answers of the baseline, so comparing their separate intervals overstates the doubt: read
@@ -180,7 +180,7 @@ def win_rate_difference(first: JudgedWinRate, second: JudgedWinRate, seed: int =
     gaps, keys = _valid([None if a is None or b is None else a - b for a, b in pairs], first.prompts)
     if len(gaps) < 2:
         raise ValueError(f"A difference needs at least 2 values, got {len(gaps)}; evaluate on more prompts.")
-    return mean_interval(gaps, keys, scale=(-1.0, 1.0), seed=seed)
+    return mean_interval(gaps, keys, scale=(-1.0, 1.0))
 
 
 def judged_row(result: JudgedWinRate) -> dict[str, Any]:
