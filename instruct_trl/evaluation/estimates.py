@@ -104,7 +104,7 @@ def _ratio_error(top: np.ndarray, bottom: np.ndarray) -> float | None:
 
 
 def mean_interval(
-    values: Numbers, prompts: Prompts = None, scale: tuple[float, float] = (-math.inf, math.inf), seed: int = 0
+    values: Numbers, prompts: Prompts = None, scale: tuple[float, float] = (-math.inf, math.inf)
 ) -> Estimate:
     """Mean of `values` (P,) over all rows with its 95 % interval over prompts: the one to report.
 
@@ -117,7 +117,7 @@ def mean_interval(
     top, bottom = sums_by_prompt(values, prompts)
     n, mean = len(top), float(top.sum() / bottom.sum())
     if n >= MIN_PROMPTS:
-        return bootstrap_interval(top, bottom, seed=seed, confidence=widened(n))
+        return bootstrap_interval(top, bottom, confidence=widened(n))
     error = _ratio_error(top, bottom)
     if n < MIN_PROMPTS_OF_T or not error or error < 1e-12 * abs(mean):
         return Estimate(mean, None, None, n)
@@ -125,9 +125,7 @@ def mean_interval(
     return Estimate(mean, max(scale[0], mean - half), min(scale[1], mean + half), n)
 
 
-def rate_interval(
-    values: Numbers, prompts: Prompts = None, confidence: float = 0.95, seed: int = 0, n_boot: int = 10_000
-) -> Estimate:
+def rate_interval(values: Numbers, prompts: Prompts = None, n_boot: int = 10_000) -> Estimate:
     """Mean of `values` (P,), each from 0 to 1, with its interval over prompts; there is one for any number of them.
 
     It is Wilson's if each row has its own prompt. If prompts repeat, it is the bootstrap; with fewer than
@@ -136,37 +134,31 @@ def rate_interval(
     top, bottom = sums_by_prompt(values, prompts)
     n = len(top)
     if n >= MIN_PROMPTS and n < len(values):
-        return resampled_rate(top, bottom, seed, n_boot, confidence)
+        return resampled_rate(top, bottom, n_boot)
     rate = float(top.sum() / bottom.sum())
-    return Estimate(rate, *wilson_interval(rate * n, n, confidence), n)
+    return Estimate(rate, *wilson_interval(rate * n, n), n)
 
 
-def resampled_rate(
-    top: np.ndarray, bottom: np.ndarray, seed: int = 0, n_boot: int = 10_000, confidence: float = 0.95
-) -> Estimate:
+def resampled_rate(top: np.ndarray, bottom: np.ndarray, n_boot: int) -> Estimate:
     """The bootstrap over prompts of a rate, Σ top / Σ bottom, both (G,)."""
     n, rate = len(top), min(1.0, float(top.sum() / bottom.sum()))
     if (_ratio_error(top, bottom) or 0.0) < 1e-12:
         # Resampling prompts that all say the same shows no spread, which is no proof that there is none.
-        return Estimate(rate, *wilson_interval(rate * n, n, confidence), n)
-    return bootstrap_interval(top, bottom, seed=seed, n_boot=n_boot, confidence=widened(n, confidence))
+        return Estimate(rate, *wilson_interval(rate * n, n), n)
+    return bootstrap_interval(top, bottom, n_boot=n_boot, confidence=widened(n))
 
 
-def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson 1927); stays inside 0 to 1 and works at 0 and at n successes.
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for a proportion (Wilson 1927); stays inside 0 to 1 and works at 0 and at n successes.
 
-    Args:
-        successes: of n independent trials; may be fractional if ties count half, which SciPy's `binomtest` refuses.
-        confidence: probability that the interval covers the true proportion.
+    `successes` of n independent trials may be fractional, as ties count half; SciPy's `binomtest` refuses that.
 
     Raises:
-        ValueError: n < 1, successes outside 0 to n, confidence outside 0 to 1.
+        ValueError: n < 1, successes outside 0 to n.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes must lie between 0 and n with n ≥ 1, got {successes} of {n}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}; for 95 % give 0.95.")
-    z2 = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2
+    z2 = float(stats.norm.ppf(0.975)) ** 2
     rate = successes / n
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n**2))) / (1 + z2 / n)
@@ -222,11 +214,11 @@ def resample(
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def widened(n: int, confidence: float = 0.95) -> float:
-    """The confidence to ask of the percentile bootstrap over n ≥ 2 prompts for one that covers with `confidence`.
+def widened(n: int) -> float:
+    """The confidence to ask of the percentile bootstrap over n ≥ 2 prompts for one that covers with 95 %.
 
     Resampled means spread by √((n−1)/n) too little, and normally instead of as Student's t; percentiles further out
     make up for both (Hesterberg 2015, section 3.3). At 40 prompts it is 0.9595, at 500 0.9508.
     """
-    t = stats.t.ppf(0.5 + confidence / 2, n - 1)
+    t = stats.t.ppf(0.975, n - 1)
     return float(1 - 2 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * t))

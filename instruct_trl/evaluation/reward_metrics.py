@@ -123,7 +123,7 @@ def pair_rate(values: np.ndarray, prompt: Sequence[Any] | np.ndarray, n_boot: in
     top, bottom = sums_by_prompt(values, prompt)
     if len(top) < MIN_PROMPTS:
         return PairAccuracy(float(top.sum() / bottom.sum()), None, None, len(top), len(values))
-    return PairAccuracy(**asdict(resampled_rate(top, bottom, n_boot=n_boot)), n_pairs=len(values))
+    return PairAccuracy(**asdict(resampled_rate(top, bottom, n_boot)), n_pairs=len(values))
 
 
 def pair_accuracy(records: Sequence[Record]) -> PairAccuracy:

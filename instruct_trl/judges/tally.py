@@ -80,9 +80,9 @@ def compare_models(
     Raises:
         ValueError: no such baseline, or not one answer per prompt.
     """
-    answers = _answers(prompts, completions, truncated)
-    if baseline not in answers:
+    if baseline not in completions:
         raise ValueError(f"The baseline {baseline!r} is none of the models {list(completions)}.")
+    answers = _answers(prompts, completions, truncated)
     against = answers.pop(baseline)
     replies = judge.compare([Pair(*sides) for rows in answers.values() for sides in zip(rows, against, strict=True)])
     n, keys = len(prompts), prompt_keys(prompts)
@@ -117,7 +117,6 @@ def rate_models(
 def _answers(
     prompts: Sequence[Prompt], completions: Mapping[str, Sequence[str]], truncated: Truncated
 ) -> dict[str, list[Answer]]:
-    """Each model's N answers."""
     answers = {}
     for name, texts in completions.items():
         if len(texts) != len(prompts):
@@ -145,13 +144,11 @@ def tally_question(
     """Mean and interval of (N,) replies to one question; `prompts` (N,) are the keys of the prompts."""
     valid, keys = _valid([reply.value for reply in replies], prompts)
     unasked = sum(reply.value is None and reply.said == NOT_APPLICABLE for reply in replies)
-    mean, low, high = None, None, None
-    if valid:
-        flag = question.kind == "flag"
-        found = rate_interval(valid, keys) if flag else mean_interval(valid, keys, scale=(1.0, 7.0))
-        mean, low, high = found.mean, found.low, found.high
-    invalid = len(replies) - len(valid) - unasked
-    return Rating(judge, model, question.name, mean, low, high, len(valid), unasked, invalid)
+    left_out = (unasked, len(replies) - len(valid) - unasked)
+    if not valid:
+        return Rating(judge, model, question.name, None, None, None, 0, *left_out)
+    found = rate_interval(valid, keys) if question.kind == "flag" else mean_interval(valid, keys, scale=(1.0, 7.0))
+    return Rating(judge, model, question.name, found.mean, found.low, found.high, len(valid), *left_out)
 
 
 def _valid(values: Sequence[float | None], prompts: Sequence[str]) -> tuple[list[float], Prompts]:
