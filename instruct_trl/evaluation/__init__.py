@@ -1,1 +1,1 @@
-"""Win rates, checkpoint selection, the report and its pictures."""
+"""Numbers and their intervals: win rates, reward metrics, checkpoint selection, loss on text, tasks, labelers."""

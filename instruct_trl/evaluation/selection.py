@@ -183,9 +183,7 @@ def _step_and_epoch(path: Path) -> tuple[int | None, float | None]:
     return (int(number) if number.isdigit() else None), None
 
 
-def _validation_pairs(dataset: Any) -> list[Any] | None:
-    if dataset is None:
-        return None
+def _validation_pairs(dataset: Any) -> list[Any]:
     if hasattr(dataset, "column_names"):
         require_columns(dataset, ["prompt", "completion"], "validation_dataset")
     dataset = check_rows(dataset, partial(check_demonstration, where="validation_dataset"))
@@ -225,7 +223,7 @@ def select_checkpoint(
     """
     paths = find_checkpoints(checkpoints)
     questions = as_prompts(prompts)
-    pairs = _validation_pairs(validation_dataset)
+    pairs = None if validation_dataset is None else _validation_pairs(validation_dataset)
     scorer = as_scorer(reward_model, batch_size=batch_size)
     keys = prompt_keys(questions)
     check_scorer_room(scorer, questions, max_new_tokens, "max_new_tokens")
