@@ -77,20 +77,15 @@ def generate_completions(
     Args:
         model: a causal LM, wrapped by PEFT or not.
         tokenizer: its tokenizer; neither its padding side nor its pad token matters.
-        prompts: texts, or conversations as lists of messages.
-        max_new_tokens: limit of an answer, in tokens.
         temperature: divides the logits; 0 takes the most likely token (the paper samples at 1).
         batch_size: completions generated at once.
-        seed: of the sampling noise.
         num_return_sequences: answers per prompt.
-        desc: label of a progress bar; None shows none.
 
     Returns:
         N = len(prompts) · num_return_sequences completions, those of the first prompt first.
 
     Raises:
-        ValueError: no prompts; an empty one, or one that leaves no room in the model's context; a number out of range;
-            a tokenizer without EOS.
+        ValueError: bad prompts, or one that leaves no room in the context; a number out of range; no EOS.
     """
     counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "num_return_sequences": num_return_sequences}
     for name, value in counts.items():
