@@ -33,7 +33,6 @@ class Phase:
 
     @property
     def size(self) -> int:
-        """Bytes of all items."""
         return total(self.items)
 
 
@@ -53,7 +52,6 @@ class MemoryPlan:
 
     @property
     def peak_phase(self) -> Phase:
-        """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.size)
 
     @property

@@ -24,7 +24,6 @@ class Device(NamedTuple):
 
     @property
     def usable(self) -> int:
-        """Bytes that a run can count on."""
         return int(self.memory * (1 - KEPT_FREE)) - CONTEXT
 
 

@@ -120,7 +120,6 @@ class RoleModel:
 
     @property
     def trainable(self) -> int:
-        """Parameters that are trained."""
         if not self.trained:
             return 0
         return self.adapter if self.peft_config is not None else self.shape.parameters

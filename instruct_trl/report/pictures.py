@@ -132,12 +132,9 @@ def new_figure(height: float, title: str) -> Any:
 
 
 def panels(height: float, title: str, n: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
-    """A figure and its `n` axes with a grid, one below the other over one x axis; `kwargs` of `Figure.subplots`."""
+    """A figure and its `n` axes, one below the other over one x axis; `kwargs` of `Figure.subplots`."""
     figure = new_figure(height, title)
-    axes = list(figure.subplots(**{"nrows": n, "sharex": True, "squeeze": False} | kwargs).ravel())
-    for each in axes:
-        each.grid(visible=True)
-    return figure, axes
+    return figure, list(figure.subplots(**{"nrows": n, "sharex": True, "squeeze": False} | kwargs).ravel())
 
 
 def say(axes: Any, text: str, place: tuple[float, float], offset: tuple[float, float], theme: Theme, **kw: Any) -> None:
@@ -230,7 +227,7 @@ def curves_picture(title: str, x: Sequence[Any], x_label: str, curves: Sequence[
         rows = [Estimate(row, None, None, 0) if isinstance(row, int | float) else estimate(row) for row in curve.rows]
         axes.plot(x, [row.mean for row in rows], "-o", color=color, markersize=4, linewidth=1.6)
         for at, row in zip(x, rows, strict=True):
-            axes.plot([at] * len(row.bounds or ()), row.bounds or (), color=color, linewidth=1.4)
+            axes.plot([at] * len(row.bounds or ()), row.bounds or (), color=color, linewidth=3, alpha=0.45)
         axes.set_title(curve.label, loc="left")
         axes.margins(x=0.08, y=0.35)
         axes.locator_params(axis="x", integer=True)

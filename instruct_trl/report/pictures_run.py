@@ -240,7 +240,9 @@ def draw_training(data: ReportData, theme: Theme) -> Any:
     for axes, (key, (x, y)) in zip(grid, curves.items(), strict=False):
         color = theme.subject if key == "labeler_score" else theme.baseline
         low, high = LIMITS[key](y) if key in LIMITS else (-np.inf, np.inf)
-        smooth = _smooth(np.clip(y, low, high))
+        # The running mean of about a tenth of the steps, over what there is of them at the ends.
+        window = np.ones(2 * (len(y) // 20) + 1)
+        smooth = np.convolve(np.clip(y, low, high), window, "same") / np.convolve(np.ones(len(y)), window, "same")
         axes.plot(x, y, color=color, alpha=theme.faint, linewidth=1)
         axes.plot(x, smooth, color=color, linewidth=2)
         axes.plot(x[-1], smooth[-1], "o", color=color, markersize=5, clip_on=False, zorder=4)
@@ -266,9 +268,3 @@ def draw_training(data: ReportData, theme: Theme) -> Any:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(data.progress_key + (" (answers sampled)" if data.progress_key == "episodes" else ""))
     return figure
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over about a tenth of the values; shorter windows at the ends."""
-    half = len(values) // 20
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from instruct_trl.evaluation.selection import Difference, SelectionResult, save_selection
+from instruct_trl.evaluation.selection import SelectionResult, save_selection
 from instruct_trl.report.findings import figure, minus
 from instruct_trl.report.pages import environment
 from instruct_trl.report.pictures import LIGHT, Curve, Theme, curves_picture, save_picture, short
@@ -45,18 +45,19 @@ def finding(result: SelectionResult) -> str:
     over = {"runner-up": result.runner_up, "last checkpoint": result.last}
     if result.runner_up and result.runner_up == result.last:
         over = {"runner-up and last checkpoint": result.last}
-    return " ".join([f"{text}.", *(_lead(result, gap, what) for what, gap in over.items() if gap)])
-
-
-def _lead(result: SelectionResult, gap: Difference, what: str) -> str:
-    """One sentence on the lead over one other checkpoint."""
-    lead = f"lead of {gap.mean:.3f} over the {what}, {_name(result, gap.checkpoint)},"
-    if not gap.bounds:
-        few = f"{gap.n} different prompts are too few for an interval"
-        return f"Whether its {lead} is more than noise cannot be said: {few}."
-    bounds = " to ".join(minus(bound, "+.3f") for bound in gap.bounds)
-    says = "is more than noise" if gap.is_clear else "cannot be told from noise"
-    return f"Its {lead} {says} (95 % interval over {gap.n} prompts {bounds})."
+    sentences = [f"{text}."]
+    for what, gap in over.items():
+        if gap is None:
+            continue
+        lead = f"lead of {gap.mean:.3f} over the {what}, {_name(result, gap.checkpoint)},"
+        if gap.bounds:
+            bounds = " to ".join(minus(bound, "+.3f") for bound in gap.bounds)
+            says = "is more than noise" if gap.is_clear else "cannot be told from noise"
+            sentences.append(f"Its {lead} {says} (95 % interval over {gap.n} prompts {bounds}).")
+        else:
+            few = f"{gap.n} different prompts are too few for an interval"
+            sentences.append(f"Whether its {lead} is more than noise cannot be said: {few}.")
+    return " ".join(sentences)
 
 
 def _name(result: SelectionResult, checkpoint: str) -> str:

@@ -86,22 +86,14 @@ def test_the_yamls_of_one_base_fit_their_cards(name, home, capsys):
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_what_to_do(home, capsys):
     """The advice is taken, and then it fits."""
-    settings = [
-        "--model_name_or_path",
-        "tiny",
-        "--reward_model_path",
-        "rm",
-        "--dataset_name",
-        "x",
-        "--config",
-        "p.yaml",
-    ]
+    models = ("--model_name_or_path", "tiny", "--reward_model_path", "rm", "--dataset_name", "x")
+    settings = (*models, "--config", "p.yaml", "--device_memory_gb", 2)
     (home / "p.yaml").write_text(
         "generation_batch_size: 512\nper_device_train_batch_size: 64\ngradient_accumulation_steps: 8\n"
         "local_rollout_forward_batch_size: 512\nmax_prompt_length: 4000\nmax_completion_length: 4000\n"
         "gradient_checkpointing: false\nptx_max_length: 64\n"
     )
-    out = run(capsys, "ppo_ptx", *settings, "--device_memory_gb", 2)
+    out = run(capsys, "ppo_ptx", *settings)
     last = out.splitlines()[-1]
     advice = re.match(r"does not fit: .* Do this: (.*); the peak is then", last).group(1)
     assert "--gradient_checkpointing true" in advice
@@ -109,7 +101,7 @@ def test_what_does_not_fit_is_told_what_to_do(home, capsys):
     rows, accumulation = (int(taken[f"--{name}"]) for name in (ROWS, ACCUMULATION))
     assert rows * accumulation == 64 * 8  # the minibatch, and with it the steps an iteration, are the user's
     changes = [part for change in advice.split(", ") for part in change.split(" ")]
-    out = run(capsys, "ppo_ptx", *settings, "--device_memory_gb", 2, *changes)
+    out = run(capsys, "ppo_ptx", *settings, *changes)
     assert out.splitlines()[-1].startswith("fits: ")
 
 
