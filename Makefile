@@ -25,7 +25,7 @@ demo: .venv/installed
 
 ## The same nearer to the paper, one to two hours, resumable: run it again after an interruption
 demo-long: .venv/installed
-	$(BIN)/accelerate launch recipes/ppo_ptx.py --config recipes/demo_long/ppo_ptx.yaml --run_dir outputs/demo_long
+	$(BIN)/accelerate launch recipes/ppo_ptx.py --config recipes/demo_long/ppo_ptx.yaml
 
 ## The paper's claims 1, 2, 3, 5, 8, 9 in miniature, 3 seeds each: table and pictures. Resumable
 evidence: .venv/installed

@@ -10,22 +10,18 @@ Answers are sampled once; judges and tasks can be added in later runs. docs/guid
 
 from instruct_trl.recipes import EXAMPLE
 
+from instruct_trl.memory import dry_run
 from instruct_trl.pipeline.arguments import parse_recipe, settings_of
-from instruct_trl.pipeline.benchmarking import TaskArguments
-from instruct_trl.pipeline.evaluating import EvaluateArguments
-from instruct_trl.pipeline.judging import JudgeArguments
+from instruct_trl.pipeline.benchmarking import TaskArguments, check_tasks
+from instruct_trl.pipeline.evaluating import EvaluateArguments, evaluate_models
+from instruct_trl.pipeline.evaluation_report import judged_report
+from instruct_trl.pipeline.functions import prepare_data
+from instruct_trl.pipeline.judging import JudgeArguments, check_judges
+from instruct_trl.pipeline.stage import run_stage
 
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage and write the report; returns the report's path."""
-    from instruct_trl.memory import dry_run
-    from instruct_trl.pipeline.benchmarking import check_tasks
-    from instruct_trl.pipeline.evaluating import evaluate_models
-    from instruct_trl.pipeline.evaluation_report import judged_report
-    from instruct_trl.pipeline.functions import prepare_data
-    from instruct_trl.pipeline.judging import check_judges
-    from instruct_trl.pipeline.stage import run_stage
-
     types = (EvaluateArguments, JudgeArguments, TaskArguments)
     run, judges, tasks = parse_recipe(types, "evaluate", __doc__, argv, EXAMPLE / "evaluate.yaml")
     if run.dry_run:

@@ -9,22 +9,19 @@ accelerate launch recipes/ppo_ptx.py --model_name_or_path P --reward_model_path 
 from pathlib import Path
 
 from instruct_trl.recipes import EXAMPLE
+from instruct_trl.recipes.stages import evaluate_if_described, make_what_is_missing
+from trl import ModelConfig
 
+from instruct_trl import PPOPtxConfig, PPOPtxTrainer
+from instruct_trl.memory import dry_run
+from instruct_trl.pipeline import rows, training
 from instruct_trl.pipeline.arguments import parse_recipe, settings_of
-from instruct_trl.pipeline.training import PPOPtxArguments
+from instruct_trl.pipeline.stage import run_stage
 
 
 def main(argv: list[str] | None = None) -> str:
     """Run the missing stages, PPO-ptx and, if a YAML describes it, the evaluation; returns the stage's folder."""
-    from instruct_trl.recipes.stages import evaluate_if_described, make_what_is_missing
-    from trl import ModelConfig
-
-    from instruct_trl import PPOPtxConfig, PPOPtxTrainer
-    from instruct_trl.memory import dry_run
-    from instruct_trl.pipeline import rows, training
-    from instruct_trl.pipeline.stage import run_stage
-
-    types = (PPOPtxArguments, PPOPtxConfig, ModelConfig)
+    types = (training.PPOPtxArguments, PPOPtxConfig, ModelConfig)
     run, args, model = parse_recipe(types, "ppo_ptx", __doc__, argv, EXAMPLE / "ppo_ptx.yaml")
     training.check_one_base(run, model)
     if run.dry_run:

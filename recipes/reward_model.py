@@ -10,21 +10,18 @@ Held-out rankings give <output_dir>/evaluation/report.html: accuracy, calibratio
 from pathlib import Path
 
 from instruct_trl.recipes import EXAMPLE
+from trl import ModelConfig
 
+from instruct_trl import RankingRewardConfig
+from instruct_trl.memory import dry_run
+from instruct_trl.pipeline import rows, training
 from instruct_trl.pipeline.arguments import parse_recipe, settings_of
-from instruct_trl.pipeline.rewarding import RewardArguments
+from instruct_trl.pipeline.rewarding import RewardArguments, labelers_left_out, reward_trainer, write_page
+from instruct_trl.pipeline.stage import run_stage
 
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage; returns its folder."""
-    from trl import ModelConfig
-
-    from instruct_trl import RankingRewardConfig
-    from instruct_trl.memory import dry_run
-    from instruct_trl.pipeline import rows, training
-    from instruct_trl.pipeline.rewarding import labelers_left_out, reward_trainer, write_page
-    from instruct_trl.pipeline.stage import run_stage
-
     types = (RewardArguments, RankingRewardConfig, ModelConfig)
     run, args, model = parse_recipe(types, "reward_model", __doc__, argv, EXAMPLE / "reward_model.yaml")
     if run.dry_run:

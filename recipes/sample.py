@@ -10,17 +10,15 @@ Prompts of a held-out split become held-out rankings, in test.jsonl.
 
 from instruct_trl.recipes import EXAMPLE
 
+from instruct_trl.memory import dry_run
 from instruct_trl.pipeline.arguments import parse_recipe, settings_of
-from instruct_trl.pipeline.sampling import SampleArguments
+from instruct_trl.pipeline.functions import prepare_data
+from instruct_trl.pipeline.sampling import SampleArguments, sample_rankings
+from instruct_trl.pipeline.stage import run_stage
 
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage; returns its folder."""
-    from instruct_trl.memory import dry_run
-    from instruct_trl.pipeline.functions import prepare_data
-    from instruct_trl.pipeline.sampling import sample_rankings
-    from instruct_trl.pipeline.stage import run_stage
-
     (run,) = parse_recipe((SampleArguments,), "sample", __doc__, argv, EXAMPLE / "sample.yaml")
     if run.dry_run:
         dry_run.sampling("sample", {"sampler": run.models(run.model_name_or_path, "sft")}, **run.sizes)

@@ -8,17 +8,15 @@ from pathlib import Path
 
 from instruct_trl.recipes import EXAMPLE
 
+from instruct_trl.memory import dry_run
 from instruct_trl.pipeline.arguments import parse_recipe, settings_of
-from instruct_trl.pipeline.selecting import SelectArguments
+from instruct_trl.pipeline.functions import prepare_data
+from instruct_trl.pipeline.selecting import SelectArguments, select_and_copy
+from instruct_trl.pipeline.stage import run_stage
 
 
 def main(argv: list[str] | None = None) -> str:
     """Run the stage; returns its folder."""
-    from instruct_trl.memory import dry_run
-    from instruct_trl.pipeline.functions import prepare_data
-    from instruct_trl.pipeline.selecting import select_and_copy
-    from instruct_trl.pipeline.stage import run_stage
-
     (run,) = parse_recipe((SelectArguments,), "select_sft", __doc__, argv, EXAMPLE / "select_sft.yaml")
     if run.dry_run:
         checkpoints = sorted(Path(run.sft_path or run.run / "sft").glob("checkpoint-*"))

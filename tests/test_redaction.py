@@ -72,10 +72,12 @@ def test_tokens_leave_the_arguments_that_trainers_write_beside_a_model(tmp_path,
 
 @pytest.mark.parametrize("key", ["0A1B2C3D4E5F60718293A4B5C6D7E8F9", "A1B2C3D4E5F60718293A4B5C6D7E8F90"])
 def test_a_key_of_capitals_is_no_name_of_a_variable(key):
-    from instruct_trl.pipeline.judging import _no_key
+    from instruct_trl.pipeline.judging import _api_key
 
     assert redact_settings({"judge_key": key}) == {"judge_key": "***"}
-    assert key not in _no_key(key)
+    with pytest.raises(ValueError, match="never the key itself") as error:
+        _api_key(key)
+    assert key not in str(error.value)
     assert redact_settings({"judge_key": "AZURE_OPENAI_KEY2"}) == {"judge_key": "AZURE_OPENAI_KEY2"}
 
 

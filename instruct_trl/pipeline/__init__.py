@@ -1,1 +1,1 @@
-"""What the recipes share: stages, arguments, loading."""
+"""Code that the recipes share: stages, arguments, data, judges, the report."""

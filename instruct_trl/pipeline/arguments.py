@@ -21,67 +21,66 @@ from typing import Any
 from instruct_trl.pipeline.stage import INPUTS
 from instruct_trl.redaction import redact
 
-# Settings that belong to the data of a YAML that has a preparing step; they do not go with other data.
+# Settings that belong to the data of a YAML with a preparing step. They do not go with other data.
 OF_THE_DATA = {*INPUTS, "prepare", "run_dir", "labeler", "labeler_description", "pretraining_description", "deviations"}
 # Settings on which no result depends.
 _VOLATILE = {
-    "output_dir",
-    "logging_dir",
-    "run_dir",
-    "prepare",
-    "cpu_threads",
-    "dry_run",
-    "device_memory_gb",
-    "run_name",
+    *("output_dir", "logging_dir", "run_dir", "run_name", "prepare", "other_runs", "resume_from_checkpoint"),
+    *("labeler_description", "pretraining_description", "deviations", "dry_run", "device_memory_gb", "cpu_threads"),
+    *("report_to", "disable_tqdm", "local_rank", "push_to_hub", "hub_token", "hub_model_id", "trackio_space_id"),
 }
-_VOLATILE |= {"resume_from_checkpoint", "report_to", "other_runs", "labeler_description", "pretraining_description"}
-_VOLATILE |= {"deviations", "disable_tqdm", "local_rank", "push_to_hub", "hub_token", "hub_model_id"}
-_VOLATILE |= {"trackio_space_id"}
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field of an argument dataclass: its default and its help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class RunArguments:
     """Where a run lives, and its data. `{run_dir}` in a setting stands for the run's folder."""
 
-    run_dir: str = field(
-        default="outputs/run", metadata={"help": "Folder of the whole run; each stage has a folder in it."}
+    run_dir: str = setting("outputs/run", "Folder of the whole run; each stage has a folder in it.")
+    dataset_name: str | None = setting(None, "A hub name, a folder, or a json, jsonl, csv or parquet file.")
+    dataset_config: str | None = setting(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = setting("train", "Split to train on.")
+    dataset_test_split: str | None = setting(
+        None, "Split to evaluate on. Default: test, or else validation or a similar name."
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A hub name, a folder, or a json, jsonl, csv or parquet file."}
+    prepare: str | None = setting(
+        None,
+        "'module:function' that writes the run's data. It is called once with the folder <run_dir>/data, and with the "
+        "settings in data.yaml beside the config, if there is one.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: test, or else validation or a similar name."}
+    cpu_threads: int | None = setting(
+        None, "Threads that torch uses on a CPU. Default: all cores, shared among processes."
     )
-    prepare: str | None = field(
-        default=None,
-        metadata={
-            "help": "'module:function' that writes the run's data. It is called once with the folder <run_dir>/data, "
-            "and with the settings in data.yaml beside the config, if there is one."
-        },
+    dry_run: bool = setting(
+        False,
+        "Print the memory that this run needs and the memory that the device has, then stop. Only config.json of each "
+        "model is read; nothing is downloaded, loaded or written.",
     )
-    cpu_threads: int | None = field(
-        default=None, metadata={"help": "Threads that torch uses on a CPU. Default: all cores, shared among processes."}
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Print the memory that this run needs and what the device has, then stop. Only config.json of each "
-            "model is read; nothing is downloaded, loaded or written."
-        },
-    )
-    device_memory_gb: float | None = field(
-        default=None, metadata={"help": "With --dry_run: plan for a GPU with this memory. Default: the device here."}
+    device_memory_gb: float | None = setting(
+        None, "With --dry_run: plan for a GPU with this memory. Default: the device here."
     )
     config_folder: Path = field(init=False, default=Path())
     """The folder of the YAML."""
     own_data: bool = field(init=False, default=False)
     """Whether the command line names another dataset than the YAML."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, cpu_threads=1)
+
     @property
     def run(self) -> Path:
         return Path(self.run_dir)
+
+    @property
+    def reward_path(self) -> str:
+        """The reward model: the one named, or else the run's own."""
+        return getattr(self, "reward_model_path", None) or str(self.run / "reward_model")
 
     def folder(self, stage: str) -> Path:
         """`--output_dir`, or the stage's folder in the run."""
@@ -95,20 +94,17 @@ class RunArguments:
         made_here = name is not None and Path(name).is_relative_to(self.run)
         return [Path(str(name)) if made_here else name, *(self.run / s for s in stages), self.config_folder / "base"]
 
-    def __post_init__(self) -> None:
-        require_at_least(self, cpu_threads=1)
-
 
 @dataclass
 class SamplingArguments(RunArguments):
     """How answers are sampled."""
 
-    max_completion_length: int = field(default=1024, metadata={"help": "Longest answer in tokens (paper: 1k)."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    batch_size: int = field(default=64, metadata={"help": "Answers sampled at once."})
-    output_dir: str | None = field(default=None, metadata={"help": "Default: the stage's folder in <run_dir>."})
-    bf16: bool = field(default=False, metadata={"help": "Sample and score under bf16 autocast."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling, the same for every model."})
+    max_completion_length: int = setting(1024, "Longest answer in tokens (paper: 1k).")
+    temperature: float = setting(1.0, "Sampling temperature.")
+    batch_size: int = setting(64, "Answers sampled at once.")
+    output_dir: str | None = setting(None, "Folder of the output. Default: the stage's in <run_dir>.")
+    bf16: bool = setting(False, "Sample and score under bf16 autocast.")
+    seed: int = setting(0, "Seed of the sampling, the same for every model.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,17 +116,15 @@ class SamplingArguments(RunArguments):
         names = ("batch_size", "max_completion_length", "bf16", "device_memory_gb")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How answers are drawn, as arguments of `generate_completions` and those who call it."""
+        names = ("temperature", "batch_size", "seed")
+        return {"max_new_tokens": self.max_completion_length} | {name: getattr(self, name) for name in names}
+
 
 def require_at_least(settings: Any, **least: float) -> None:
-    """Refuse settings below their least value. None, an option that is not set, passes.
-
-    Args:
-        settings: an argument dataclass.
-        least: setting → its least value; an int asks for a whole number.
-
-    Raises:
-        ValueError: not a number, not a whole one, NaN, infinite, or below the least.
-    """
+    """Refuse settings below their least value; an int asks for a whole number. None, a setting left open, passes."""
     for name, low in least.items():
         value = getattr(settings, name)
         kind: Any = Integral if isinstance(low, int) else Real
@@ -157,30 +151,32 @@ def parse_recipe(
     other data, its models, its labeler and its folder are left out (`OF_THE_DATA`).
 
     Args:
-        dataclass_types: they say which settings there are; the first is a `RunArguments`.
-        recipe: its name, for the help.
-        description: for the help.
+        dataclass_types: the settings; the first is a `RunArguments`.
+        recipe, description: its name and docstring, for the help.
         argv: arguments; by default the command line's.
         default: the YAML that is read without `--config`.
-
-    Raises:
-        ValueError: the YAML does not exist, is broken, or has an unknown key; or the command line has one.
     """
     from trl import TrlParser
 
     quiet_upstream()
-    config, rest = _config_of(list(sys.argv[1:] if argv is None else argv), default)
-    shown = "the code" if config is None else config
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config", nargs="?", const="")
+    given, rest = peek.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if given.config == "":
+        raise ValueError("--config names no file. Give it a YAML file, or leave it out.")
+    config = Path(given.config).expanduser() if given.config else default
+    if config is not None and not config.is_file():
+        raise ValueError(f"The config {config} does not exist. Check the path.")
     parser = TrlParser(
         dataclass_types,
         prog=f"recipes/{recipe}.py",
         usage=f"accelerate launch recipes/{recipe}.py [--config FILE.yaml] [--setting VALUE ...]",
-        description=f"{description.strip()}\n\nThe defaults shown are those of {shown}.",
+        description=f"{description.strip()}\n\nThe defaults shown are those of {config or 'the code'}.",
         formatter_class=_HelpFormatter,
     )
-    known = {action.dest for action in parser._actions} | {"env"}
-    settings = {} if config is None else read_yaml(config, known)
-    named = _option("--dataset_name", "--dataset-name").parse_known_args(rest)[0].dataset_name
+    settings = read_yaml(config, {action.dest for action in parser._actions} | {"env"}) if config else {}
+    peek.add_argument("--dataset_name", "--dataset-name", nargs="?")
+    named = peek.parse_known_args(rest)[0].dataset_name
     own_data = named is not None and named != settings.get("dataset_name")
     if own_data and settings.get("prepare"):
         settings = {name: value for name, value in settings.items() if name not in OF_THE_DATA}
@@ -210,29 +206,8 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def _option(*names: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(*names, nargs="?", const="")
-    return parser
-
-
-def _config_of(argv: list[str], default: Path | None) -> tuple[Path | None, list[str]]:
-    """The YAML's path, and the arguments without `--config`."""
-    given, rest = _option("--config").parse_known_args(argv)
-    if given.config == "":
-        raise ValueError("--config names no file. Give it a YAML file, or leave it out.")
-    config = Path(given.config).expanduser() if given.config else default
-    if config is not None and not config.is_file():
-        raise ValueError(f"The config {config} does not exist. Check the path.")
-    return config, rest
-
-
 def read_yaml(path: Path, known: Collection[str] | None = None) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty one if the file is empty or not there.
-
-    Raises:
-        ValueError: not UTF-8, broken YAML, no mapping, a key that comes twice, or one that is none of `known`.
-    """
+    """The mapping that a YAML file holds; an empty one if the file is empty or not there."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -267,7 +242,10 @@ def read_yaml(path: Path, known: Collection[str] | None = None) -> dict[str, Any
 
 def _fill_in_places(parsed: tuple, run_dir: str) -> None:
     """`~` becomes the home, which no shell did in a YAML or after `=`; `{run_dir}` becomes the run's folder."""
-    place = lambda text: expanduser(text).replace("{run_dir}", run_dir)  # noqa: E731
+
+    def place(text: str) -> str:
+        return expanduser(text).replace("{run_dir}", run_dir)
+
     for part in parsed:
         for item in fields(part):
             value = getattr(part, item.name)
@@ -293,13 +271,13 @@ def _load_as_asked(parsed: tuple) -> None:
 def _tokens_to_environment(parsed: tuple) -> None:
     """Move hub tokens to where huggingface_hub looks: trainers write their arguments beside every model."""
     for part in parsed:
-        loading, token = getattr(part, "model_init_kwargs", None), getattr(part, "hub_token", None)
-        if isinstance(loading, dict) and isinstance(loading.get("token"), str):
-            token = token or loading["token"]
-            if token == loading["token"]:
-                part.model_init_kwargs = {name: value for name, value in loading.items() if name != "token"}
-        if token:
+        loading = getattr(part, "model_init_kwargs", None)
+        loading = loading if isinstance(loading, dict) else {}
+        token = getattr(part, "hub_token", None) or loading.get("token")
+        if isinstance(token, str):
             os.environ["HF_TOKEN"] = token
+            if loading.get("token") == token:
+                part.model_init_kwargs = {name: value for name, value in loading.items() if name != "token"}
             if hasattr(part, "hub_token"):
                 part.hub_token = None
 
@@ -316,20 +294,15 @@ def quiet_upstream() -> None:
 
 
 def use_cpu_well(threads: int | None = None) -> None:
-    """Use all cores, and keep freed memory in the process.
-
-    Launchers set OMP_NUM_THREADS=1, which leaves the other cores idle. And glibc maps each tensor above 32 MB anew: one
-    page fault and one zeroed page per 4 kB took a quarter of a step's time on a quiet machine.
-
-    Args:
-        threads: of torch; None shares the cores among the processes of this machine.
-    """
+    """Use `threads`, by default this process's share of all cores, and keep freed memory in the process."""
     import torch
 
+    # Launchers set OMP_NUM_THREADS=1, which leaves the other cores idle.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
     if torch.accelerator.is_available() or platform.libc_ver()[0] != "glibc":
         return
+    # glibc maps each tensor above 32 MB anew: page faults and zeroed pages took a quarter of a step's time.
     libc = ctypes.CDLL(None)
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
         libc.mallopt(option, value)
@@ -339,7 +312,7 @@ def bf16_is_emulated() -> bool:
     """Whether this machine computes on a CPU without bf16 instructions: 10 to 100 times slower there than float32."""
     import torch
 
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 cannot tell
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 cannot tell
     known = bool(capabilities) and not torch.accelerator.is_available()
     return known and not any(has for name, has in capabilities.items() if "bf16" in name)
 

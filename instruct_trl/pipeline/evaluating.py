@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from instruct_trl.judges import ScoreJudge
 from instruct_trl.models.generation import Completion, encode_prompt
 from instruct_trl.models.model_files import check_model_path
 from instruct_trl.models.reward import check_scorer_room
-from instruct_trl.pipeline.arguments import SamplingArguments, require_at_least
+from instruct_trl.pipeline.arguments import SamplingArguments, require_at_least, setting
 from instruct_trl.pipeline.functions import load_labeler, try_judges, try_labeler
-from instruct_trl.pipeline.loading import load_split, load_splits
+from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.rows import dataset_of, held_out_texts, prompts_to_judge, rows_digest, trained_on
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import write_json
@@ -34,45 +34,32 @@ _OPTIONS = {BASE: "base_model", SFT: "sft_model", PPO: "ppo_model"}
 
 @dataclass
 class EvaluateArguments(SamplingArguments):
-    """What is compared, and by whom."""
+    """The models to compare, and the judge."""
 
-    base_model: str | None = field(default=None, metadata={"help": "The pretrained model. Default: not compared."})
-    sft_model: str | None = field(default=None, metadata={"help": "Baseline; default: <run_dir>/selected_sft/model."})
-    ppo_model: str | None = field(default=None, metadata={"help": "Default: <run_dir>/ppo_ptx/policy."})
-    other_models: list[str] = field(
-        default_factory=list, metadata={"help": "More to compare: NAME=PATH, such as PPO=..."}
+    base_model: str | None = setting(None, "The pretrained model. Default: not compared.")
+    sft_model: str | None = setting(None, "The baseline. Default: <run_dir>/selected_sft/model.")
+    ppo_model: str | None = setting(None, "The policy after PPO. Default: <run_dir>/ppo_ptx/policy.")
+    other_models: list[str] = setting([], "More models to compare: NAME=PATH, such as PPO=...")
+    prefixes: list[str] = setting([], "A text to put before the prompts of one of these: NAME=FILE.")
+    other_runs: list[str] = setting([], "Folders of PPO runs to draw: NAME=PATH.")
+    reward_model_path: str | None = setting(None, "The reward model. Default: <run_dir>/reward_model.")
+    pretraining_dataset_name: str | None = setting(None, "Held-out texts, for a loss on them.")
+    pretraining_description: str | None = setting(
+        None, "These texts in words, for the report. Default: the dataset's name."
     )
-    prefixes: list[str] = field(default_factory=list, metadata={"help": "Text put before their prompts: NAME=FILE."})
-    other_runs: list[str] = field(default_factory=list, metadata={"help": "Folders of PPO runs to draw: NAME=PATH."})
-    reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
-    pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Held-out texts, for a loss on them."})
-    pretraining_description: str | None = field(
-        default=None, metadata={"help": "What these texts are, for the report. Default: the dataset's name."}
-    )
-    labeler: str | None = field(default=None, metadata={"help": "The judge: 'module:function' of your own."})
-    labeler_description: str | None = field(
-        default=None, metadata={"help": "What the labeler is, for the report. Default: its name."}
-    )
-    deviations: list[str] = field(
-        default_factory=list,
-        metadata={"help": "How the run differs from the paper, one sentence each, for the report."},
-    )
-    checkpoint_prompts: str | None = field(
-        default=None, metadata={"help": "Score every PPO checkpoint on the prompts of this dataset."}
-    )
-    max_text_length: int = field(default=256, metadata={"help": "Tokens of a held-out pretraining text."})
+    labeler: str | None = setting(None, "The judge: 'module:function' of your own.")
+    labeler_description: str | None = setting(None, "The labeler in words, for the report. Default: its name.")
+    deviations: list[str] = setting([], "How the run differs from the paper, one sentence each, for the report.")
+    checkpoint_prompts: str | None = setting(None, "Score every PPO checkpoint on the prompts of this dataset.")
+    max_text_length: int = setting(256, "Tokens of a held-out pretraining text.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, max_text_length=2)  # a token and the one before it
 
     @property
-    def reward_path(self) -> str:
-        return self.reward_model_path or str(self.run / "reward_model")
-
-    @property
     def ppo_folder(self) -> Path:
-        """Where the policy's PPO run left its log and checkpoints: the run's stage, or beside `ppo_model`."""
+        """The log and checkpoints of the policy's PPO run: the run's stage, or the folder of `ppo_model`."""
         return Path(self.ppo_model).parent if self.ppo_model else self.run / "ppo_ptx"
 
 
@@ -82,18 +69,14 @@ def evaluate_models(run: EvaluateArguments, folder: Path, judges: Sequence[Score
     Args:
         run: the recipe's arguments.
         folder: where the answers go.
-        judges: more judges that are functions; they are tried before anything is sampled, and asked later.
-
-    Raises:
-        ValueError: whatever can be known to be wrong before sampling: a model that is not there, bad prompts, a labeler
-            or judge that fails.
+        judges: functions that will judge later. They are tried before anything is sampled.
     """
     from instruct_trl import RewardScorer
     from instruct_trl.report.pictures import require_matplotlib
 
     require_matplotlib()
     paths = model_paths(run)
-    _check_checkpoints(run)
+    checkpoint_prompts = _checkpoint_prompts(run)
     other_logs(run.other_runs)
     check_model_folders(run, paths)
     labeler = load_labeler(run.labeler, run)
@@ -115,30 +98,20 @@ def evaluate_models(run: EvaluateArguments, folder: Path, judges: Sequence[Score
         with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
             answers[name]["reward"] = score_answers(scorer, prompts, sampled)
     result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": seen}
-    if (rankings := run.run / "rankings" / "test.jsonl").exists() and "ranks" in (
-        rows := load_split(rankings)
-    ).features:
+    rankings = run.run / "rankings" / "test.jsonl"
+    if rankings.exists() and "ranks" in (rows := load_split(rankings)).features:
         result["reward_model"] = reward_model_figures(scorer, Path(run.reward_path), rows)
-    if run.checkpoint_prompts is not None:
-        result["checkpoints"] = score_checkpoints(
-            run.ppo_folder,
-            labeler,
-            scorer,
-            prompts_to_judge(run, run.checkpoint_prompts).select_columns("prompt"),
-            max_new_tokens=run.max_completion_length,
-            temperature=run.temperature,
-            batch_size=run.batch_size,
-            seed=run.seed,
-        )
+    if checkpoint_prompts is not None:
+        result["checkpoints"] = score_checkpoints(run.ppo_folder, labeler, scorer, checkpoint_prompts, **run.drawn)
     write_json(folder / "answers.json", result)
-    wins = {n: win_against_sft(answers, n) for n in answers if n != SFT}
-    return {f"{name} wins against SFT": w.mean for name, w in wins.items()}
+    scores = {name: row["labeler"] for name, row in answers.items()}
+    return {f"{n} wins against SFT": win_rate(scores[n], scores[SFT]).mean for n in answers if n != SFT}
 
 
 def _measure(
     run: EvaluateArguments, name: str, path: str, prompts: list, texts: list | None, reference: Any, prefix: str | None
 ) -> tuple[list[Completion], dict[str, Any]]:
-    """A model's answers, and what is measured without a judge; of one with a prefix neither KL nor loss."""
+    """A model's answers and the measures that need no judge. A model with a prefix has neither KL nor loss."""
     model, tokenizer = load_causal_lm(path)
     asked = prompts if prefix is None else [prefix + prompt for prompt in prompts]
     answers = sample_answers(model, tokenizer, asked, run, seed=run.seed, desc=f"answers of {name}")
@@ -150,8 +123,8 @@ def _measure(
             rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
             measured["kl"] = 0.0 if name == SFT else mean_answer_kl(model, reference, rows)
             if texts is not None:
-                kwargs = {"batch_size": 16, "max_length": run.max_text_length}
-                measured["pretraining_loss"] = mean_token_loss(model, tokenizer, texts, **kwargs)[0]
+                loss, _ = mean_token_loss(model, tokenizer, texts, batch_size=16, max_length=run.max_text_length)
+                measured["pretraining_loss"] = loss
     return answers, measured | {
         "completions": [a.text for a in answers],
         "lengths": [len(a.token_ids) for a in answers],
@@ -160,7 +133,7 @@ def _measure(
 
 
 def cut_at_blank_line(answer: Completion, tokenizer: Any) -> Completion:
-    """A prompted model's answer up to its first blank line, where the next example would begin, as if it ended there.
+    """A prompted model's answer up to its first blank line, as if it ended there: the next example would follow.
 
     Blank lines before the first word are no end. An answer without one comes back as it is.
     """
@@ -173,11 +146,7 @@ def cut_at_blank_line(answer: Completion, tokenizer: Any) -> Completion:
 
 
 def name_and_path(entries: list[str], option: str) -> dict[str, str]:
-    """["NAME=PATH", ...] as a dict, in order.
-
-    Raises:
-        ValueError: an entry of another form, or a name twice.
-    """
+    """["NAME=PATH", ...] as a dict, in order."""
     pairs = [entry.partition("=")[::2] for entry in entries]
     for entry, (name, path) in zip(entries, pairs, strict=True):
         if not name or not path or sum(name == other for other, _ in pairs) > 1:
@@ -189,21 +158,14 @@ def model_paths(run: EvaluateArguments) -> dict[str, str]:
     """Name → path, in the order of the pipeline; the base only if it is named."""
     sft = run.sft_model or str(run.run / "selected_sft" / "model")
     others = name_and_path(run.other_models, "other_models")
-    if taken := others.keys() & _OPTIONS:
-        raise ValueError(
-            f"other_models: the name {min(taken)!r} is taken; give --{_OPTIONS[min(taken)]}, or another name."
-        )
+    for name in others.keys() & _OPTIONS:
+        raise ValueError(f"other_models: the name {name!r} is taken; give --{_OPTIONS[name]}, or another name.")
     base = {BASE: run.base_model} if run.base_model else {}
     return base | {SFT: sft} | others | {PPO: run.ppo_model or str(run.run / "ppo_ptx" / "policy")}
 
 
 def check_model_folders(run: EvaluateArguments, paths: dict[str, str]) -> None:
-    """Refuse a model that is neither a folder nor on the hub, with the option that names it.
-
-    Args:
-        run: the recipe's arguments.
-        paths: name → path, of `model_paths`.
-    """
+    """Refuse a model of `model_paths` that is neither a folder nor on the hub; the error names its option."""
     named = {f"--{_OPTIONS.get(name, f'other_models {name}')}": path for name, path in paths.items()}
     for option, path in (named | {"--reward_model_path": run.reward_path}).items():
         try:
@@ -212,31 +174,26 @@ def check_model_folders(run: EvaluateArguments, paths: dict[str, str]) -> None:
             raise ValueError(f"{option}: {error}") from None
 
 
-def _check_checkpoints(run: EvaluateArguments) -> None:
-    """Refuse `checkpoint_prompts` that could not be used, before anything is sampled."""
+def _checkpoint_prompts(run: EvaluateArguments) -> Any:
+    """The prompts to score checkpoints on, or None; refused before anything is sampled if there is no checkpoint."""
     if run.checkpoint_prompts is None:
-        return
+        return None
     if not any(run.ppo_folder.glob("checkpoint-*")):
         raise ValueError(
             f"checkpoint_prompts: {run.ppo_folder} holds no checkpoint-* folders. Train with save_strategy 'steps', "
             "save_steps and save_total_limit, or leave the option off."
         )
-    load_splits(run.checkpoint_prompts)
+    return prompts_to_judge(run, run.checkpoint_prompts).select_columns("prompt")
 
 
 def read_prefixes(run: EvaluateArguments, prompts: list) -> dict[str, str]:
-    """Name → the text to put before a model's prompts (the paper's prompted GPT-3).
-
-    Raises:
-        ValueError: a name that is none of `other_models`, no such file, or prompts that are messages.
-    """
+    """Name → the text to put before a model's prompts (the paper's prompted GPT-3)."""
     files = name_and_path(run.prefixes, "prefixes")
     known = name_and_path(run.other_models, "other_models")
     for name, file in files.items():
         if name not in known:
-            raise ValueError(
-                f"prefixes: no model of --other_models is called {name!r}, only {', '.join(known) or '-'}."
-            )
+            others = ", ".join(known) or "-"
+            raise ValueError(f"prefixes: no model of --other_models is called {name!r}, only {others}.")
         if not Path(file).is_file():
             raise ValueError(f"prefixes: {file!r} of {name!r} is not a file. Give a text file to put before prompts.")
     if files and not all(isinstance(prompt, str) for prompt in prompts):
@@ -269,35 +226,22 @@ def score_rankings(scorer: Any, rankings: Any) -> list[dict[str, Any]]:
     return records
 
 
-def win_against_sft(models: dict[str, Any], name: str, prompts: Any = None) -> Any:
-    """`win_rate` of a model against the SFT model by the labeler; `prompts` as there."""
-    return win_rate(models[name]["labeler"], models[SFT]["labeler"], prompts=prompts)
-
-
 def other_logs(entries: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Name → PPO log of each of `other_runs`.
-
-    Raises:
-        ValueError: a folder without a log, or the name of this run's own.
-    """
-    logs = {}
-    for name, path in name_and_path(entries, "other_runs").items():
-        if name == PPO:
-            raise ValueError(f"other_runs: the name {PPO!r} is this run's; give {path!r} another.")
-        logs[name] = training_log(Path(path))
-        if not logs[name]:
-            raise ValueError(
-                f"other_runs: {path!r} holds no PPO log (trainer_state.json). Give a run's ppo_ptx folder."
-            )
+    """Name → PPO log of each of `other_runs`."""
+    logs = {name: training_log(Path(path)) for name, path in name_and_path(entries, "other_runs").items()}
+    if PPO in logs:
+        raise ValueError(f"other_runs: the name {PPO!r} is this run's; give the other one another name.")
+    for entry, log in zip(entries, logs.values(), strict=True):
+        if not log:
+            path = entry.partition("=")[2]
+            raise ValueError(f"other_runs: {path!r} holds no PPO log (trainer_state.json). Give a ppo_ptx folder.")
     return logs
 
 
 def training_log(stage: Path) -> list[dict[str, Any]]:
     """The PPO log, one row per iteration, with the labeler's score under `labeler_score`."""
     state = stage / "trainer_state.json"
-    if not state.exists():
-        return []
-    history = read_json(state)["log_history"]
+    history = read_json(state)["log_history"] if state.exists() else []
     return [
         {**row, "labeler_score": row.get("rewards/labeler/mean")} for row in history if "score" in row and "kl" in row
     ]

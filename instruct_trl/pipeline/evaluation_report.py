@@ -1,4 +1,4 @@
-"""The report of a whole run, from what its stages left behind."""
+"""The report of a whole run, from the files that its stages left behind."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from instruct_trl.data.encoding import prompt_keys
 from instruct_trl.data.rows import read_json
+from instruct_trl.evaluation import answers
+from instruct_trl.evaluation.estimates import Estimate, mean_interval
+from instruct_trl.evaluation.reward_metrics import correlations
+from instruct_trl.evaluation.win_rate import paired_difference, win_rate
 from instruct_trl.judges.base import as_text
-from instruct_trl.pipeline.evaluating import SFT, EvaluateArguments, other_logs, training_log, win_against_sft
+from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
+from instruct_trl.pipeline.evaluating import SFT, EvaluateArguments, other_logs, training_log
+from instruct_trl.pipeline.judging import JudgeArguments, judge_answers
 from instruct_trl.pipeline.stage import disk_errors, finished_summary, locked
 from instruct_trl.redaction import redact_command, redact_settings
 from instruct_trl.report.data import ModelResult, ReportData, Sample
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
+SAMPLES = 8  # prompts whose answers are shown
 
 
-def judged_report(run: EvaluateArguments, folder: Path, tasks: Any, judges: Any) -> str:
+def judged_report(run: EvaluateArguments, folder: Path, tasks: TaskArguments, judges: JudgeArguments) -> str:
     """The tasks on every process, then, on the main one alone, the judges and the report; returns the report's path.
 
     The other processes are done by then. None waits at a barrier, which could time out before a judge has replied.
     """
-    from instruct_trl.pipeline.benchmarking import measure_tasks
-    from instruct_trl.pipeline.judging import judge_answers
-
     measured, report = measure_tasks(run, tasks), report_folder(run, folder) / "report.html"
     if PartialState().is_main_process:
         with disk_errors(folder, "Judges and report"), locked(folder):
@@ -42,20 +47,10 @@ def report_folder(run: EvaluateArguments, folder: Path) -> Path:
     return run.run if folder.resolve() == (run.run / "evaluation").resolve() else folder
 
 
-def stage_folders(run: EvaluateArguments, folder: Path) -> dict[str, Path]:
-    """Stage → the folder that holds its settings, time and log: the run's, or that of the model given in its place."""
-    folders = {stage: run.run / stage for stage in STAGES} | {"evaluation": folder, "ppo_ptx": run.ppo_folder}
-    if run.sft_model:
-        folders["selected_sft"] = Path(run.sft_model).parent
-    if run.reward_model_path:
-        folders["reward_model"] = Path(run.reward_model_path)
-    return folders
-
-
 def make_report(
     run: EvaluateArguments, folder: Path, tasks: dict[str, Any] | None = None, judged: dict[str, Any] | None = None
 ) -> Path:
-    """Draw report.md and report.html of the run from what its stages left behind; see `report_folder`.
+    """Draw report.md and report.html of the run; see `report_folder`.
 
     Args:
         run: the recipe's arguments.
@@ -66,8 +61,14 @@ def make_report(
     from instruct_trl.report.pages import write_report
 
     data = read_json(folder / "answers.json")
-    stages = stage_folders(run, folder)
-    selection = stages["selected_sft"] / "selection.png"
+    # Stage → the folder with its settings, time and log: the run's, or that of the model given in its place.
+    stages = {stage: run.run / stage for stage in STAGES} | {"evaluation": folder, "ppo_ptx": run.ppo_folder}
+    stages["reward_model"] = Path(run.reward_path)
+    if run.sft_model:
+        stages["selected_sft"] = Path(run.sft_model).parent
+    finished = {stage: finished_summary(place) for stage, place in stages.items()}
+    selection = stages["selected_sft"] / "selection.json"
+    picture = selection.with_suffix(".png")
     report = ReportData(
         run_name=run.run.name,
         models=[_result(data, name, (tasks or {}).get(name, {})) for name in data["models"]],
@@ -78,33 +79,22 @@ def make_report(
         **(judged or {}),
         reward_model=data.get("reward_model", {}),
         trained_on=data.get("trained_on") or {},
-        selection_picture=selection if selection.exists() else None,
-        selection_note=_finding(selection.with_suffix(".json")),
+        selection_picture=picture if picture.exists() else None,
+        selection_note=read_json(selection).get("finding", "") if selection.exists() else "",
         samples=_samples(data),
-        settings={name: redact_settings((finished_summary(stages[name]) or {}).get("settings", {})) for name in STAGES},
+        settings={stage: redact_settings((made or {}).get("settings", {})) for stage, made in finished.items()},
         deviations=run.deviations,
-        timings={s: f["seconds"] for s in STAGES if (f := finished_summary(stages[s])) is not None},
+        timings={stage: made["seconds"] for stage, made in finished.items() if made is not None},
         command=command_line(),
-        environment=environment(),
+        environment=_environment(),
         pretraining_text=run.pretraining_description or run.pretraining_dataset_name or "",
     )
     return write_report(report, report_folder(run, folder))
 
 
-def _finding(selection: Path) -> str:
-    """The finding of the selection of the SFT model, in words; "" where there was none."""
-    return read_json(selection).get("finding", "") if selection.exists() else ""
-
-
 def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResult:
-    from instruct_trl.data.encoding import prompt_keys
-    from instruct_trl.evaluation import answers
-    from instruct_trl.evaluation.estimates import Estimate, mean_interval
-    from instruct_trl.evaluation.reward_metrics import correlations
-    from instruct_trl.evaluation.win_rate import paired_difference
-
-    models, prompts = data["models"], prompt_keys(data["prompts"])
-    row, base = models[name], models[SFT]
+    prompts = prompt_keys(data["prompts"])
+    row, base = data["models"][name], data["models"][SFT]
     texts, loss = row["completions"], row.get("pretraining_loss")
     result = ModelResult(
         name,
@@ -124,23 +114,23 @@ def _result(data: dict[str, Any], name: str, tasks: dict[str, Any]) -> ModelResu
     )
     if name != SFT:
         scores = (row["labeler"], base["labeler"])
-        result.win = win_against_sft(models, name, prompts)
+        result.win = win_rate(*scores, prompts=prompts)
         result.like_length = answers.like_length_win_rate(*scores, row["lengths"], base["lengths"], prompts=prompts)
         result.favourite = answers.favourite_word(texts, base["completions"])
         result.labeler_difference = mean_interval(paired_difference(*scores), prompts)
     return result
 
 
-def _samples(data: dict[str, Any], count: int = 8) -> list[Sample]:
+def _samples(data: dict[str, Any]) -> list[Sample]:
     """The first prompts: chosen by position, not by how the answers turned out."""
-    models = data["models"]
+    models = data["models"].items()
     return [
         Sample(
             as_text(prompt),
-            {name: row["completions"][i] for name, row in models.items()},
-            {name: row["labeler"][i] for name, row in models.items()},
+            {n: row["completions"][i] for n, row in models},
+            {n: row["labeler"][i] for n, row in models},
         )
-        for i, prompt in enumerate(data["prompts"][:count])
+        for i, prompt in enumerate(data["prompts"][:SAMPLES])
     ]
 
 
@@ -149,10 +139,8 @@ def command_line() -> str:
     return " ".join(["accelerate launch", f"recipes/{Path(sys.argv[0]).name}", *redact_command(sys.argv[1:])])
 
 
-def environment() -> dict[str, str]:
-    """Machine and versions."""
+def _environment() -> dict[str, str]:
     packages = ("instruct-trl", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": device, "system": platform.platform(terse=True), "python": platform.python_version()} | {
-        name: version(name) for name in packages
-    }
+    machine = {"device": device, "system": platform.platform(terse=True), "python": platform.python_version()}
+    return machine | {name: version(name) for name in packages}

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate import PartialState
 
 from instruct_trl.data.rows import shown
@@ -23,9 +24,6 @@ HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "
 """Usual names of a split that is not trained on. The first one that is there is taken."""
 
 _NAMED_HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval|evaluation)(?![a-z])", re.IGNORECASE)
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "csv": {"keep_default_na": False, "na_values": [""]}  # "NA" and "None" are words; an empty cell alone is missing
-}
 
 
 def load_splits(name: str | Path, config: str | None = None) -> dict[str, Any]:
@@ -35,27 +33,29 @@ def load_splits(name: str | Path, config: str | None = None) -> dict[str, Any]:
         name: a file of a known type, or a folder with one dataset saved by `save_to_disk` (both are one split, called
             `train`), a folder with a saved `DatasetDict` or with data files, or a name on the hub; `~` is the home.
         config: the hub dataset's configuration.
-
-    Raises:
-        ValueError: there is no such dataset, its file type is unknown, or it cannot be read; says which file and line,
-            as far as that is known, and what to do.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return {"train": _read_files([path])}
     if path.is_dir():
         return _read_folder(path, config)
+    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    meant = _did_you_mean(path.name, there, 0.8)
     if path.suffix.lower() in FILE_TYPES or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise ValueError(f"The dataset {redact(str(name))} does not exist.{_beside(path)} Check the path.")
-    return _read_hub(str(name), config)
+        raise ValueError(f"The dataset {redact(str(name))} does not exist.{meant} Check the path.")
+    try:
+        return dict(datasets.load_dataset(str(name), config))
+    except Exception as error:
+        offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
+        raise ValueError(
+            f"{redact(str(name))!r} is no file or folder here, and it could not be loaded from the Hugging Face hub: "
+            f"{_reason(error)}{offline}{meant} Check the path or the name, --dataset_config, the network and, for "
+            "private data, `hf auth login`."
+        ) from error
 
 
 def pick_split(splits: Mapping[str, Any], split: str, name: str | Path) -> Any:
-    """The split of that name, with at least one row.
-
-    Raises:
-        ValueError: there is none, or it is empty; names the splits that there are.
-    """
+    """The split of that name, with at least one row; refused with the names of the splits that there are."""
     if split not in splits:
         raise ValueError(
             f"{name} has no split {split!r}, only {', '.join(splits)}.{_did_you_mean(split, splits)} Choose one of "
@@ -75,9 +75,6 @@ def held_out_split(splits: Mapping[str, Any], asked: str | None, train: str, nam
     """The split to evaluate on: the one asked for, else the first of a usual name, else None. Never `train`.
 
     Beside a train split such as `train_prefs`, `test_prefs` goes before `test`.
-
-    Raises:
-        ValueError: the split asked for is not there.
     """
     if asked is not None:
         pick_split(splits, asked, name)
@@ -91,14 +88,8 @@ def _did_you_mean(wanted: str, there: Iterable[str], cutoff: float = 0.6) -> str
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _beside(path: Path) -> str:
-    """The file or folder that a path that is not there probably means."""
-    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return _did_you_mean(path.name, there, 0.8)
-
-
 def _reason(error: BaseException) -> str:
-    """The first two lines of the error of datasets, or of what it met."""
+    """The first two lines of the error of datasets, or of its cause."""
     text = " ".join(str(error.__cause__ or error).split("\n")[:2]).strip() or type(error).__name__
     return (text if len(text) <= 300 else text[:300] + "…").rstrip(".") + "."
 
@@ -108,47 +99,41 @@ def _read_files(files: list[Path]) -> Any:
     kind = FILE_TYPES.get(files[0].suffix.lower())
     if kind is None:
         raise ValueError(f"{files[0]} is not a {', '.join(FILE_TYPES)} file. Convert it to one of these.")
-    try:
+    # "NA" and "None" are words; an empty cell alone is missing.
+    options: list[dict[str, Any]] = [{"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}]
+    if kind == "json":  # its types are those of its first megabytes: fractions or columns may begin later
+        options.append({"chunksize": max(file.stat().st_size for file in files) + 1})
+    escaped = [glob.escape(str(file)) for file in files]  # datasets takes [ and ] for a pattern
+    for option in options:
         try:
-            return _load(kind, files, **_OPTIONS.get(kind, {}))
-        except Exception:
-            if kind != "json":
-                raise
-            # The types of a json file are those of its first megabytes: fractions or columns may begin later.
-            return _load(kind, files, chunksize=max(file.stat().st_size for file in files) + 1)
-    except Exception as error:
-        fault = next((fault for file in files if (fault := _fault_in(file, kind))), None)
-        names = ", ".join(map(str, files))
-        raise ValueError(
-            fault or f"{names} could not be read: {_reason(error)} Mend what this names, or write the file anew."
-        ) from error
-
-
-def _load(kind: str, files: list[Path], **options: Any) -> Any:
-    import datasets
-
-    names = [glob.escape(str(file)) for file in files]  # datasets takes [ and ] for a pattern
-    loaded = datasets.load_dataset(kind, data_files=names, split="train", **options)
-    loaded.data.validate(full=True)  # Arrow reads text that is no UTF-8 without a word, and fails where it is used
-    return loaded
+            loaded = datasets.load_dataset(kind, data_files=escaped, split="train", **option)
+            loaded.data.validate(full=True)  # Arrow reads text that is no UTF-8 without a word, and fails later
+            return loaded
+        except Exception as error:
+            failed = error
+    for file in files:
+        _refuse_broken(file, kind)
+    names = ", ".join(map(str, files))
+    raise ValueError(f"{names} could not be read: {_reason(failed)} Mend this, or write the file anew.") from failed
 
 
 def _read_folder(path: Path, config: str | None) -> dict[str, Any]:
-    import datasets
-
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         try:
             saved = datasets.load_from_disk(str(path))
         except Exception as error:
-            raise ValueError(
-                f"The saved dataset {path} could not be read: {_reason(error)} Save it again with save_to_disk, or "
-                "copy it whole."
-            ) from error
+            fault = f"The saved dataset {path} could not be read: {_reason(error)} Save it again, or copy it whole."
+            raise ValueError(fault) from error
         return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
-    config = config if (path / "README.md").is_file() else None  # which is where a folder names its configurations
+    config = config if (path / "README.md").is_file() else None  # a folder's README names its configurations
     full = str(path.resolve())
     try:
-        files = _files_of_splits(path, full, config)
+        kind = next((k for file in sorted(path.rglob("*")) if (k := FILE_TYPES.get(file.suffix.lower()))), None)
+        if kind is not None and glob.escape(full) != full:  # brackets, which datasets takes for a pattern
+            builder = datasets.load_dataset_builder(kind, data_dir=glob.escape(full))
+        else:
+            builder = datasets.load_dataset_builder(full, config)
+        files = {str(split): [*map(Path, found)] for split, found in (builder.config.data_files or {}).items()}
         kinds = {FILE_TYPES.get(file.suffix.lower()) for found in files.values() for file in found}
         if len(kinds) != 1 or None in kinds:
             return dict(datasets.load_dataset(full, config))
@@ -160,18 +145,6 @@ def _read_folder(path: Path, config: str | None) -> dict[str, Any]:
         ) from error
     _check_names(path, files)
     return {split: _read_files(found) for split, found in files.items()}  # a test split may have columns of its own
-
-
-def _files_of_splits(path: Path, full: str, config: str | None) -> dict[str, list[Path]]:
-    """Split → its files, as datasets tells by their names."""
-    import datasets
-
-    kind = next((k for file in sorted(path.rglob("*")) if (k := FILE_TYPES.get(file.suffix.lower()))), None)
-    if kind is not None and glob.escape(full) != full:  # brackets, which datasets takes for a pattern
-        builder = datasets.load_dataset_builder(kind, data_dir=glob.escape(full))
-    else:
-        builder = datasets.load_dataset_builder(full, config)
-    return {str(split): [Path(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
 
 
 def _check_names(path: Path, files: Mapping[str, list[Path]]) -> None:
@@ -193,75 +166,65 @@ def _check_names(path: Path, files: Mapping[str, list[Path]]) -> None:
         )
 
 
-def _read_hub(name: str, config: str | None) -> dict[str, Any]:
-    import datasets
-
-    try:
-        return dict(datasets.load_dataset(name, config))
-    except Exception as error:
-        offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
-        raise ValueError(
-            f"{redact(str(name))!r} is no file or folder here, and it could not be loaded from the Hugging Face hub: "
-            f"{_reason(error)}{offline}{_beside(Path(name))} Check the path or the name, --dataset_config, the network "
-            "and, for private data, `hf auth login`."
-        ) from error
-
-
 # -- the fault of a broken file, looked for only when datasets could not read it ---------------------------------------
 
 
-def _fault_in(path: Path, kind: str) -> str | None:
-    """The fault, its line and the remedy; None if none is found. Lines count from 1, rows of a json array from 0."""
+def _refuse_broken(path: Path, kind: str) -> None:
+    """Raise an error that names the first fault, its line (from 1) and the remedy; pass if none is found."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        return f"{path} cannot be opened: {error.strerror}. Check the file and its permissions."
+        raise ValueError(f"{path} cannot be opened: {error.strerror}. Check the file and its permissions.") from error
     if not data:
-        return f"{path} is empty: it has no rows. Write it again."
+        raise ValueError(f"{path} is empty: it has no rows. Write it again.")
     if kind == "parquet":
         if data[:4] != b"PAR1":
-            return f"{path} is no parquet file: it begins with {shown(data[:12])}. Give it the ending of what it is."
-        return None if data[-4:] == b"PAR1" else f"{path} is cut off. Copy, download or write it again."
+            begin = shown(data[:12])
+            raise ValueError(f"{path} is no parquet file: it begins with {begin}. Give it the ending of its own type.")
+        if data[-4:] != b"PAR1":
+            raise ValueError(f"{path} is cut off. Copy, download or write it again.")
+        return
     try:
-        return {"json": _json_fault, "csv": _csv_fault}[kind](path, data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        convert = f"-t UTF-8 {path.name} > utf8{path.suffix}"
-        if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return f"{path} is in UTF-16. Convert it to UTF-8: iconv -f UTF-16 {convert}"
         before = data[: error.start]
-        return (
+        meant = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "WINDOWS-1252"
+        raise ValueError(
             f"{path}, line {before.count(10) + 1}: byte {data[error.start]:#04x} after "
-            f"{before[-20:].decode(errors='replace')!r} is not UTF-8. If it is Latin-1 or Windows-1252, convert it: "
-            f"iconv -f WINDOWS-1252 {convert}"
-        )
+            f"{before[-20:].decode(errors='replace')!r} is not UTF-8, but probably {meant}. Convert the file: "
+            f"iconv -f {meant} -t UTF-8 {path.name} > utf8{path.suffix}"
+        ) from error
+    (_refuse_json if kind == "json" else _refuse_csv)(path, text)
 
 
-def _json_fault(path: Path, text: str) -> str | None:
+def _refuse_json(path: Path, text: str) -> None:
     """Of json lines, or of one array or object over several lines."""
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first = lines[0][1] if lines else ""
     whole = first == "{" or (first.startswith("[") and not (len(lines) > 1 and first.endswith("]")))
-    columns = rows = 0
+    rows: list[Any] = []
     for number, piece in [(0, text)] if whole else lines:
-        where = f"{path}, line {number}" if number else str(path)
         try:
             value = json.loads(piece, object_pairs_hook=_once)
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except json.JSONDecodeError as error:
-            around = shown(error.doc[max(0, error.pos - 30) : error.pos + 30])
-            return (
-                f"{path}, line {number or error.lineno}: broken JSON ({error.msg}, column {error.colno}), near "
-                f"{around}. Mend the line, or write the file anew if it was cut off."
-            )
-        except UnicodeEncodeError as error:
-            return f"{where}: it holds half a character ({error.object[error.start]!r}). Write the whole one."
+            found = value if whole and isinstance(value, list) else [value]
+            odd = [row for row in found if not isinstance(row, dict)]
+            if odd:
+                raise ValueError(f"{shown(odd[0])} is not an object. A json lines file has one {{...}} per line.")
         except ValueError as error:
-            return f"{where}: {error}"
-        for row in value if whole and isinstance(value, list) else [value]:
-            if not isinstance(row, dict):
-                return f"{where}: {shown(row)} is not an object. A json lines file has one object {{...}} per line."
-            rows, columns = rows + 1, columns + len(row)
-    return None if columns else f"{path} has no {'columns' if rows else 'rows'}. Write it again."
+            line, fault = number, str(error)
+            if isinstance(error, json.JSONDecodeError):
+                line = number or error.lineno
+                around = shown(error.doc[max(0, error.pos - 30) : error.pos + 30])
+                fault = (
+                    f"broken JSON ({error.msg}, column {error.colno}), near {around}. Mend it; was the file cut off?"
+                )
+            elif isinstance(error, UnicodeEncodeError):
+                fault = f"it holds half a character ({error.object[error.start]!r}). Write the whole one."
+            raise ValueError(f"{path}{f', line {line}' if line else ''}: {fault}") from error
+        rows += found
+    if not any(rows):
+        raise ValueError(f"{path} has no {'columns' if rows else 'rows'}. Write it again.")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -272,19 +235,21 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _csv_fault(path: Path, text: str) -> str | None:
+def _refuse_csv(path: Path, text: str) -> None:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     line = rows = 0  # the line before the row that is read, and the rows below the header
     try:
         for row in reader:
             if header is not None and len(row) > len(header):
-                return (
+                raise ValueError(
                     f"{path}, line {line + 1}: {len(row)} cells, but the header has {len(header)}. Put cells that hold "
                     'commas into "quotes".'
                 )
             rows += header is not None
             header, line = header or row, reader.line_num
     except csv.Error as error:
-        return f'{path}, line {line + 1}: {error}. Close every quote, and write one inside a cell as "".'
-    return None if rows else f"{path} has no rows below its header. Write it again."
+        fault = f'{path}, line {line + 1}: {error}. Close every quote, and write one inside a cell as "".'
+        raise ValueError(fault) from error
+    if not rows:
+        raise ValueError(f"{path} has no rows below its header. Write it again.")

@@ -6,30 +6,37 @@ import copy
 import gc
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from instruct_trl.pipeline.arguments import RunArguments
+from instruct_trl.pipeline.arguments import RunArguments, setting
 from instruct_trl.pipeline.rows import overlap, rows_digest
 from instruct_trl.pipeline.stage import write_json
 from instruct_trl.pipeline.training import quiet_progress
+
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+    from instruct_trl import RankingRewardConfig, RankingRewardTrainer
 
 
 @dataclass
 class RewardArguments(RunArguments):
     """Data of `recipes/reward_model.py`; without a dataset_name the rankings in <run_dir>/rankings."""
 
-    demonstrations_name: str | None = field(
-        default=None, metadata={"help": "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."}
+    demonstrations_name: str | None = setting(
+        None, "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."
     )
-    labeler_folds: int | None = field(
-        default=None, metadata={"help": "Also train on all but one group of labelers, for so many groups (paper: 5)."}
+    labeler_folds: int | None = setting(
+        None, "Also train on all but one group of labelers, for this many groups (paper: 5)."
     )
-    labeler_description: str | None = field(default=None, metadata={"help": "Who ranked, for the report."})
+    labeler_description: str | None = setting(None, "Who ranked, for the report.")
 
 
-def reward_trainer(model: Any, args: Any, model_args: Any, train: Any, test: Any) -> Any:
+def reward_trainer(
+    model: str, args: RankingRewardConfig, model_args: ModelConfig, train: Any, test: Any
+) -> RankingRewardTrainer:
     """The trainer of `recipes/reward_model.py`, with its progress bar."""
     from trl import get_peft_config, get_quantization_config
 
@@ -47,14 +54,16 @@ def reward_trainer(model: Any, args: Any, model_args: Any, train: Any, test: Any
     return trainer
 
 
-def labelers_left_out(model: Any, args: Any, model_args: Any, train: Any, n_folds: int) -> dict[str, Any]:
+def labelers_left_out(
+    model: str, args: RankingRewardConfig, model_args: ModelConfig, train: Any, n_folds: int
+) -> dict[str, Any]:
     """Accuracy on labelers seen in training and on labelers left out, over `n_folds` (section 4.1 of the paper).
 
     Each fold trains a reward model of its own under `<output_dir>/folds`, which is removed afterwards.
     """
     from instruct_trl.evaluation.labeler_folds import cross_validate_labelers
 
-    folder = Path(args.output_dir, "folds")
+    folder = Path(str(args.output_dir), "folds")
 
     def train_and_evaluate(rankings: Any, held: dict[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
         settings = copy.deepcopy(args)
@@ -62,8 +71,9 @@ def labelers_left_out(model: Any, args: Any, model_args: Any, train: Any, n_fold
         trainer = reward_trainer(model, settings, model_args, rankings, held)
         trainer.train()
         records: dict[str, Sequence[Mapping[str, Any]]] = {}
+        tokenized: Any = trainer.eval_dataset
         for name in held:
-            trainer.evaluate(trainer.eval_dataset[name], metric_key_prefix=f"eval_{name}")
+            trainer.evaluate(tokenized[name], metric_key_prefix=f"eval_{name}")
             records[name] = trainer.evaluation_records
         trainer.accelerator.free_memory()
         del trainer
@@ -76,18 +86,17 @@ def labelers_left_out(model: Any, args: Any, model_args: Any, train: Any, n_fold
 
 
 def write_page(
-    trainer: Any, folder: str, labeler: str | None, folds: dict[str, Any] | None, train: Any = None, test: Any = None
+    trainer: RankingRewardTrainer, folder: str, labeler: str | None, folds: dict[str, Any] | None, train: Any, test: Any
 ) -> None:
     """`<folder>/evaluation/report.html` from the trainer's last evaluation, and a line that says where it is.
 
-    With `train` and `test` the page says how many rows of `test` have a prompt that is trained on.
+    The page says how many rows of `test` have a prompt that is trained on.
     """
     from instruct_trl.report.pages import METRICS_JSON, write_reward_report
 
     if not trainer.accelerator.is_main_process:
         return
-    pages = Path(folder, "evaluation")
-    repeated = overlap(train, test)
+    pages, repeated = Path(folder, "evaluation"), overlap(train, test)
     try:
         metrics = write_reward_report(
             trainer.evaluation_records,
@@ -97,9 +106,9 @@ def write_page(
             labeler_folds=folds,
             trained_on=(repeated, len(test)) if repeated else None,
         )
-    except ImportError as error:
+    except ImportError as error:  # without matplotlib the model itself is as good
         print(f"No page on the evaluation was written. {error}")
     else:
-        if test is not None:  # the evaluation of the run takes the figures from here, where its rankings are these
-            write_json(pages / METRICS_JSON, {**metrics, "rankings": rows_digest(test)})
+        # The run's evaluation takes the figures from here if it has the same rankings: one model, one accuracy.
+        write_json(pages / METRICS_JSON, {**metrics, "rankings": rows_digest(test)})
         print(f"   The evaluation in pictures: {pages / 'report.html'}")

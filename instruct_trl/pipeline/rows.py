@@ -1,32 +1,25 @@
-"""Which rows of a user's data a stage takes, and whether those that are held out were trained on."""
+"""The rows of a user's data that a stage takes, and whether held-out rows were trained on."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainingArguments
 
-from instruct_trl.data.encoding import prompt_keys
+from instruct_trl.data.encoding import prompt_key, prompt_keys
 from instruct_trl.data.rows import check_pretraining_row, check_rows, require_columns
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.loading import held_out_split, load_split, load_splits, pick_split
 from instruct_trl.pipeline.stage import finished_summary
 
-HELD_OUT_TEXTS = 2000  # whose loss is measured
-TRAINED = ("sft", "reward_model", "rl_init", "ppo_ptx")
-"""Stages that train on rows with prompts."""
+HELD_OUT_TEXTS = 2000  # for the pretraining loss
 
 
 def dataset_of(run: RunArguments) -> str:
-    """The name of the run's dataset.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The name of the run's dataset."""
     if not run.dataset_name:
         raise ValueError("There are no data. Name them: --dataset_name, or dataset_name in the config.")
     return run.dataset_name
@@ -44,9 +37,6 @@ def train_and_test(run: RunArguments, name: str | None = None) -> tuple[Any, Any
     """(train, test) of the run's dataset, or of `name`; test is None if nothing is held out.
 
     Lines say which split is held out, or that none is, and how many of its prompts are trained on.
-
-    Raises:
-        ValueError: a split that is asked for is not there, or the two are the same.
     """
     name = name or dataset_of(run)
     splits, split = load_splits(name, run.dataset_config), run.dataset_train_split
@@ -54,20 +44,19 @@ def train_and_test(run: RunArguments, name: str | None = None) -> tuple[Any, Any
     found = held_out_split(splits, run.dataset_test_split, split, name)
     if found is None:
         PartialState().print(
-            f"== Data: There is no test split in {name} (only {', '.join(splits)}): nothing is held out, and nothing "
-            "will be evaluated. Put rows aside as a split test, or name one: --dataset_test_split."
+            f"== Data: There is no test split in {name} (only {', '.join(splits)}), so nothing will be evaluated. Put "
+            "rows aside as a split test, or name a split: --dataset_test_split."
         )
         return train, None
     if found == split:
-        raise ValueError(
-            f"--dataset_test_split {found} is the split that is trained on, so nothing would be held out. Name another "
-            "split, or none."
-        )
+        raise ValueError(f"--dataset_test_split {found} is the split that is trained on. Name another one, or none.")
     _say_held_out(run, name, found)
     test = pick_split(splits, found, name)
-    note = overlap_note(overlap(train, test), len(test))
-    if note:
-        PartialState().print(f"== Data: {note}")
+    if repeated := overlap(train, test):
+        PartialState().print(
+            f"== Data: {repeated:,} of {len(test):,} rows of the test split have prompts that are also in the training "
+            "rows. They are not held out: put other prompts there."
+        )
     return train, test
 
 
@@ -86,23 +75,17 @@ def further_rows(run: RunArguments, name: str) -> tuple[Any, Any]:
 
 
 def prompts_to_judge(run: RunArguments, name: str) -> Any:
-    """Rows of a dataset to answer and judge: its held-out split; if it has one split only (as a file has), that.
-
-    Raises:
-        ValueError: the split asked for is not there; several splits, and none of a held-out one's name.
-    """
+    """Rows of a dataset to answer and judge: its held-out split; if it has one split only (as a file has), that."""
     splits = load_splits(name, run.dataset_config)
     asked = run.dataset_test_split if name == run.dataset_name else None
     found = held_out_split(splits, asked, run.dataset_train_split, name)
     if found is None and len(splits) > 1:
-        raise ValueError(
-            f"There is no test split in {name}, only {', '.join(splits)}. Name the one with held-out prompts: "
-            "--dataset_test_split."
-        )
+        there = ", ".join(splits)
+        raise ValueError(f"There is no test split in {name}, only {there}. Name the one to use: --dataset_test_split.")
     if found is None:
         (found,) = splits
         if Path(name).expanduser().is_dir():
-            PartialState().print(f"== Prompts: There is no test split in {name}: its one split, {found!r}, is taken.")
+            PartialState().print(f"== Prompts: {name} has no test split; its only split, {found!r}, is used.")
     elif name == run.dataset_name:
         _say_held_out(run, name, found)
     return pick_split(splits, found, name)
@@ -120,11 +103,7 @@ def rl_prompts(run: RunArguments) -> Any:
 
 
 def pretraining_texts(run: RunArguments, name: str | None, setting: str, weight: float) -> Any:
-    """Texts of the γ term or of SFT's mix, with a `text` or `input_ids` column; None if `setting` gives them no weight.
-
-    Raises:
-        ValueError: none are named.
-    """
+    """Texts of the γ term or of SFT's mix (`text` or `input_ids`); None if `setting` gives them no weight."""
     if not weight:
         return None
     if name is None:
@@ -136,9 +115,6 @@ def held_out_texts(run: RunArguments, name: str | None) -> list | None:
     """Texts for the held-out pretraining loss, at most `HELD_OUT_TEXTS`; None if no dataset is named.
 
     They are its test split, or all of it if it has none. A line says if a stage was trained on them.
-
-    Raises:
-        ValueError: it has no `text` and no `input_ids` column, or both; or a row without text.
     """
     if name is None:
         return None
@@ -150,23 +126,19 @@ def held_out_texts(run: RunArguments, name: str | None) -> list | None:
     if taught and test is None:
         PartialState().print(f"== Pretraining loss: {name} holds the texts that {', '.join(taught)} was trained on.")
     if len(rows) > HELD_OUT_TEXTS:
-        PartialState().print(f"== Pretraining loss: of {len(rows):,} texts the first {HELD_OUT_TEXTS:,}.")
+        PartialState().print(f"== Pretraining loss: taken on the first {HELD_OUT_TEXTS:,} of {len(rows):,} texts.")
         rows = rows.select(range(HELD_OUT_TEXTS))
     check_rows(rows, check_pretraining_row)
     return list(rows["text" if "text" in rows.column_names else "input_ids"])
 
 
-def evaluate_held_out(args: Any, test: Any) -> None:
-    """Switch evaluation during training off if nothing is held out.
-
-    Raises:
-        ValueError: a checkpoint is to be chosen by it.
-    """
+def evaluate_held_out(args: TrainingArguments, test: Any) -> None:
+    """Switch evaluation during training off if nothing is held out."""
     if test is not None:
         return
     if args.load_best_model_at_end or args.save_strategy == "best":
         raise ValueError(
-            "There is no test split: nothing is held out, by which the best checkpoint could be chosen "
+            "There is no test split, so no rows are held out to choose the best checkpoint by "
             "(load_best_model_at_end, save_strategy 'best'). Give a test split, or switch these off."
         )
     args.eval_strategy, args.eval_on_start = "no", False
@@ -175,37 +147,26 @@ def evaluate_held_out(args: Any, test: Any) -> None:
 # -- whether held-out prompts were trained on --------------------------------------------------------------------------
 
 
-def _rows_keys(rows: Any) -> list[str]:
-    """Each row's prompt by name: of `messages` all but the last, of `text` the whole; [] without one."""
-    if "prompt" in rows.column_names:
-        return prompt_keys(rows["prompt"], loosely=True)
-    if "messages" in rows.column_names:
-        asked = (value[:-1] if isinstance(value, list) else value for value in rows["messages"])
-        return prompt_keys(asked, loosely=True)
-    return prompt_keys(rows["text"], loosely=True) if "text" in rows.column_names else []
-
-
 def rows_digest(rows: Iterable[Any]) -> str:
     """A name for these rows, the same for the same rows in the same order."""
-    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
+    return prompt_key(list(rows))
+
+
+def _keys(rows: Any) -> list[str]:
+    """Each row's prompt by name: of `messages` all but the last, of `text` the whole; [] without one."""
+    if "messages" in rows.column_names and "prompt" not in rows.column_names:
+        asked = (value[:-1] if isinstance(value, list) else value for value in rows["messages"])
+        return prompt_keys(asked, loosely=True)
+    column = next((name for name in ("prompt", "text") if name in rows.column_names), None)
+    return prompt_keys(rows[column], loosely=True) if column else []
 
 
 def overlap(train: Any, test: Any) -> int:
     """How many rows of `test` have a prompt that a row of `train` also has; 0 without one of the two."""
     if train is None or test is None:
         return 0
-    trained = set(_rows_keys(train))
-    return sum(key in trained for key in _rows_keys(test))
-
-
-def overlap_note(count: int, rows: int) -> str | None:
-    """A sentence on `count` of `rows` held-out rows whose prompt is trained on; None if there are none."""
-    if not count:
-        return None
-    return (
-        f"{count:,} of {rows:,} rows of the test split have prompts that are also in the training rows, so they are "
-        "not held out. Put other prompts into the test split."
-    )
+    trained = set(_keys(train))
+    return sum(key in trained for key in _keys(test))
 
 
 def trained_on(run: RunArguments, prompts: Sequence[Any], folders: Iterable[str | Path | None] = ()) -> dict | None:
@@ -218,18 +179,17 @@ def trained_on(run: RunArguments, prompts: Sequence[Any], folders: Iterable[str 
         `rows`, so many `of` all prompts, and a sentence, `note`.
     """
     keys = prompt_keys(prompts, loosely=True)
-    stages = {(run.run / stage).resolve(): stage for stage in TRAINED}
-    for folder in folders:
-        if folder is not None:
-            stages.setdefault(Path(folder).resolve(), str(folder))
+    stages = {(run.run / stage).resolve(): stage for stage in ("sft", "reward_model", "rl_init", "ppo_ptx")}
+    for folder in [Path(folder) for folder in folders if folder is not None]:
+        stages.setdefault(folder.resolve(), str(folder))
     shared = {name: _trained_keys(folder) & set(keys) for folder, name in stages.items()}
     found = set().union(*shared.values())
     if not found:
         return None
     count, names = sum(key in found for key in keys), [name for name, some in shared.items() if some]
     note = (
-        f"{count:,} of {len(keys):,} prompts are also in the training rows of {', '.join(names)}, so what is said of "
-        "them is not said of new prompts. Name held-out ones: --dataset_name, or --dataset_test_split."
+        f"{count:,} of {len(keys):,} prompts are also in the training rows of {', '.join(names)}, so the results "
+        "on them do not hold for new prompts. Name held-out ones: --dataset_name, or --dataset_test_split."
     )
     PartialState().print(f"== Prompts: {note}")
     return {"rows": count, "of": len(keys), "note": note}
@@ -242,6 +202,6 @@ def _trained_keys(stage: Path) -> set[str]:
         return set()
     split, config = settings.get("dataset_train_split", "train"), settings.get("dataset_config")
     try:
-        return set(_rows_keys(load_split(settings["dataset_name"], split, config)))
+        return set(_keys(load_split(settings["dataset_name"], split, config)))
     except ValueError:
         return set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from instruct_trl.judges.base import Answer, as_completion
 from instruct_trl.models.generation import Completion, generate_completions
 from instruct_trl.models.loading import load_policy_and_tokenizer
 from instruct_trl.models.model_files import check_model_path
-from instruct_trl.pipeline.arguments import SamplingArguments, require_at_least
+from instruct_trl.pipeline.arguments import SamplingArguments, require_at_least, setting
 from instruct_trl.pipeline.functions import load_labeler, try_labeler
 from instruct_trl.pipeline.loading import held_out_split, load_splits, pick_split
 from instruct_trl.pipeline.rows import dataset_of
@@ -23,15 +23,15 @@ from instruct_trl.pipeline.rows import dataset_of
 
 @dataclass
 class SampleArguments(SamplingArguments):
-    """What to sample, and who ranks."""
+    """The sampler, and who ranks."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The sampler. Default: <run_dir>/sft."})
-    num_completions: int = field(default=4, metadata={"help": "K: answers per prompt (paper: 4 to 9)."})
-    labeler: str | None = field(default=None, metadata={"help": "'module:function' of your own, or 'none'."})
+    model_name_or_path: str | None = setting(None, "The sampler. Default: <run_dir>/sft.")
+    num_completions: int = setting(4, "K: answers per prompt (paper: 4 to 9).")
+    labeler: str | None = setting(None, "'module:function' of your own, or 'none'.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, num_completions=2)  # of one answer there is nothing to rank
+        require_at_least(self, num_completions=2)  # one answer has nothing to be ranked against
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:
@@ -51,18 +51,9 @@ def sample_answers(
     model: Any, tokenizer: Any, prompts: list, run: SamplingArguments, *, seed: int, desc: str, count: int = 1
 ) -> list[Completion]:
     """`count` answers per prompt, prompt by prompt, with the run's length, temperature, batch and precision."""
+    how = run.drawn | {"seed": seed, "num_return_sequences": count, "desc": desc}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=run.bf16):
-        return generate_completions(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=run.max_completion_length,
-            temperature=run.temperature,
-            batch_size=run.batch_size,
-            seed=seed,
-            num_return_sequences=count,
-            desc=desc,
-        )
+        return generate_completions(model, tokenizer, prompts, **how)
 
 
 def sample_rankings(run: SampleArguments, folder: Path) -> dict[str, Any]:
@@ -75,11 +66,8 @@ def sample_rankings(run: SampleArguments, folder: Path) -> dict[str, Any]:
     labeler = None if run.labeler == "none" else load_labeler(run.labeler, run)
     path, name = run.model_name_or_path or str(run.run / "sft"), dataset_of(run)
     check_model_path(path)
-    splits = load_splits(name, run.dataset_config)
-    chosen = {
-        "train": run.dataset_train_split,
-        "test": held_out_split(splits, run.dataset_test_split, run.dataset_train_split, name),
-    }
+    splits, train = load_splits(name, run.dataset_config), run.dataset_train_split
+    chosen = {"train": train, "test": held_out_split(splits, run.dataset_test_split, train, name)}
     prompts = {
         part: as_prompts(pick_split(splits, split, name), f"The {split} split", least=1)
         for part, split in chosen.items()
@@ -93,44 +81,39 @@ def sample_rankings(run: SampleArguments, folder: Path) -> dict[str, Any]:
     for offset, (part, asked) in enumerate(prompts.items()):
         count, seed = run.num_completions, run.seed + offset
         answers = sample_answers(model, tokenizer, asked, run, seed=seed, desc=f"sampling {part}", count=count)
-        rows, groups = _rows_of(asked, answers, count)
-        if labeler is not None:
-            _rank(labeler, rows, groups, folder.with_name(f"{folder.name}_unranked_{part}.jsonl"))
-        ranked[part], kept = rows, sum(map(len, groups))
+        by_prompt = [answers[i * count : (i + 1) * count] for i in range(len(asked))]
+        groups = [(p, [a for a in group if a.text.strip()]) for p, group in zip(asked, by_prompt, strict=True)]
+        groups = [(prompt, group) for prompt, group in groups if len(group) > 1]  # one answer has no rank
+        ranked[part] = _rows(groups, labeler, folder.with_name(f"{folder.name}_unranked_{part}.jsonl"))
         empty = sum(not answer.text.strip() for answer in answers)
-        summary |= {f"{part} prompts": len(rows), f"{part} answers": kept, f"{part} empty answers left out": empty}
+        summary |= {f"{part} prompts": len(groups), f"{part} answers": sum(len(group) for _, group in groups)}
+        summary[f"{part} empty answers left out"] = empty
     for part, rows in ranked.items():
         _write(folder / f"{part}.jsonl", rows)
     return summary
 
 
-def _rows_of(prompts: list, answers: list[Completion], count: int) -> tuple[list[dict], list[list[Completion]]]:
-    """(rows, each one's answers); empty answers are left out, and prompts with fewer than two others."""
-    rows, groups = [], []
-    for i, prompt in enumerate(prompts):
-        group = [answer for answer in answers[i * count : (i + 1) * count] if answer.text.strip()]
-        if len(group) > 1:
-            completions = [as_completion(Answer(prompt, answer.text)) for answer in group]
-            rows.append({"prompt": prompt, "completions": completions, "truncated": [a.truncated for a in group]})
-            groups.append(group)
-    return rows, groups
-
-
-def _rank(labeler: Any, rows: list[dict], groups: list[list[Completion]], kept: Path) -> None:
-    """Add `ranks` by the labeler to every row. If it fails, write the rows without them to `kept`.
-
-    Raises:
-        ValueError: the labeler failed, or did not give one finite number per answer; says where the answers are.
-    """
+def _rows(groups: list[tuple[Any, list[Completion]]], labeler: Any, kept: Path) -> list[dict]:
+    """A row per prompt, with `ranks` by the labeler. If it fails, the rows are written to `kept` without them."""
+    rows: list[dict] = [
+        {
+            "prompt": prompt,
+            "completions": [as_completion(Answer(prompt, answer.text)) for answer in group],
+            "truncated": [answer.truncated for answer in group],
+        }
+        for prompt, group in groups
+    ]
+    if labeler is None:
+        return rows
     try:
-        for row, group in zip(rows, groups, strict=True):
-            row["ranks"] = ranks_of(score_answers(labeler, [row["prompt"]] * len(group), group, "The labeler"))
+        ranks = [ranks_of(score_answers(labeler, [p] * len(group), group, "The labeler")) for p, group in groups]
     except Exception as error:
-        _write(kept, [{name: value for name, value in row.items() if name != "ranks"} for row in rows])
+        _write(kept, rows)
         raise ValueError(
             f"{error} The answers are kept without ranks in {kept}: add `ranks` to each row and hand the file to "
             "recipes/reward_model.py, or mend the labeler and run this again, which samples anew."
         ) from error
+    return [{**row, "ranks": places} for row, places in zip(rows, ranks, strict=True)]
 
 
 def _write(path: Path, rows: list[dict]) -> None:

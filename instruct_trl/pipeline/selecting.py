@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from instruct_trl.evaluation.selection import as_prompts, find_checkpoints
 from instruct_trl.models.model_files import check_model_path
-from instruct_trl.pipeline.arguments import SamplingArguments
+from instruct_trl.pipeline.arguments import SamplingArguments, setting
 from instruct_trl.pipeline.rows import dataset_of, further_rows, prompts_to_judge, trained_on
 
 NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*")
@@ -20,12 +20,12 @@ NOT_OF_THE_MODEL = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state
 
 @dataclass
 class SelectArguments(SamplingArguments):
-    """What to choose from, and by what."""
+    """The checkpoints, and the reward model that chooses."""
 
-    sft_path: str | None = field(default=None, metadata={"help": "Run with checkpoints. Default: <run_dir>/sft."})
-    reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
-    demonstrations_name: str | None = field(
-        default=None, metadata={"help": "Demonstrations; their held-out split gives the validation loss of the table."}
+    sft_path: str | None = setting(None, "Run with checkpoints. Default: <run_dir>/sft.")
+    reward_model_path: str | None = setting(None, "The reward model. Default: <run_dir>/reward_model.")
+    demonstrations_name: str | None = setting(
+        None, "Demonstrations; their held-out split gives the validation loss of the table."
     )
 
 
@@ -36,23 +36,15 @@ def select_and_copy(run: SelectArguments, folder: Path) -> dict[str, Any]:
     from instruct_trl.report.selection_report import finding, write_selection
 
     require_matplotlib()
-    sft, reward = run.sft_path or str(run.run / "sft"), run.reward_model_path or str(run.run / "reward_model")
+    sft = run.sft_path or str(run.run / "sft")
     find_checkpoints(sft)
-    check_model_path(reward)
+    check_model_path(run.reward_path)
     prompts = as_prompts(prompts_to_judge(run, dataset_of(run)), "The prompts of the selection")
     seen = trained_on(run, prompts, [run.sft_path, run.reward_model_path])
-    reward_model = RewardScorer(reward, batch_size=run.batch_size)
+    reward_model = RewardScorer(run.reward_path, batch_size=run.batch_size)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=run.bf16):
-        result = select_checkpoint(
-            sft,
-            reward_model,
-            prompts,
-            validation_dataset=further_rows(run, run.demonstrations_name)[1] if run.demonstrations_name else None,
-            max_new_tokens=run.max_completion_length,
-            temperature=run.temperature,
-            batch_size=run.batch_size,
-            seed=run.seed,
-        )
+        validation = further_rows(run, run.demonstrations_name)[1] if run.demonstrations_name else None
+        result = select_checkpoint(sft, reward_model, prompts, validation_dataset=validation, **run.drawn)
     if PartialState().is_main_process:
         write_selection(result, folder)
     if seen:

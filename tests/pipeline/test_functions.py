@@ -173,7 +173,7 @@ def test_a_labeler_that_fails_is_refused_before_anything_is_sampled(tmp_path, mo
         monkeypatch.setattr(where, "sample_answers", lambda *_, **__: pytest.fail("sampled"))
     monkeypatch.setattr("instruct_trl.RewardScorer", lambda *_, **__: None)
     common = {"run_dir": "run", "dataset_name": "prompts.jsonl", "labeler": f"{module}:score", "cpu_threads": 1}
-    message = "So ended a trial of the labeler '.*Nothing was sampled yet"
+    message = "This came from a trial of the labeler '.*Nothing was sampled yet"
     with pytest.raises(ValueError, match=message):
         sampling.sample_rankings(SampleArguments(model_name_or_path="m", **common), tmp_path)
     run = EvaluateArguments(sft_model="m", ppo_model="m", reward_model_path="m", **common)

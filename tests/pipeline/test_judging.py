@@ -3,14 +3,14 @@
 import csv
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from instruct_trl.evaluation import tasks as benchmarks
+from instruct_trl.evaluation.tasks import TaskScore
 from instruct_trl.judges import EndpointJudge
-from instruct_trl.pipeline import sampling
+from instruct_trl.pipeline import benchmarking
 from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
+from instruct_trl.pipeline.evaluating import EvaluateArguments
 from instruct_trl.pipeline.functions import try_judges
 from instruct_trl.pipeline.judging import JudgeArguments, check_judges, judge_answers, make_judge
 from instruct_trl.report.data import ModelResult, ReportData, load_report_data, save_report_data
@@ -23,7 +23,7 @@ def run(tmp_path):
         for name, word in (("base", "no"), ("SFT", "fine"), ("PPO-ptx", "so good"))
     }
     (tmp_path / "answers.json").write_text(json.dumps({"prompts": ["p", "q", "r"], "models": models}))
-    return SimpleNamespace(seed=0, run=tmp_path, reward_model_path=None, batch_size=2, dataset_name="mine", prefixes=[])
+    return EvaluateArguments(run_dir=str(tmp_path), batch_size=2, dataset_name="mine")
 
 
 def test_without_judges_nothing_is_asked(run):
@@ -156,18 +156,16 @@ def test_two_models_of_one_server_stay_apart_and_ratings_are_kept_where_no_quest
 
 
 def test_tasks_are_added_and_kept(run, monkeypatch):
-    run.base_model, run.sft_model, run.ppo_model = "b", "s", "p"
-    run.other_models, run.prefixes = ["prompted=b"], ["prompted=shots.txt"]  # no task is asked behind a prefix
-    run.folder = lambda _: run.run
-    monkeypatch.setattr(benchmarks, "require_lm_eval", lambda: None)
-    monkeypatch.setattr(sampling, "load_causal_lm", lambda path: (path, None))
+    run = replace(run, base_model="b", sft_model="s", ppo_model="p")
+    run = replace(run, other_models=["prompted=b"], prefixes=["prompted=shots.txt"])  # no task is asked behind a prefix
+    monkeypatch.setattr(benchmarking, "load_causal_lm", lambda path: (path, None))
     asked = []
 
     def run_tasks(model, tokenizer, tasks, **kwargs):
         asked.append((model, *tasks))
-        return {task: benchmarks.TaskScore(0.5, 0.4, 0.6, 2, task, "acc", [1.0, 0.0]) for task in tasks}
+        return {task: TaskScore(0.5, 0.4, 0.6, 2, task, "acc", [1.0, 0.0]) for task in tasks}
 
-    monkeypatch.setattr(benchmarks, "run_tasks", run_tasks)
+    monkeypatch.setattr(benchmarking, "run_tasks", run_tasks)
     one, two = (TaskArguments(tasks=tasks, task_data="hub") for tasks in (["boolq"], ["boolq", "squad"]))
     assert list(measure_tasks(run, one)["SFT"]) == ["boolq"]
     assert list(measure_tasks(run, two)["PPO-ptx"]) == ["boolq", "squad"]

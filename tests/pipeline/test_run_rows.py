@@ -76,7 +76,7 @@ def test_prompts_to_judge_are_not_taken_from_one_of_several_splits_by_chance(tmp
         prompts_to_judge(replace(run, dataset_name=name), name)
     prompts("c").save_to_disk(tmp_path / "one")
     assert list(prompts_to_judge(run, str(tmp_path / "one"))["prompt"]) == ["c"]
-    assert "its one split, 'train', is taken" in capsys.readouterr().out
+    assert "its only split, 'train', is used" in capsys.readouterr().out
 
 
 def test_a_further_dataset_need_not_have_the_main_ones_splits(tmp_path, run):
@@ -234,7 +234,7 @@ def test_a_pretraining_loss_on_texts_that_were_trained_on_says_so(tmp_path, caps
     assert rows.held_out_texts(run, name) == ["t0", "t1"]
     said = capsys.readouterr().out
     assert "texts.jsonl holds the texts that ppo_ptx was trained on" in said
-    assert "of 3 texts the first 2" in said
+    assert "the first 2 of 3 texts" in said
     (tmp_path / "other.jsonl").write_text(json.dumps({"body": "t"}) + "\n")
     with pytest.raises(ValueError, match="other.jsonl has no column 'text' or 'input_ids'; it has 'body'"):
         rows.held_out_texts(run, str(tmp_path / "other.jsonl"))

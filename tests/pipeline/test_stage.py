@@ -178,7 +178,7 @@ def test_data_changed_after_the_stage_are_refused_and_a_copy_is_not(tmp_path):
     assert run_stage(tmp_path / "s", "SFT", settings, lambda _: {}) == {"steps": 1}
     data.write_text('{"rank": 2}\n')  # as long as before
     os.utime(data, (0, 0))
-    with pytest.raises(ValueError, match="made from other data: what dataset_name names was changed since"):
+    with pytest.raises(ValueError, match="made from other data: the files of dataset_name have changed since"):
         run_stage(tmp_path / "s", "SFT", settings, lambda _: {})
     data.unlink()
     assert run_stage(tmp_path / "s", "SFT", settings, lambda _: {}) == {"steps": 1}
@@ -196,7 +196,7 @@ def test_a_half_written_stage_is_not_resumed_on_other_data(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_stage(folder, "SFT", {"pretraining_dataset_name": str(data)}, dies)
     data.write_text("a\n2\n")
-    with pytest.raises(ValueError, match="what pretraining_dataset_name names was changed"):
+    with pytest.raises(ValueError, match="the files of pretraining_dataset_name have changed"):
         run_stage(folder, "SFT", {"pretraining_dataset_name": str(data)}, lambda _: {})
 
 
