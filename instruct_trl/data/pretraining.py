@@ -190,8 +190,6 @@ def _tokenize(
 
 def check_pretraining_mix(fraction: float, pretraining_dataset: Any, train_dataset: Any, packing: bool) -> None:
     """Refuse settings under which `fraction` could not be what is trained on."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"pretraining_fraction must be in [0, 1), got {fraction}; the paper's RL initialisation: 0.1.")
     if (fraction > 0) != (pretraining_dataset is not None):
         given = "no pretraining_dataset is given" if fraction else "a pretraining_dataset is given"
         raise ValueError(

@@ -56,7 +56,7 @@ class RankingCollator:
 
 
 def comparisons(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """What is said about the completions of `examples`: `ranks`, `mask`, `pairs`, `margins`, `weights` of the batch."""
+    """The labels of `examples` as a batch: `ranks`, `mask`, `pairs`, `weights` and, if there are any, `margins`."""
     sizes = torch.tensor([len(example["input_ids"]) for example in examples])
     mask = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
     ranks = torch.zeros(mask.shape, dtype=torch.long)
@@ -75,14 +75,10 @@ def comparisons(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
         if example.get("margins") is not None:
             margins[prompt, winners, losers] = torch.tensor(example["margins"], dtype=torch.float)
     weights = [1.0 if example.get("weight") is None else example["weight"] for example in examples]
-    with_margins = any(example.get("margins") is not None for example in examples)
-    return {
-        "ranks": ranks,  # first: transformers counts the examples of a batch by its first tensor
-        "mask": mask,
-        "pairs": pairs,
-        **({"margins": margins} if with_margins else {}),
-        "weights": torch.tensor(weights, dtype=torch.float),
-    }
+    # Ranks come first: transformers counts the examples of a batch by its first tensor, and N rows are no examples.
+    batch = {"ranks": ranks, "mask": mask, "pairs": pairs}
+    batch["weights"] = torch.tensor(weights, dtype=torch.float)
+    return batch | ({"margins": margins} if any(example.get("margins") is not None for example in examples) else {})
 
 
 def fill(items: Iterable[int], cost: Callable[[list[int]], int], budget: int) -> list[list[int]]:

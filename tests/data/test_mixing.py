@@ -53,8 +53,6 @@ TEXTS = Dataset.from_dict({"text": ["abc"]})
 @pytest.mark.parametrize(
     ("fraction", "data", "train", "packing", "message"),
     [
-        (-0.1, TEXTS, TEXTS, False, r"must be in \[0, 1\), got -0.1"),
-        (1.0, TEXTS, TEXTS, False, r"must be in \[0, 1\), got 1.0"),
         (0.1, None, TEXTS, False, "fraction is 0.1, but no pretraining_dataset is given"),
         (0.0, TEXTS, TEXTS, False, "fraction is 0.0, but a pretraining_dataset is given"),
         (0.1, TEXTS, TEXTS, True, "set packing to false"),
