@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_config
-from launch_helpers import run_program
 from scipy import stats
 from transformers import LlamaForCausalLM
 
@@ -267,7 +264,7 @@ def test_every_claims_rule_is_said():
 
 
 @pytest.mark.slow
-def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path, monkeypatch, tokenizer):
+def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path, monkeypatch, tokenizer, capfd):
     """One seed at tiny sizes; a second call finds its jobs done and does another seed's in processes side by side."""
     for name, fewer in {"GAMMAS": (0.3,), "BETAS": (0.1,), "RATIOS": (1,), "RATES": (5e-4,)}.items():
         monkeypatch.setattr(sweeps, name, fewer)
@@ -281,8 +278,9 @@ def test_every_claim_runs_is_resumed_and_ends_in_table_and_pictures(tmp_path, mo
     assert all(row["seeds"] == 1 and row["verdict"] in ("holds", "does not", "cannot tell") for row in results.values())
     names = {path.name for path in (tmp_path / "pictures").glob("*.png")}
     assert {"evidence_win_rate.png", "evidence_tax.png", "evidence_selection.png", "evidence_groups.png"} <= names
-    command = [sys.executable, "-m", "benchmarks.evidence", *quick, "--claim", "2", "--seeds", "2", "--jobs", "2"]
-    out = run_program(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    capfd.readouterr()
+    evidence.main([*quick, "--claim", "2", "--seeds", "2", "--jobs", "2"])
+    out = capfd.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [results[number]["seeds"] for number in ("1", "2")] == [1, 2]
     assert "seed 0: starting" not in out

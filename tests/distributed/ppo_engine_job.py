@@ -1,6 +1,6 @@
 """The runs of test_ppo_engines.py: started by `accelerate launch` on two processes, or by the test alone.
 
-usage: ppo_engine_job.py FOLDER
+usage: ppo_engine_job.py FOLDER NAME [NAME ...]
 """
 
 import importlib
@@ -53,6 +53,12 @@ SAMPLED = {
     "save_steps": 3, "eval_prompts": PROMPTS.select(range(8, 12)),
     "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
 }  # fmt: skip
+
+LATER = {
+    "sampled": (SAMPLED, 2, 1),
+    "clipped_resumed": (*JOBS["clipped"], "clipped/checkpoint-2"),
+    "sampled_resumed": (SAMPLED, 2, 1, "sampled/checkpoint-3"),  # inside the second iteration
+}
 
 
 def let_accelerate_shard_on_cpu():
@@ -155,19 +161,16 @@ def leave_out_deepspeeds_kernel():
     deepspeed.comm.torch.build_shm_op = lambda: None
 
 
-def main(root):
+def main(root, names):
+    """Run these of `JOBS` and `LATER` in their order, and the recipe."""
     torch.set_num_threads(1)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_accelerate_shard_on_cpu()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         leave_out_deepspeeds_kernel()
-    runs = {name: (*job, None) for name, job in JOBS.items()} | {
-        "sampled": (SAMPLED, 2, 1, None),
-        "clipped_resumed": (*JOBS["clipped"], "clipped/checkpoint-2"),
-        "sampled_resumed": (SAMPLED, 2, 1, "sampled/checkpoint-3"),  # inside the second iteration
-    }
-    for name, (settings, rows, accumulation, resume) in runs.items():
-        trainer = train(root / name, settings, rows, accumulation, None if resume is None else str(root / resume))
+    for name in names:
+        settings, rows, accumulation, *resume = JOBS.get(name) or LATER[name]
+        trainer = train(root / name, settings, rows, accumulation, *(str(root / folder) for folder in resume))
         result = result_of(trainer)
         if trainer.args.process_index == 0:
             torch.save(result, root / f"{name}.pt")
@@ -186,5 +189,5 @@ def run_recipe(root):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     leave_process_group()

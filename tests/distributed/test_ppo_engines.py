@@ -11,7 +11,7 @@ import conftest
 import pytest
 import torch
 from launch_helpers import python
-from ppo_engine_job import ADAM, JOBS, saved_weights, train
+from ppo_engine_job import ADAM, JOBS, LATER, saved_weights, train
 from ppo_helpers import PROMPTS, TEXTS
 from ppo_killed import fresh
 from ppo_two import metrics_of
@@ -26,10 +26,13 @@ ENGINES = {
     "deepspeed_zero2": ("DEEPSPEED", [], False, True),
     "deepspeed_zero3": ("DEEPSPEED", ["--zero3_init_flag", "true"], True, True),  # as TRL's own zero3.yaml has it
 }
+# DDP runs the others in trainers/test_ppo_processes.py.
+RUNS = {engine: [*JOBS, *LATER] for engine in ENGINES} | {"ddp": ["clipped", "skipping", "clipped_resumed"]}
+SHARDED = [engine for engine in ENGINES if engine != "ddp"]
 
 
 def launch(engine, root):
-    """Run every job on two processes in one launch; results lie in `root`."""
+    """Run the engine's jobs on two processes in one launch; results lie in `root`."""
     if "deepspeed" in engine:
         pytest.importorskip("deepspeed", reason="pip install instruct-trl[deepspeed]")
     config = ROOT / "recipes" / "accelerate" / f"{engine}.yaml"
@@ -37,7 +40,7 @@ def launch(engine, root):
     options = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0", *ENGINES[engine][1]]
     paths = [str(ROOT), str(ROOT / "tests"), str(JOB.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    python("-m", "accelerate.commands.launch", *options, JOB, root, env=env, cwd=ROOT)
+    python("-m", "accelerate.commands.launch", *options, JOB, root, *RUNS[engine], env=env, cwd=ROOT)
     return root
 
 
@@ -51,7 +54,7 @@ def write_tiny_assets(root):
     TEXTS.to_json(root / "texts.jsonl")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module")
 def run(request, tmp_path_factory):
     """(engine, folder of its results)."""
     root = tmp_path_factory.mktemp(request.param)
@@ -84,7 +87,16 @@ def assert_same_metrics(found, expected, skip=(), rel=1e-3):
         assert other == pytest.approx(row, abs=1e-5, rel=rel), row["step"]
 
 
-@pytest.mark.parametrize("name", JOBS)
+def engines(names=ENGINES):
+    return pytest.mark.parametrize("run", names, indirect=True, scope="module")
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [(engine, name) for engine, names in RUNS.items() for name in names if name in JOBS],
+    indirect=["run"],
+    scope="module",
+)
 def test_two_processes_equal_one(run, alone, name):
     """8 episodes a step as 1 × 8 and as 2 × 4 (`full`: 2 × 2 × 2): metrics of every step and the final weights."""
     assert_same_metrics(load(run, name)["metrics"], alone[name]["metrics"])
@@ -104,6 +116,7 @@ def test_the_runs_move_and_the_clip_bites(alone):
     assert max(row["value_grad_norm"] for row in clipped) > ADAM["value_max_grad_norm"]
 
 
+@engines()
 def test_policy_and_value_model_are_sharded(run):
     """Each of two processes holds half, up to padding, of weights and Adam's moments, where the engine shards them."""
     _, _, weights_in_shards, states_in_shards = ENGINES[run[0]]
@@ -117,9 +130,10 @@ def test_policy_and_value_model_are_sharded(run):
         assert (found["policy_class"], found["value_class"]) == ("DTensor", "DTensor")
 
 
+@engines()
 def test_a_checkpoint_continues(run):
     """`sampled` draws its answers and is resumed inside an iteration; both with Adam's moments and a schedule."""
-    for name in ("clipped", "sampled"):
+    for name in [each.removesuffix("_resumed") for each in RUNS[run[0]] if each.endswith("_resumed")]:
         whole, again = load(run, name), load(run, f"{name}_resumed")
         assert_same_metrics(again["metrics"], whole["metrics"], rel=1e-4)
         expected, found = saved_weights(run[1] / name), saved_weights(run[1] / f"{name}_resumed")
@@ -127,6 +141,7 @@ def test_a_checkpoint_continues(run):
             torch.testing.assert_close(found[role], expected[role], atol=1e-6, rtol=1e-5)
 
 
+@engines(SHARDED)
 def test_an_evaluation_has_a_win_rate(run):
     """Sampling from policy and reference between two steps: the steps after it are those that a resumed run repeats."""
     rates = load(run, "sampled")["win_rates"]
@@ -134,6 +149,7 @@ def test_an_evaluation_has_a_win_rate(run):
     assert all(0 <= rate <= 1 for rate in rates)
 
 
+@engines()
 def test_the_recipe_runs(run):
     """recipes/ppo_ptx.py, with the value model a copy of the reward model: as many tensors as in the policy."""
     assert saved_weights(run[1] / "recipe").keys() == {"policy", "value", "ema"}
