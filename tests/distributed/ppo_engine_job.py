@@ -155,10 +155,11 @@ def result_of(trainer):
 
 
 def leave_out_deepspeeds_kernel():
-    """Deepspeed compiles a collective for inference before anything else: a minute on a machine that has none."""
-    import deepspeed.comm.torch
+    """DeepSpeed compiles a collective for inference before anything else: a minute on a machine that has none.
 
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    A run that is killed meanwhile leaves a lock for which every later one waits.
+    """
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # as attribute, it is torch itself
 
 
 def main(root, names):
