@@ -202,12 +202,6 @@ def match_adapters_to_precision(model: Any, bf16: bool | None) -> None:
                 parameter.data = parameter.data.float()
 
 
-# May go when GRPOTrainer has a public method that tokenises prompts.
-def rollout_prompt_ids(trainer: Any, prompts: list[Any]) -> list[list[int]]:
-    """Token ids of prompts as the trainer feeds them to the policy: its template, tools and template settings."""
-    return trainer._tokenize_prompts(prompts)[0]
-
-
 # May go when accelerate's optimizer has a setter for step_was_skipped.
 def mark_step_skipped(optimizer: Any, skipped: bool) -> None:
     """Set accelerate's `optimizer.step_was_skipped`, by which the Trainer holds its schedule."""

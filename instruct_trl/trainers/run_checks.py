@@ -10,7 +10,6 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from instruct_trl._upstream import rollout_prompt_ids
 from instruct_trl.data.encoding import encode_prompt, same_tokens
 from instruct_trl.models.context import check_rows_fit, context_length, refuse_no_room
 from instruct_trl.models.reward import RewardScorer
@@ -162,7 +161,8 @@ def _readers(trainer: Any, value_model: Any, ref_model: Any) -> list[_Reader]:
 
 def _lengths(trainer: Any, reader: _Reader, prompts: list[Any]) -> list[int]:
     if reader.tokenizer is None:
-        return [len(ids) for ids in rollout_prompt_ids(trainer, prompts)]
+        # With the trainer's template, tools and template settings, as the policy is going to read them.
+        return [len(ids) for ids in trainer._tokenize_prompts(prompts)[0]]
     return [len(encode_prompt(reader.tokenizer, prompt)) for prompt in prompts]
 
 

@@ -9,6 +9,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 SEAMS = {
     (GRPOTrainer, "_generate_single_turn"): ["prompt_ids", "images", "multimodal_fields", "num_generations"],
+    (GRPOTrainer, "_tokenize_prompts"): ["prompts"],
     (GRPOTrainer, "_calculate_rewards"): ["inputs", "prompts", "completions", "completion_ids_list"],
     (GRPOTrainer, "_get_per_token_logps_and_entropies"): ["model", "input_ids", "attention_mask", "logits_to_keep"],
     (GRPOTrainer, "_generate_and_score_completions"): ["inputs"],
