@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -191,11 +192,11 @@ def locked(folder: Path) -> Iterator[None]:
 _DENIED = "writing is not permitted"
 # How Python, Rust and C++ libraries say that the disk failed → the problem. torch.save does not say why.
 _PROBLEMS = {
-    r"no space left|not enough disk space": "the disk is full",
-    r"quota exceeded": "the disk quota is used up",
+    r"no space left on device|not enough disk space": "the disk is full",
+    r"disk quota exceeded": "the disk quota is used up",
     r"file too large": "a file would be larger than the limit of the process or the file system (`ulimit -f`)",
     r"pytorchstreamwriter failed|inline_container.*unexpected pos": "a file could not be written whole",
-    r"(?:errno|os error) (?:1|13|30)[\])]": _DENIED,
+    r"\(os error (?:1|13|30)\)": _DENIED,
 }
 
 
@@ -229,6 +230,8 @@ def disk_errors(folder: Path, title: str) -> Iterator[None]:
         for cause in chain:
             path, text = Path(str(getattr(cause, "filename", None) or folder)).absolute(), str(cause).lower()
             problem = next((p for words, p in _PROBLEMS.items() if re.search(words, text, re.DOTALL)), None)
+            if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                problem = _DENIED  # by the number alone: an error that quotes another is not the disk's
             # A user's data elsewhere may be unreadable, which their own error says.
             ours = path.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(path)
             if problem is not None and (ours or problem != _DENIED):

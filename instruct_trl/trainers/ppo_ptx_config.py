@@ -39,7 +39,8 @@ ALLOWED_GENERATION_KWARGS = {
     *("compile_config", "low_memory", "seed", "detokenize"),
 }
 
-# What each setting must be; null is no setting.
+# What each setting must be. Null leaves out a limit of OPTIONAL; of the others it is no value.
+OPTIONAL = {"kl_stop", "value_loss_stop", "entropy_stop", "eos_rate_stop"}
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("ptx_coef", "beta", "value_clip", "value_max_grad_norm", "warmup_iterations", "entropy_stop"),
@@ -183,7 +184,9 @@ class PPOPtxConfig(GRPOConfig):
                 )
         for name, (holds, must) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not holds(value):
+            if value is None and name in OPTIONAL:
+                continue
+            if value is None or not holds(value):
                 raise ValueError(f"{name} must {must}, got {value!r}.")
         if self.total_episodes is not None and self.total_episodes < 1:
             raise ValueError(
