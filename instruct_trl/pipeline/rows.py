@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from instruct_trl.data.encoding import prompt_key, prompt_keys
+from instruct_trl.data.encoding import prompt_keys
 from instruct_trl.data.rows import check_pretraining_row, check_rows, require_columns
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.loading import held_out_split, load_split, load_splits, pick_split
@@ -149,7 +151,8 @@ def evaluate_held_out(args: TrainingArguments, test: Any) -> None:
 
 def rows_digest(rows: Iterable[Any]) -> str:
     """A name for these rows, the same for the same rows in the same order."""
-    return prompt_key(list(rows))
+    # whole, as runs have it on record: another name would have every ranking scored again
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _keys(rows: Any) -> list[str]:
