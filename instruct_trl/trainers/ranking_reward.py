@@ -281,9 +281,7 @@ class RankingRewardTrainer(RewardTrainer):
     def _rewards(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         """Rewards (B, K) without bias, 0 where there is no completion."""
         mask = inputs["mask"]
-        if (
-            torch.is_grad_enabled()
-        ):  # one graph for the loss; a batch that must be cut came in pieces from `training_step`
+        if torch.is_grad_enabled():  # one graph for the loss; if it must be cut, `training_step` has done so
             scores = self._route(model, grouped_rows(inputs))
             return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
         # No graph is kept here, so the batch may be scored in pieces although the loss couples a prompt's rewards.
