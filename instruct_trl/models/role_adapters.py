@@ -351,7 +351,7 @@ class RoleAdapters:
             self._current = before
 
     def frozen(self) -> AbstractContextManager[None]:
-        """While active, the shared model has no weight that requires a gradient: no trained weight is cast or counted."""
+        """While active, no weight of the shared model requires a gradient: none is cast or counted as trained."""
         return adapters.frozen(self.model)
 
     def to(self, device: torch.device) -> RoleAdapters:

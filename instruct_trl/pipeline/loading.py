@@ -48,7 +48,7 @@ def load_splits(name: str | Path, config: str | None = None) -> dict[str, Any]:
     except Exception as error:
         offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
         raise ValueError(
-            f"{redact(str(name))!r} is not a file or folder here, and it could not be loaded from the Hugging Face hub: "
+            f"{redact(str(name))!r} is not a file or folder here, and could not be loaded from the Hugging Face hub: "
             f"{_reason(error)}{offline}{meant} Check the path or the name, --dataset_config, the network and, for "
             "private data, `hf auth login`."
         ) from error
@@ -180,9 +180,7 @@ def _refuse_broken(path: Path, kind: str) -> None:
     if kind == "parquet":
         if data[:4] != b"PAR1":
             begin = shown(data[:12])
-            raise ValueError(
-                f"{path} is not a parquet file: it begins with {begin}. Give it the ending of its own type."
-            )
+            raise ValueError(f"{path} is not a parquet file: it begins with {begin}. Give it the ending of its type.")
         if data[-4:] != b"PAR1":
             raise ValueError(f"{path} is cut off. Copy, download or write it again.")
         return

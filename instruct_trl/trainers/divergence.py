@@ -52,7 +52,7 @@ POLICY_LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """The guard's decision: "go_on", "warn" (say `reason` and go on), "skip" (this optimizer step) or "stop" (training)."""
+    """The guard's decision: "go_on", "warn" (say `reason` and go on), "skip" (this step) or "stop" (the training)."""
 
     action: str
     reason: str = ""

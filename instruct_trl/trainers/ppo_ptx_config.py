@@ -146,8 +146,8 @@ class PPOPtxConfig(GRPOConfig):
         self.model_init_kwargs = one_dtype(self.model_init_kwargs)
         if self.torch_compile:  # set by torch_compile_backend and torch_compile_mode, too
             raise ValueError(
-                "torch_compile=True does not work with PPO-ptx: in a compiled forward the critic's head would not get its "
-                "precision, nor the policy's head the positions to project. Leave torch_compile, torch_compile_backend "
+                "torch_compile=True does not work with PPO-ptx: in a compiled forward the critic's head would not get "
+                "its precision, nor the policy's head the positions to project. Leave torch_compile, torch_compile_backend "
                 "and torch_compile_mode out."
             )
         load_models_whole()

@@ -122,7 +122,7 @@ def test_a_labeler_that_takes_run_dir_gets_the_runs_folder_and_none_is_an_error(
     monkeypatch.chdir(tmp_path)
     run = RunArguments(run_dir="r/")
     assert load_labeler("labeler_of_runs:score", run)(prompts=["p"], completions=["c"]) == ["r/c"]
-    with pytest.raises(ValueError, match="no labeler. Name yours: --labeler module:function"):
+    with pytest.raises(ValueError, match="No labeler is given. Set --labeler module:function"):
         load_labeler(None, run)
 
 
