@@ -147,8 +147,8 @@ class PPOPtxConfig(GRPOConfig):
         if self.torch_compile:  # set by torch_compile_backend and torch_compile_mode, too
             raise ValueError(
                 "torch_compile=True does not work with PPO-ptx: in a compiled forward the critic's head would not get "
-                "its precision, nor the policy's head the positions to project. Leave torch_compile, torch_compile_backend "
-                "and torch_compile_mode out."
+                "its precision, nor the policy's head the positions to project. Leave torch_compile, "
+                "torch_compile_backend and torch_compile_mode out."
             )
         load_models_whole()
         if self.generation_batch_size % self.minibatch_size:
