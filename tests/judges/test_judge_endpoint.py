@@ -285,7 +285,7 @@ def test_what_is_no_chat_api_is_named_and_said_what_would_be(server):
     assert "a web page" in message()
     assert server.slept == []  # another try would show the same page
     server.failures = [(200, {}, b"ok")] * 2
-    assert "no JSON ('ok')" in message()
+    assert "not valid JSON ('ok')" in message()
     server.failures = []
     for raw in (
         {"error": "busy"},
