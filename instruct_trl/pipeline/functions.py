@@ -36,7 +36,7 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
 
     given = f"--{option} {name}"
     if not names_a_function(name):
-        raise ValueError(f"{given}: not of the form module:function. Give it in that form, without .py.")
+        raise ValueError(f"{given}: not of the form 'module:function', without .py.")
     module, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:  # a module beside the user's data, as TRL's scripts allow for reward functions
         sys.path.insert(0, str(Path.cwd()))
