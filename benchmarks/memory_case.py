@@ -81,7 +81,7 @@ def load_base(path: Path, kind: str) -> Any:
 
 
 def base_kwargs(kind: str) -> dict[str, Any]:
-    """What loads the base so; 4-bit computes in bf16 on a GPU and in float32 on a CPU."""
+    """Quantisation and dtype with which the base is loaded; 4-bit computes in bf16 on a GPU and in float32 on a CPU."""
     compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     if kind != "nf4":
         return {"dtype": torch.bfloat16 if kind == "bf16" else torch.float32}

@@ -26,7 +26,7 @@ def main(base: str, sft: str, reward: str, prompts: str, texts: str, output: str
         "generation_batch_size": 64,  # episodes an iteration; the paper's 512 is the default
         "local_rollout_forward_batch_size": 8,  # answers generated at once: the KV cache is what fills a small card
         "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4,  # 4 × 4 episodes an optimizer step, so 4 steps an iteration
+        "gradient_accumulation_steps": 4,  # 4 × 4 episodes per optimizer step, so 4 steps per iteration
         "max_completion_length": 128,
         "total_episodes": 6400,
         "learning_rate": 1e-5,  # adapters want more than full fine-tuning

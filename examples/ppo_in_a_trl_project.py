@@ -19,7 +19,7 @@ def main(policy: str, reward_model: str, prompts: str, texts: str, output: str =
     sizes = {
         "generation_batch_size": 64,  # episodes an iteration; the paper's 512 is the default
         "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,  # 8 × 2 episodes an optimizer step, so 4 steps an iteration
+        "gradient_accumulation_steps": 2,  # 8 × 2 episodes per optimizer step, so 4 steps per iteration
         "max_completion_length": 128,
         "total_episodes": 6400,
         "ptx_coef": 1.0,  # γ; the paper's 27.8 wants text at which the policy has converged, and large batches

@@ -50,7 +50,7 @@ def create_classifier(name: str, **kwargs: Any) -> Any:
 # May go when trl's trainers accept model_init_kwargs beside a model in memory.
 @contextmanager
 def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
-    """Inside, `args.model_init_kwargs` is None if they have `loaded` a model: upstream refuses them beside one."""
+    """Context manager: hide `args.model_init_kwargs` if a model is `loaded`; upstream refuses both together."""
     given = args.model_init_kwargs
     args.model_init_kwargs = None if loaded else given
     try:
@@ -156,7 +156,7 @@ def keep_head_out_of_autocast(trainer: Any, model: Any) -> None:
 # May go when trl's continuous batching neither casts the policy to bf16 nor leaves it in train mode (1.16 does both).
 @contextmanager
 def unchanged_model(model: nn.Module) -> Iterator[None]:
-    """On leaving, give `model` back the weights, gradients, buffers and modes that it had, none of them copied."""
+    """Context manager: restore the model's weights, gradients, buffers and modes on exit, without copies."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     tensors = [(tensor, tensor.data) for tensor in (*parameters, *gradients)]
@@ -281,7 +281,7 @@ def prepare_deepspeed_model(
 # May go when accelerate keeps FSDP's settings per model: it wraps by the policy's layers and clips all models as one.
 @contextmanager
 def apart_from_policy(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, accelerate prepares a second model under FSDP, and forgets it on leaving."""
+    """Context manager: let accelerate prepare a second model under FSDP, and forget it on exit."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         yield
@@ -305,7 +305,7 @@ def reshard(model: nn.Module) -> None:
 # May go when DeepSpeed gathers small ZeRO-3 parameters, which it keeps whole, anew after their shards were written.
 @contextmanager
 def writable_shards(parameters: Sequence[Any]) -> Iterator[None]:
-    """Inside, the shards of ZeRO-3 may be written; on leaving, parameters that were whole are gathered anew."""
+    """While active, the shards of ZeRO-3 may be written; on exit, parameters that were whole are gathered again."""
     whole = [p for p in parameters if hasattr(p, "ds_tensor") and p.ds_status.name == "AVAILABLE"]
     if whole:
         whole[0].partition(whole)

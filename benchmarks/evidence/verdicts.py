@@ -89,7 +89,7 @@ def pooled_difference(scores: Sequence[Sequence[float]], baseline: Sequence[Sequ
 def excess_gain(
     mixed: Sequence[Sequence[float]], plain: Sequence[Sequence[float]], start: Sequence[Sequence[float]], share: float
 ) -> Interval:
-    """What `mixed` gains over `start` less this share of what `plain` gains: S seeds, N prompts, paired."""
+    """Gain of `mixed` over `start`, minus this share of `plain`'s gain: S seeds, N prompts, paired."""
     bar = [[s + share * (p - s) for p, s in zip(*rows, strict=True)] for rows in zip(plain, start, strict=True)]
     return pooled_difference(mixed, bar)
 

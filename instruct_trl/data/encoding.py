@@ -38,7 +38,7 @@ class TemplateRefusal(ValueError):
 
 @contextmanager
 def in_row(where: str) -> Iterator[None]:
-    """Inside, a ValueError gets `where` put before it, e.g. "the train dataset, row 3"."""
+    """Context manager: puts `where` before the text of a ValueError, e.g. "the train dataset, row 3"."""
     try:
         yield
     except ValueError as error:
@@ -154,7 +154,9 @@ def template_kwargs(example: Mapping[str, Any]) -> dict[str, Any]:
     try:
         tools = json.loads(tools) if isinstance(tools, str) else as_written(tools)
     except ValueError as error:
-        raise ValueError(f"'tools' is {tools!r:.80}, which is no JSON: {error}. Mend it, or give a list.") from error
+        raise ValueError(
+            f"'tools' is {tools!r:.80}, which is not valid JSON: {error}. Fix it, or give a list."
+        ) from error
     if not isinstance(kwargs, Mapping):
         raise ValueError(f"{_KWARGS!r} is {kwargs!r:.80}; give a dictionary of settings of the template.")
     return {**({"tools": tools} if tools else {}), **kwargs}
@@ -372,7 +374,7 @@ def require_eos(tokenizer: Any) -> int:
 
 
 def ending_ids(tokenizer: Any, model: Any = None) -> list[int]:
-    """The ids of which any ends an answer, the tokenizer's EOS first.
+    """Token ids that end an answer; the tokenizer's EOS comes first.
 
     They are the tokenizer's EOS, those that the model's generation config and config name, and the special token with
     which the chat template closes an assistant's turn. A chat model often ends its turn with another token than EOS.

@@ -107,7 +107,7 @@ def _list_of(
     value = example.get(name)
     if not isinstance(value, list):
         csv = "That is text: a csv file cannot hold lists; json lines and parquet can. " if type(value) is str else ""
-        raise ValueError(f"{name!r} must be a list {of}, got {shown(value)}. {csv}Mend or drop the row.")
+        raise ValueError(f"{name!r} must be a list {of}, got {shown(value)}. {csv}Fix or drop the row.")
     if count is not None and len(value) != count:
         raise ValueError(f"{count} completions but {len(value)} {name}. Give one entry per completion.")
     return value

@@ -124,11 +124,11 @@ def check_pretraining_row(row: Mapping[str, Any], index: int) -> None:
     if column == "text":
         check_text(value, place, messages=False)
     elif not isinstance(value, Iterable) or isinstance(value, str) or (isinstance(value, list) and None in value):
-        raise ValueError(f"{place} is {shown(value)}, and a list of token ids belongs there. Drop the row or mend it.")
+        raise ValueError(f"{place} is {shown(value)}, and a list of token ids belongs there. Drop the row or fix it.")
 
 
 def check_demonstration(row: Mapping[str, Any], index: int, where: str) -> None:
-    """Refuse a row whose `prompt` or `completion` is no text, or of which one is text and the other is messages."""
+    """Refuse a row whose `prompt` or `completion` fails `check_text`, or of which one is text and one messages."""
     for column in ("prompt", "completion"):
         check_text(row.get(column), f"{where}: column {column!r}, row {index}")
     check_same_kind(row["prompt"], f"{where}, row {index}: the prompt", row["completion"], "the completion")
@@ -223,7 +223,7 @@ def check_sft_dataset(dataset: Any, tokenizer: Any, chat_template: str | None, t
 
 @contextmanager
 def refusals_named(dataset: Any, tokenizer: Any, chat_template: str | None, where: str) -> Iterator[None]:
-    """Inside, rows are tokenised elsewhere; where a chat template refuses one, the error names it.
+    """Context manager: while rows are tokenised elsewhere, an error of the chat template names its row.
 
     The rows are rendered again only after an error, to find the one that made it.
     """

@@ -126,7 +126,7 @@ def mean_interval(
 
 
 def rate_interval(values: Numbers, prompts: Prompts = None, n_boot: int = 10_000) -> Estimate:
-    """Mean of `values` (P,), each from 0 to 1, with its interval over prompts; there is one for any number of them.
+    """Mean of `values` (P,), each from 0 to 1, with its interval over prompts, defined for any number of prompts.
 
     It is Wilson's if each row has its own prompt. If prompts repeat, it is the bootstrap; with fewer than
     `MIN_PROMPTS`, Wilson's with a prompt as one trial, which is rather too wide, since a mean of trials varies less.
@@ -215,7 +215,7 @@ def resample(
 
 
 def widened(n: int) -> float:
-    """The confidence to ask of the percentile bootstrap over n ≥ 2 prompts for one that covers with 95 %.
+    """Confidence level at which the percentile bootstrap over n ≥ 2 prompts covers 95 %.
 
     Resampled means spread by √((n−1)/n) too little, and normally instead of as Student's t; percentiles further out
     make up for both (Hesterberg 2015, section 3.3). At 40 prompts it is 0.9595, at 500 0.9508.

@@ -88,7 +88,7 @@ def pair_table(records: Sequence[Record]) -> PairTable:
 
 
 def first_of_prompt(records: Sequence[Record]) -> list[int]:
-    """Of each of (N,) records, the index of the first one that is of the same prompt."""
+    """For each record: the index of the first record of the same prompt, (N,)."""
     first: dict[str, int] = {}
     keys = [record.get("prompt_key") for record in records]
     return [index if key is None else first.setdefault(key, index) for index, key in enumerate(keys)]
@@ -218,7 +218,7 @@ def correlations(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarra
 
 
 def centred(records: Sequence[Record], name: str) -> list[np.ndarray]:
-    """Of each record, its list `name` (K,) minus the list's mean: how prompts differ is taken out."""
+    """For each record: its list `name` (K,) minus the list's mean, so that differences between prompts drop out."""
     return [np.asarray(record[name], dtype=float) - np.mean(record[name]) for record in records]
 
 
@@ -309,7 +309,7 @@ def _mean_tau(records: Sequence[Record]) -> Estimate:
 
 
 def _length_quartiles(lengths: Mapping[int, int]) -> dict[int, tuple[int, int]]:
-    """Of each prompt, the shortest and the longest length of the quartile that its own length is in."""
+    """For each prompt: the shortest and the longest length of the quartile that its own length is in."""
     values = np.array(list(lengths.values()))
     group = np.searchsorted(np.quantile(values, [0.25, 0.5, 0.75]), values, side="left")
     bounds = {g: (int(values[group == g].min()), int(values[group == g].max())) for g in set(group)}

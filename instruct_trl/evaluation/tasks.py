@@ -121,7 +121,7 @@ def _task_manager() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, lm-eval reports what goes wrong, and not its whole configuration."""
+    """While active, lm-eval reports errors, and not its whole configuration."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -43,7 +43,7 @@ class Pair:
 
     @property
     def same(self) -> bool:
-        """Whether both texts are equal. Such a pair is a tie, and nobody is asked about it."""
+        """Whether both texts are equal. Such a pair is a tie, and no judge is asked."""
         return self.answer.text == self.baseline.text
 
 
@@ -54,7 +54,7 @@ class Reply:
     Attributes:
         value: for a pair 1 (the model's answer wins), 0.5 (tie) or 0; for a Likert question 1 to 7; for a flag 1 (yes)
             or 0 (no). The mean if several people answered a question. None without a valid reply.
-        said: what came instead of a value; "n/a" if the question does not apply.
+        said: the raw reply, or the reason, if there is no valid value; "n/a" if the question does not apply.
         flipped: the two orders of a pair gave opposite winners. The pair counts as a tie.
     """
 
@@ -113,11 +113,14 @@ def find_questions(names: Sequence[str]) -> list[Question]:
 class Judge(Protocol):
     """Says which of two answers is better. To add a judge, write a class with these three members:
 
+        from instruct_trl.judges import Reply, compare_models
+
         class Shorter:
             name = "the shorter answer"
 
             def compare(self, pairs):
-                return [Reply(float(len(pair.answer.text) < len(pair.baseline.text))) for pair in pairs]
+                gains = [len(pair.baseline.text) - len(pair.answer.text) for pair in pairs]
+                return [Reply(0.5 if gain == 0 else float(gain > 0)) for gain in gains]
 
             def rate(self, answers, questions):
                 raise ValueError("This judge answers no questions.")
@@ -141,18 +144,19 @@ class Judge(Protocol):
         ...
 
     def rate(self, answers: Sequence[Answer], questions: Sequence[Question]) -> list[dict[str, Reply]]:
-        """For each answer its replies by the question's name."""
+        """One dictionary per answer: question name → reply."""
         ...
 
 
 class ScoreJudge:
-    """Makes a judge of a TRL reward function: the answer with the higher score is better. One order is enough.
+    """Makes a judge of a TRL reward function: the answer with the higher score is better.
 
+    Order does not matter to a function, so each pair is asked once.
     For a reward model, pass `RewardScorer(path)`.
 
     Args:
         score: called with `prompts=`, `completions=` and `truncated=`, each (N,); returns N numbers, higher is better,
-            and None or NaN if it has no opinion.
+            and None or NaN where it has none.
         name: the judge's name in the report.
         tie_margin: scores that differ by no more than this are a tie; in the unit of the scores, at least 0.
         answers_to: a question's name → a function like `score` that answers it: 1 to 7 for a Likert question, 0 or 1
@@ -177,6 +181,7 @@ class ScoreJudge:
 
     def compare(self, pairs: Sequence[Pair]) -> list[Reply]:
         """Score each answer once, however many pairs it is in."""
+        # By `repr`: a prompt may be a list of messages, which cannot be hashed.
         sides = {repr(side): side for pair in pairs for side in (pair.answer, pair.baseline)}
         scores = dict(zip(sides, _call(self.score, list(sides.values()), self.name), strict=True))
         replies = []
@@ -202,7 +207,7 @@ class ScoreJudge:
             values = _call(self.answers_to[question.name], answers, f"{self.name}: {question.name}")
             for reply, value in zip(replies, values, strict=True):
                 fits = value is not None and low <= value <= high
-                said = NOT_APPLICABLE if value is None else f"{value} is not {low} to {high}"
+                said = NOT_APPLICABLE if value is None else f"{value} is not between {low} and {high}"
                 reply[question.name] = Reply(value) if fits else Reply(None, said)
         return replies
 

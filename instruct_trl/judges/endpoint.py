@@ -326,7 +326,7 @@ class EndpointJudge:
             self.usage.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
 
     def _refuse_broken(self, response: Any) -> None:
-        """A reply that is no JSON was perhaps cut on its way: the client tries again. A web page would come again."""
+        """A reply that is not JSON was perhaps cut on its way: the client tries again. A web page would come again."""
         import httpx2
 
         body = response.read()
@@ -335,7 +335,7 @@ class EndpointJudge:
                 json.loads(body)
             except ValueError:
                 start = self._hidden(body)[:200]
-                raise httpx2.DecodingError(f"a reply that is no JSON ({start!r}). {_EXPECTED}") from None
+                raise httpx2.DecodingError(f"a reply that is not valid JSON ({start!r}). {_EXPECTED}") from None
 
     def _hidden(self, said: bytes | str) -> str:
         """A server's words without the API key, which it may send back; they go into the cache and into errors."""

@@ -284,9 +284,9 @@ def _read_jsonl(path: Path, text: str) -> Lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}). Mend the line.") from None
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}). Fix the line.") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: {line.strip()!r:.80} is no JSON object. Mend the line.")
+            raise ValueError(f"{path}, line {number}: {line.strip()!r:.80} is not a JSON object. Fix the line.")
         yield number, row
 
 

@@ -9,7 +9,7 @@ import torch
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Mean of `values` (B, T) where `mask` (B, T) is True; 0 where nothing is."""
+    """Mean of `values` (B, T) over the True positions of `mask` (B, T); 0 if there are none."""
     mask = mask.to(values.dtype)
     # At least 1: a row without a token gives 0, where 0/0 would put NaN into every gradient.
     if dim is None:

@@ -26,7 +26,7 @@ def clipped_policy_loss(
     """
     ratio = torch.exp(logps - old_logps)  # from logs: the probabilities of rare tokens would underflow
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    # The minimum takes the clip only where it gives less: a step too far gains nothing more, a step back still counts.
+    # The minimum limits the gain of a step too far; a step in the wrong direction is still punished in full.
     return -torch.min(ratio * advantages, clipped * advantages), ratio
 
 
@@ -38,7 +38,7 @@ def clipped_value_loss(
     All arguments (B, T); returns (B, T). The paper does not publish the value loss; ε = `value_clip` = 0.2.
     """
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    # The larger error of the two: it has no gradient once V has moved by more than ε towards the return.
+    # The maximum has no gradient once V has moved by more than ε towards the return.
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
 
@@ -47,11 +47,12 @@ def ppo_ptx_loss(ppo_loss: torch.Tensor, ptx_loss: torch.Tensor, ptx_coef: float
 
     `ppo_loss` stands for the first expectation (the clipped surrogate over the KL-penalised reward), `ptx_loss` is
     the mean per-token cross-entropy on pretraining text, `ptx_coef` is γ: 27.8 in the paper, 0 for plain PPO.
-    Since the gradient is linear, the trainer calls this once per term and accumulates, as the paper does.
+    Gradients add up, so the trainer calls this once per term (the other term 0) and accumulates, as the paper does.
     """
     return ppo_loss + ptx_coef * ptx_loss
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 − Var(R − V)/Var(R) over the True positions of mask (B, T): 1 is a perfect critic, 0 a constant one."""
+    # 1e-8: returns that are all equal, or a single token, have variance 0.
     return 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-8)

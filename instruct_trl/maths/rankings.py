@@ -3,7 +3,8 @@
 Legend: ... any leading batch axes (prompts), K completions of one prompt: the last axis is always the list.
 Ranks: lower is better, equal numbers tie, gaps are allowed, since only their order counts.
 Pairs: (..., K, K) bool, [i, j] is True where completion i is preferred over j. `preferred_pairs` makes them from ranks;
-a labeler who compared only some completions gives them directly. No transitive closure is taken, and cycles are fine.
+a labeler who compared only some completions gives them directly. They are used as given: a > b and b > c do not imply
+a > c, and cycles are allowed.
 Masks are positive: True marks a real completion, so that lists of different lengths share a tensor. A completion that
 is in no pair, padding or not, reaches neither the loss nor its gradient.
 """
@@ -55,7 +56,7 @@ def _clean(rewards: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, to
             "preferred_pairs(ranks, mask) makes them from ranks."
         )
     pairs = pairs.bool()
-    # Differences of close rewards are lost in 8 bits of mantissa.
+    # Half precision loses the difference of close rewards.
     if rewards.dtype in (torch.float16, torch.bfloat16):
         rewards = rewards.float()
     return torch.where(pairs.any(-1) | pairs.any(-2), rewards, torch.zeros_like(rewards)), pairs
@@ -82,7 +83,7 @@ def ranking_losses(
             `center_rewards_coefficient`; Eisenstein et al. 2023, Eq. 2). 0 in the paper.
 
     Returns:
-        losses (...), 0 for a prompt without a pair, and (...) bool, True where there is a pair.
+        losses (...), 0 for a prompt without a pair; and a bool (...), True for prompts that have one.
 
     Raises:
         ValueError: shapes differ.
@@ -94,11 +95,11 @@ def ranking_losses(
             raise ValueError(f"margins {tuple(margins.shape)} do not fit pairs {tuple(pairs.shape)}.")
         # Taken out before the sigmoid too: a NaN margin of no pair would spoil the gradient.
         logits = logits - torch.where(pairs, margins.to(logits.dtype), torch.zeros_like(logits))
-    # logsigmoid, not log of sigmoid: the latter is −inf for a pair that is far the wrong way round.
+    # logsigmoid, not log of sigmoid: the latter is −inf for a pair that is ordered very wrongly.
     terms = -functional.logsigmoid(logits)
     if center_coefficient:
         terms = terms + center_coefficient * (rewards.unsqueeze(-1) + rewards.unsqueeze(-2)).square()
-    # Each prompt is divided by its own pairs, so that one of 9 completions (36 pairs) weighs no more than one of 4.
+    # Each prompt's sum is divided by its own number of pairs: 9 completions (36 pairs) weigh no more than 4.
     count = pairs.sum((-2, -1))
     losses = torch.where(pairs, terms, torch.zeros_like(terms)).sum((-2, -1)) / count.clamp(min=1)
     return losses, count > 0
@@ -133,7 +134,7 @@ def ranking_loss(
 
 
 def pair_counts(rewards: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each prompt, how many pairs the rewards order correctly, and how many there are: both (...) long.
+    """For each prompt, how many pairs the rewards order correctly, and how many there are: integers (...) both.
 
     Two equal rewards order no pair correctly, as in TRL's `accuracy`; margins play no part. Arguments as in
     `ranking_losses`.
@@ -154,9 +155,9 @@ def pair_accuracy(rewards: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 def kendall_tau(rewards: torch.Tensor, pairs: torch.Tensor, ties: torch.Tensor | None = None) -> torch.Tensor:
     """Kendall's τ-b of each prompt (...), in [−1, 1]: 1 where the rewards give back the pairs, −1 their reverse.
 
-    τ_b = (concordant − discordant) / sqrt(pairs · compared pairs untied in rewards). Compared are `pairs` and `ties`,
-    so that a full ranking gives the usual τ-b, and one of some completions counts nothing that was left out as a tie.
-    0 if a factor is 0, which leaves τ undefined.
+    τ_b = (concordant − discordant) / sqrt(pairs · compared pairs untied in rewards). Only `pairs` and `ties` count
+    as compared. For a full ranking this is the usual τ-b; for a partial one, what was not compared is no tie. 0 if a
+    factor is 0, which leaves τ undefined.
 
     Args:
         rewards, pairs: as in `ranking_losses`.
@@ -172,11 +173,12 @@ def kendall_tau(rewards: torch.Tensor, pairs: torch.Tensor, ties: torch.Tensor |
     pairs = pairs.bool()
     rewards, either = _clean(rewards, pairs | ties.bool())
     differences = _differences(rewards)
-    # Over the winner's side of each pair, the sign is +1 for a concordant pair, −1 for a discordant one.
+    # `pairs` is True in the winner's row only, so each pair counts once: +1 if concordant, −1 if discordant. A tie is
+    # neither, so `ties` enter only what was compared.
     signs = torch.where(pairs, differences.sign(), torch.zeros_like(differences)).sum((-2, -1))
     compared = (either | either.transpose(-2, -1)).triu(diagonal=1)  # each two completions once
     untied_rewards = (compared & (differences != 0)).sum((-2, -1)).to(rewards.dtype)
-    # A product of counts that is not 0 is at least 1, so that the clamp touches undefined values only.
+    # The product of counts is 0 or at least 1: the clamp changes only the undefined case.
     return signs / (pairs.sum((-2, -1)).to(rewards.dtype) * untied_rewards).clamp(min=1).sqrt()
 
 
@@ -227,7 +229,7 @@ def ranking_metrics(
         `tied_pairs` (in prompts with ranks) and `tied_prompts` (those without a pair) as counts.
     """
     counted = pairs.bool().any(-1).any(-1)
-    # Where there are no ranks, what was not compared is not a tie.
+    # A prompt with pairs but no ranks has no ties: what was not compared is unknown.
     ranked = mask.bool() & (mask.bool() & (ranks != 0)).any(-1, keepdim=True)
     ties = tied_pairs(ranks, ranked)
     taus = kendall_tau(rewards, pairs, ties)

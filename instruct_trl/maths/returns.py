@@ -43,7 +43,7 @@ def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, be
     if scores.shape != mask.shape[:1] or kl.shape != mask.shape:
         raise ValueError(f"scores {tuple(scores.shape)}, kl {tuple(kl.shape)} and mask {tuple(mask.shape)} do not fit.")
     rewards = -beta * kl * mask  # a penalty at every token, so that each pays for its own drift
-    # The index of the last real token, EOS or not: one later would be padding, which no advantage ever reads.
+    # Index of the last real token, EOS or not. One place later is padding, and the score would be lost.
     last = mask.long().sum(dim=1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores.to(rewards.dtype).unsqueeze(1))
 

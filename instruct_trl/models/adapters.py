@@ -78,7 +78,7 @@ def _activate(model: Any, adapters: Sequence[str]) -> None:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within, no parameter of `model` requires a gradient. On leaving, each is as it was."""
+    """While active, no parameter of `model` requires a gradient. On exit, each is as it was."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -92,7 +92,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def switched(
     model: Any, adapters: Sequence[str], *, trainable: Sequence[nn.Parameter] = (), training: bool = False
 ) -> Iterator[None]:
-    """Within, the PeftModel runs with exactly `adapters` (added up if several; none switches all off).
+    """While active, the PeftModel runs with exactly `adapters` (added up if several; none switches all off).
 
     Gradients reach `trainable` alone. `training` is train mode, so dropout; else all is in eval mode. On leaving, also
     after an error, adapters, `requires_grad` and modes are as they were.

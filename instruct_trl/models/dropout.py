@@ -114,7 +114,7 @@ def residual_branches(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def residual_dropout(model: nn.Module, p: float | None) -> Iterator[None]:
-    """Within the block, in train mode, each branch's output is dropped out with probability `p` before it is added.
+    """While active, in train mode, each branch's output is dropped out with probability `p` before it is added.
 
     Embedding and attention-weight dropout stay as they are. On leaving, the model is as before: plain.
 

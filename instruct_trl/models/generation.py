@@ -31,7 +31,7 @@ class Completion(NamedTuple):
 
 
 def contiguous_head_input(model: Any) -> AbstractContextManager[Any]:
-    """Inside, the LM head of `model` reads a contiguous copy of its hidden states; the values are the same.
+    """While active, the LM head of `model` reads a contiguous copy of its hidden states; the values are the same.
 
     `generate` projects the slice (B, 1, H) of the prompts' last position. For a slice and a head that is not trained
     torch takes B products in place of one: on a CPU 5 times slower in float32, and with a copy of a bf16 head for each.
@@ -44,7 +44,7 @@ def contiguous_head_input(model: Any) -> AbstractContextManager[Any]:
 
 @contextmanager
 def neutral_generation_config(model: Any) -> Iterator[None]:
-    """Inside, `model.generate` knows no generation config of the model's own.
+    """While active, `model.generate` knows no generation config of the model's own.
 
     transformers fills whatever a call leaves unset from the config that came with the checkpoint. A `min_p` or a
     `suppress_tokens` in it would shape the sample, while our log-probs are those of the plain distribution.
@@ -157,7 +157,7 @@ def _encode_all(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_toke
 class RolloutGenerate:
     """Stands in for a model's `generate` while a rollout is sampled: same arguments, same answers in distribution.
 
-    transformers computes a row on after its EOS until the last row ends. Here generation stops whenever more than a
+    transformers keeps computing a row after its EOS until the last row ends. Here generation stops whenever more than a
     quarter of the rows have ended, and goes on from the same cache without them.
 
     Args:
@@ -257,7 +257,7 @@ class ChosenLogps:
 
 @contextmanager
 def replaced_generate(model: Any, generate: RolloutGenerate) -> Iterator[None]:
-    """Inside, `model.generate` is `generate`."""
+    """While active, `model.generate` is `generate`."""
     kept = vars(model).get("generate")
     model.generate = generate
     try:

@@ -211,8 +211,8 @@ def check_token_rows(model: Any, tokenizer: Any, name: str, *, pad: bool = True)
     if beyond:
         tokens = ", ".join(repr(token) for _, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         raise ValueError(
-            f"{name} has {rows} token rows, but its tokenizer has ids up to {beyond[-1][0]}: nothing is there for "
-            f"{tokens}. Load the model, call model.resize_token_embeddings({beyond[-1][0] + 1}), pass it in memory, "
-            "and train the new rows: all weights, or beside a LoRA modules_to_save=['embed_tokens', 'lm_head'] or "
-            "trainable_token_indices=[...]."
+            f"{name} has {rows} token rows, but its tokenizer has ids up to {beyond[-1][0]}: these tokens have "
+            f"no embedding: {tokens}. Load the model, call model.resize_token_embeddings({beyond[-1][0] + 1}), pass it "
+            "in memory, and train the new rows: all weights, or beside a LoRA modules_to_save=['embed_tokens', "
+            "'lm_head'] or trainable_token_indices=[...]."
         )

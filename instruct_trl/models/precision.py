@@ -14,7 +14,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def one_dtype(kwargs: Any, name: str = "model_init_kwargs") -> Any:
-    """`kwargs` of a `from_pretrained`, in which `torch_dtype`, the old name of `dtype`, became `dtype`.
+    """`from_pretrained` kwargs with the old name `torch_dtype` replaced by `dtype`.
 
     Raises ValueError, with the `name` of what holds them, if both are given and differ, or no dtype has this name.
     """
@@ -50,7 +50,7 @@ def is_quantised(model: Any) -> bool:
 
 
 def keep_whole_modules_in_float32(model: Any, adapter: str | None = None) -> bool:
-    """Float32 for what an adapter of a PeftModel, or all, train whole (`modules_to_save`) on a base in half precision.
+    """Cast to float32 the modules that one adapter (or all) of a PeftModel trains whole, if they are in half precision.
 
     Returns whether there was any.
     """

@@ -94,12 +94,12 @@ class PrefixSharing:
         self.obstacle = _obstacle(model, self.attention)
 
     def active(self) -> AbstractContextManager[None]:
-        """Within, the model's layers attend by `prefix_attention`; a backward pass belongs inside, too."""
+        """While active, the model's layers attend by `prefix_attention`; run the backward pass in it, too."""
         # Gradient checkpointing runs layers again in the backward pass, by the attention that is set then.
         return self._attending_by(_NAMES.get(self.attention, self.attention))
 
     def inactive(self) -> AbstractContextManager[None]:
-        """Within, also inside `active`, the model's layers attend as if nothing were shared."""
+        """While active, also inside `active`, the model's layers attend as if nothing were shared."""
         inside = any(config._attn_implementation in _NAMES.values() for config in self._configs)
         return self._attending_by(self.attention) if inside else nullcontext()
 

@@ -44,8 +44,8 @@ class RewardScorer:
         model_or_path: a sequence classifier with one label (also a PeftModel), a folder, or a hub name.
         processing_class: its tokenizer; read from the model's path if None.
         batch_size: completions per forward pass; rows are sorted by length first.
-        prefix_sharing: "auto" computes a prompt that comes with several completions once for all of them, where the
-            model can; "on" raises where it cannot; "off" never shares.
+        prefix_sharing: "auto" computes a prompt that comes with several completions once for all of them, if the
+            model can; "on" raises an error if it cannot; "off" never shares.
 
     Attributes:
         model, processing_class: as loaded or given.
@@ -84,7 +84,7 @@ class RewardScorer:
 
     @contextmanager
     def computing_under(self, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
-        """Within, the model's forward runs under the contexts that `autocast` makes: a trainer's precision."""
+        """While active, the model's forward runs under the contexts that `autocast` makes: a trainer's precision."""
         before, self._autocast = self._autocast, autocast
         try:
             yield

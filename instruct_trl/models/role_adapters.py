@@ -61,7 +61,7 @@ class ReferenceRole(nn.Module):
         return self._roles.model.get_base_model()
 
     def active(self) -> AbstractContextManager[None]:
-        """Within, the shared model is the reference."""
+        """While active, the shared model is the reference."""
         return self._roles.active("reference")
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class ScalarRole(nn.Module):
         return self._roles.model.get_input_embeddings()
 
     def active(self) -> AbstractContextManager[None]:
-        """Within, the shared model has this role's adapters; a backward pass belongs inside."""
+        """While active, the shared model has this role's adapters; run the backward pass in it."""
         return self._roles.active(self._role)
 
     def token_scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int = 0) -> torch.Tensor:
@@ -332,7 +332,7 @@ class RoleAdapters:
 
     @contextmanager
     def active(self, role: str) -> Iterator[None]:
-        """Within, the shared model is `role` ("policy", "reference", "reward" or "value"), and trains it alone.
+        """While active, the shared model is `role` ("policy", "reference", "reward" or "value"), and trains it alone.
 
         Policy and critic are in the mode of their module, the others in eval mode. On leaving, also after an error, all
         is as it was: adapters, `requires_grad`, train and eval mode. Run a backward pass inside.
@@ -351,7 +351,7 @@ class RoleAdapters:
             self._current = before
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Within, nothing of the shared model requires a gradient: what casts or counts trained weights finds none."""
+        """While active, no weight of the shared model requires a gradient: none is cast or counted as trained."""
         return adapters.frozen(self.model)
 
     def to(self, device: torch.device) -> RoleAdapters:

@@ -44,7 +44,7 @@ def token_values(
 
 @contextmanager
 def head_in_float32(head: nn.Module) -> Iterator[None]:
-    """Within, the scalar `head` computes in float32, also under autocast and with weights in half precision.
+    """While active, the scalar `head` computes in float32, also under autocast and with weights in half precision.
 
     bf16 would round it: between 4 and 8 its numbers lie 0.03 apart.
     """

@@ -60,7 +60,7 @@ class RunArguments:
     dry_run: bool = setting(
         False,
         "Print the memory that this run needs and the memory that the device has, then stop. Only config.json of each "
-        "model is read; nothing is downloaded, loaded or written.",
+        "model is read; no weights are downloaded or loaded, and nothing is written.",
     )
     device_memory_gb: float | None = setting(
         None, "With --dry_run: plan for a GPU with this memory. Default: the device here."

@@ -40,18 +40,18 @@ class EvaluateArguments(SamplingArguments):
     sft_model: str | None = setting(None, "The baseline. Default: <run_dir>/selected_sft/model.")
     ppo_model: str | None = setting(None, "The policy after PPO. Default: <run_dir>/ppo_ptx/policy.")
     other_models: list[str] = setting([], "More models to compare: NAME=PATH, such as PPO=...")
-    prefixes: list[str] = setting([], "A text to put before the prompts of one of these: NAME=FILE.")
+    prefixes: list[str] = setting([], "A text to put before the prompts of one of other_models: NAME=FILE.")
     other_runs: list[str] = setting([], "Folders of PPO runs to draw: NAME=PATH.")
     reward_model_path: str | None = setting(None, "The reward model. Default: <run_dir>/reward_model.")
     pretraining_dataset_name: str | None = setting(None, "Held-out texts, for a loss on them.")
     pretraining_description: str | None = setting(
         None, "These texts in words, for the report. Default: the dataset's name."
     )
-    labeler: str | None = setting(None, "The judge: 'module:function' of your own.")
+    labeler: str | None = setting(None, "The judge, required: 'module:function' of your own.")
     labeler_description: str | None = setting(None, "The labeler in words, for the report. Default: its name.")
     deviations: list[str] = setting([], "How the run differs from the paper, one sentence each, for the report.")
     checkpoint_prompts: str | None = setting(None, "Score every PPO checkpoint on the prompts of this dataset.")
-    max_text_length: int = setting(256, "Tokens of a held-out pretraining text.")
+    max_text_length: int = setting(256, "Cut each held-out pretraining text to this many tokens.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

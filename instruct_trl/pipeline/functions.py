@@ -36,7 +36,7 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
 
     given = f"--{option} {name}"
     if not names_a_function(name):
-        raise ValueError(f"{given}: no such function. Name one as 'module:function', without .py.")
+        raise ValueError(f"{given}: not of the form 'module:function', without .py.")
     module, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:  # a module beside the user's data, as TRL's scripts allow for reward functions
         sys.path.insert(0, str(Path.cwd()))
@@ -44,7 +44,7 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), function, None)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        fault = f"the module {module!r} cannot be imported ({type(error).__name__}: {error}). Mend this error."
+        fault = f"the module {module!r} cannot be imported ({type(error).__name__}: {error}). Fix this error."
         if missing is not None and f"{module}.".startswith(f"{missing}."):
             fault = (
                 f"no such function; there is no module {module!r}. Install it, or start in the folder that holds it."
@@ -71,7 +71,7 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def load_labeler(name: str | None, run: RunArguments) -> Callable[..., Any]:
     """The labeler of a run. One that takes `run_dir` gets the run's folder."""
     if name is None:
-        raise ValueError("There is no labeler. Name yours: --labeler module:function.")
+        raise ValueError("No labeler is given. Set --labeler module:function.")
     function = load_function(name, "labeler")
     return partial(function, run_dir=run.run_dir) if "run_dir" in _parameters(function) else function
 
@@ -116,5 +116,5 @@ def _trial(who: str) -> Iterator[None]:
         raised = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}."
         raise ValueError(
             f"{raised} This came from a trial of {who} on the first prompt and two stand-in answers. Nothing was "
-            "sampled yet: mend the function and run this again."
+            "sampled yet: fix the function and run this again."
         ) from error

@@ -48,7 +48,7 @@ def load_splits(name: str | Path, config: str | None = None) -> dict[str, Any]:
     except Exception as error:
         offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
         raise ValueError(
-            f"{redact(str(name))!r} is no file or folder here, and it could not be loaded from the Hugging Face hub: "
+            f"{redact(str(name))!r} is not a file or folder here, and could not be loaded from the Hugging Face hub: "
             f"{_reason(error)}{offline}{meant} Check the path or the name, --dataset_config, the network and, for "
             "private data, `hf auth login`."
         ) from error
@@ -107,14 +107,14 @@ def _read_files(files: list[Path]) -> Any:
     for option in options:
         try:
             loaded = datasets.load_dataset(kind, data_files=escaped, split="train", **option)
-            loaded.data.validate(full=True)  # Arrow reads text that is no UTF-8 without a word, and fails later
+            loaded.data.validate(full=True)  # Arrow reads text that is not UTF-8 without an error, and fails later
             return loaded
         except Exception as error:
             failed = error
     for file in files:
         _refuse_broken(file, kind)
     names = ", ".join(map(str, files))
-    raise ValueError(f"{names} could not be read: {_reason(failed)} Mend this, or write the file anew.") from failed
+    raise ValueError(f"{names} could not be read: {_reason(failed)} Fix this, or write the file again.") from failed
 
 
 def _read_folder(path: Path, config: str | None) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _refuse_broken(path: Path, kind: str) -> None:
     if kind == "parquet":
         if data[:4] != b"PAR1":
             begin = shown(data[:12])
-            raise ValueError(f"{path} is no parquet file: it begins with {begin}. Give it the ending of its own type.")
+            raise ValueError(f"{path} is not a parquet file: it begins with {begin}. Give it the ending of its type.")
         if data[-4:] != b"PAR1":
             raise ValueError(f"{path} is cut off. Copy, download or write it again.")
         return
@@ -216,9 +216,7 @@ def _refuse_json(path: Path, text: str) -> None:
             if isinstance(error, json.JSONDecodeError):
                 line = number or error.lineno
                 around = shown(error.doc[max(0, error.pos - 30) : error.pos + 30])
-                fault = (
-                    f"broken JSON ({error.msg}, column {error.colno}), near {around}. Mend it; was the file cut off?"
-                )
+                fault = f"broken JSON ({error.msg}, column {error.colno}), near {around}. Fix it; was the file cut off?"
             elif isinstance(error, UnicodeEncodeError):
                 fault = f"it holds half a character ({error.object[error.start]!r}). Write the whole one."
             raise ValueError(f"{path}{f', line {line}' if line else ''}: {fault}") from error

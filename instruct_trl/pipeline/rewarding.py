@@ -26,7 +26,7 @@ class RewardArguments(RunArguments):
     """Data of `recipes/reward_model.py`; without a dataset_name the rankings in <run_dir>/rankings."""
 
     demonstrations_name: str | None = setting(
-        None, "`prompt`, `completion` rows that shall score 0 on average (the reward bias)."
+        None, "`prompt`, `completion` rows whose average score is set to 0 (the reward bias)."
     )
     labeler_folds: int | None = setting(
         None, "Also train on all but one group of labelers, for this many groups (paper: 5)."

@@ -23,7 +23,7 @@ HELD_OUT_TEXTS = 2000  # for the pretraining loss
 def dataset_of(run: RunArguments) -> str:
     """The name of the run's dataset."""
     if not run.dataset_name:
-        raise ValueError("There are no data. Name them: --dataset_name, or dataset_name in the config.")
+        raise ValueError("No dataset is given. Set --dataset_name, or dataset_name in the config.")
     return run.dataset_name
 
 

@@ -62,7 +62,9 @@ def sample_rankings(run: SampleArguments, folder: Path) -> dict[str, Any]:
     Rows have `prompt`, `completions`, `truncated` and, with a labeler, `ranks`.
     """
     if run.temperature == 0:
-        raise ValueError("--temperature is 0, which gives the same answer every time: nothing to rank. Give 1, say.")
+        raise ValueError(
+            "--temperature is 0, which gives the same answer every time: nothing to rank. Set it to 1, for example."
+        )
     labeler = None if run.labeler == "none" else load_labeler(run.labeler, run)
     path, name = run.model_name_or_path or str(run.run / "sft"), dataset_of(run)
     check_model_path(path)
@@ -111,7 +113,7 @@ def _rows(groups: list[tuple[Any, list[Completion]]], labeler: Any, kept: Path) 
         _write(kept, rows)
         raise ValueError(
             f"{error} The answers are kept without ranks in {kept}: add `ranks` to each row and hand the file to "
-            "recipes/reward_model.py, or mend the labeler and run this again, which samples anew."
+            "recipes/reward_model.py, or fix the labeler and run this again, which samples new answers."
         ) from error
     return [{**row, "ranks": places} for row, places in zip(rows, ranks, strict=True)]
 

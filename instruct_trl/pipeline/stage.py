@@ -282,7 +282,7 @@ def fingerprint(path: Path, but: Path) -> str | None:
     """A digest of the content of a file, or of all files of a folder and their names; None if nothing is there.
 
     Of a model's folder the model's own files count, not checkpoints and logs in it. Data are read whole, however large:
-    one row may have been mended.
+    one row may have been changed.
     """
     if path.is_file():
         return _digest(path)

@@ -154,7 +154,7 @@ def check_one_base(run: PPOPtxArguments, model_args: ModelConfig) -> None:
 def _check_reward(is_lora: bool, model: str) -> None:
     if not is_lora:
         raise ValueError(
-            f"--one_base needs a reward model that is a LoRA adapter; the model {model} is none, or cannot be read. "
+            f"--one_base needs a reward model that is a LoRA adapter; the model {model} is not one, or cannot be read. "
             "Train it with recipes/reward_model.py --use_peft --lora_task_type SEQ_CLS, and give its folder as "
             "--reward_model_path."
         )

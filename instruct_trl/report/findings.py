@@ -152,7 +152,7 @@ def frontier(data: ReportData) -> str:
 
 
 def turning(data: ReportData) -> str:
-    """The place where the labeler's score turned down; "" where it did not or cannot be told."""
+    """The place where the labeler's score turned down; "" if it did not, or if that cannot be told."""
     keys = ("labeler_score", "score", "kl")
     rows = [row for row in data.training if all(isinstance(row.get(key), float | int) for key in keys)]
     gold, proxy, kl = ([float(row[key]) for row in rows] for key in keys)

@@ -16,7 +16,7 @@ import torch
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"  # Trainer writes it last
 
-# The settings that a trajectory depends on: how many answers to which prompts a step and an iteration take.
+# The settings that a trajectory depends on: how many answers, and to which prompts, one step and one iteration use.
 SETTINGS = (
     *("generation_batch_size", "num_generations", "num_iterations", "seed", "data_seed", "shuffle_dataset"),
     *("minibatch_size", "per_device_train_batch_size"),

@@ -96,7 +96,7 @@ class Critic:
             mask = batch["loss_mask"]
             # Clipped around the rollout's values, as PPO clips the ratio; the paper does not publish the value loss.
             losses = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.value_clip)
-            # Divided by the whole minibatch's tokens, as the policy's loss is: 8 × 1 equals 1 × 8.
+            # Divided by the whole minibatch's tokens, as the policy's loss is: 8 micro-batches of 1 row equal 1 of 8.
             self.engine.backward((losses * mask).sum() / token_count, sync)
         clipped = (values.detach() - batch["old_values"]).abs() > self.args.value_clip
         metrics = {"value_loss": losses.detach(), "value_clip_fraction": clipped.float()}

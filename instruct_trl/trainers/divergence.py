@@ -52,7 +52,7 @@ POLICY_LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do: "go_on", "warn" (say `reason` and go on), "skip" (this optimizer step) or "stop" (the training)."""
+    """The guard's decision: "go_on", "warn" (say `reason` and go on), "skip" (this step) or "stop" (the training)."""
 
     action: str
     reason: str = ""

@@ -50,7 +50,7 @@ class EMACallback(TrainerCallback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model carries the averaged weights; on leaving, its own come back, also after an error."""
+        """While active, the model has the averaged weights; on exit, its own come back, also after an error."""
         own = [shard.clone() for shard in local_shards(self.model)]
         self._copy(self.shadow)
         try:

@@ -42,7 +42,7 @@ class ModelEngine:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def accumulating(self) -> AbstractContextManager:
-        """Inside, gradients are not summed over processes yet."""
+        """While active, gradients are not summed over processes yet."""
         return self.accelerator.no_sync(self.model)
 
     def backward(self, loss: torch.Tensor, sync: bool) -> None:
@@ -188,7 +188,7 @@ def finish_policy_step(accelerator: Accelerator, model: nn.Module, taken: bool) 
 
 @contextmanager
 def before_last_backward(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Inside, no backward is the minibatch's last: one of PPO's follows."""
+    """While active, no backward is the minibatch's last: one of PPO's follows."""
     if not is_sharding(accelerator):
         with accelerator.no_sync(model):
             yield

@@ -24,7 +24,7 @@ def join_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def split_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, width: int) -> Batch:
-    """What `join_rows` joined, the last `width` tokens being completions."""
+    """Undo `join_rows`: the last `width` tokens are the completions."""
     ids, mask = ((rows[:, :-width], rows[:, -width:]) for rows in (input_ids, attention_mask))
     return {"prompt_ids": ids[0], "prompt_mask": mask[0], "completion_ids": ids[1], "completion_mask": mask[1]}
 

@@ -286,7 +286,7 @@ def score_reference(trainer: Any, rows: list[dict[str, Any]], sample: Callable[[
 
 @contextmanager
 def own_randomness(device: torch.device, seed: int, *purpose: Any) -> Iterator[None]:
-    """Inside, every generator is seeded by `seed` and `purpose`; afterwards each goes on where it was."""
+    """While active, every generator is seeded by `seed` and `purpose`; afterwards each goes on where it was."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  reward functions may draw from it
     devices = [] if device.type in ("cpu", "mps") else [device]  # torch.mps has no generator by device
     try:
@@ -300,7 +300,7 @@ def own_randomness(device: torch.device, seed: int, *purpose: Any) -> Iterator[N
 
 @contextmanager
 def as_reference(trainer: GRPOTrainer) -> Iterator[None]:
-    """Inside, GRPO's own rollout samples from the reference, and what it logs is thrown away."""
+    """While active, GRPO's own rollout samples from the reference, and what it logs is thrown away."""
     kept = {name: getattr(trainer, name) for name in ("model_wrapped", "_metrics", "_logs", "beta")}
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer._logs, trainer.beta = copy.deepcopy(trainer._logs), 0.0

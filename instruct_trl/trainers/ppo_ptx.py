@@ -3,8 +3,8 @@
     objective(φ) = E_{x, y~π_φ}[ r(x, y) − β·log(π_φ(y|x) / π_SFT(y|x)) ] + γ·E_{x~pretrain}[ log π_φ(x) ]      (Eq. 2)
 
 The bracket becomes one reward per token in `_add_advantages`; PPO's clipped loss in `_compute_loss` raises its mean.
-`_pretraining_backward` adds the γ term. Both losses go through `maths.objectives:ppo_ptx_loss`, which is Eq. 2: to try
-another mixture, change that function.
+`_prepare_inputs` adds the γ term (`PretrainingGradient`). Both losses go through `maths.objectives:ppo_ptx_loss`, which
+is Eq. 2: to try another mixture, change that function.
 
 Legend: B rows of a (micro-)batch, P prompt tokens, T completion tokens.
 """
@@ -108,7 +108,7 @@ class PPOPtxTrainer(GRPOTrainer):
                 quantization_config=None if models.loaded else quantization_config, peft_config=peft_config,
                 tools=tools, rollout_func=rollout_func, environment_factory=environment_factory,
             )  # fmt: skip
-        self.beta, self.role_adapters = args.beta, role_adapters
+        self.beta, self.role_adapters = args.beta, role_adapters  # upstream's constructor was shown another beta
         self._add_ppo_parts(models, pretraining_dataset)
         self.evaluation = ppo_evaluation.Evaluation(self.accelerator, self.reward_func_names, with_win_rate)
         ppo_ptx_setup.say_plan(args, self.pretraining, self.accelerator.print)
@@ -127,10 +127,10 @@ class PPOPtxTrainer(GRPOTrainer):
         self.divergence = DivergenceMonitor(args)
         self.ema = None if args.ema_decay is None else EMACallback(self.model, args.ema_decay)
         self._kept_parts: list[Any] = [part for part in (self.critic, self.ema, self.divergence) if part is not None]
-        for callback in self._kept_parts[1:]:
+        for callback in self._kept_parts[1:]:  # the first, the critic, is not a callback
             self.add_callback(callback)
         self.stopwatch = Stopwatch(self.accelerator.device)
-        self._prompt_ids: list[list[int]] | None = None  # of the answers that are scored next
+        self._prompt_ids: list[list[int]] | None = None  # for the rollout that `_calculate_rewards` scores next
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         ppo_ptx_setup.say_warmup(self.args, num_training_steps, self.accelerator.print)
@@ -161,13 +161,13 @@ class PPOPtxTrainer(GRPOTrainer):
         self, prompt_ids: list, images: Any, multimodal_fields: dict, *args: Any, **kwargs: Any
     ) -> Any:
         policy, sample = self.accelerator.unwrap_model(self.model_wrapped), super()._generate_single_turn
-        # π_old must be what draws. transformers would otherwise add the checkpoint's own top_k, min_p and the like.
+        # The sampler must draw from π_old itself; transformers would add the checkpoint's own top_k, min_p and so on.
         with self.stopwatch("generate"), neutral_generation_config(policy):
             continuous = self.use_transformers_continuous_batching
             if continuous or self.use_vllm or images or multimodal_fields:
                 with unchanged_model(self.model) if continuous else nullcontext():
                     return sample(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            # Rows that have ended leave the batch, but not of processes that must call `generate` equally often.
+            # Finished rows leave the batch, but not under sharding: there all processes must run equally many forwards.
             drop = not is_sharding(self.accelerator)
             heat = self.temperature if self.args.old_logps_from_sampler else None
             generate = RolloutGenerate(policy, self.eos_token_ids, drop_ended=drop, temperature=heat)
@@ -202,12 +202,12 @@ class PPOPtxTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        # Upstream asks this of whole rollouts, without gradient; `_compute_loss` asks `_logps` itself.
+        # Upstream calls this for whole rollouts, without gradient. `_compute_loss` calls `_logps` directly.
         more = (value for name, value in kwargs.items() if name != "batch_size")
         if any(value is not None and value is not False for value in more):  # images, mixtures of experts
             ask = super()._get_per_token_logps_and_entropies
             return ask(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        if self.args.old_logps_from_sampler and model is self.model:  # the sampler's numbers take their place
+        if self.args.old_logps_from_sampler and model is self.model:  # the sampler's log-probs replace these zeros
             return torch.zeros(attention_mask[:, -logits_to_keep:].shape, device=input_ids.device), None, None
         return self._rollout_logps(model, split_rows(input_ids, attention_mask, logits_to_keep)), None, None
 
@@ -224,7 +224,7 @@ class PPOPtxTrainer(GRPOTrainer):
 
         Adds to GRPO's: `loss_mask` (B, T), `scores` (B,), `kl`, `old_values`, `returns` and `advantages` (B, T).
         """
-        # GRPO computes log π_ref for beta > 0 only. We report the KL always, so it sees 1 here.
+        # GRPO computes log π_ref for beta > 0 only. We always log the KL, so GRPO is shown beta = 1 here.
         beta, self.beta = self.beta, 1.0
         try:
             rollout = super()._generate_and_score_completions(inputs)
@@ -260,7 +260,7 @@ class PPOPtxTrainer(GRPOTrainer):
         metrics = {"score": rollout["scores"], "kl": sequence_kl, "objective": objective, "eos_rate": ended}
         self._log_means(metrics, counted=scored)
         self._log_means({"unscored_fraction": ~scored})
-        if self.model.training:
+        if self.model.training:  # and as a number; in evaluation, `Evaluation` adds it up from the same rows
             self._metrics["train"]["missing_rewards"].append(float(self.accelerator.reduce((~scored).sum(), "sum")))
 
     # 4. Value and advantages ------------------------------------------------------------------------------------------
@@ -279,8 +279,8 @@ class PPOPtxTrainer(GRPOTrainer):
         variance = explained_variance(*ppo_rollout.of_all_processes(self.accelerator, values, returns, loss_mask))
         self._metrics["train"]["explained_variance"].append(variance.item())
         if args.whiten_advantages:
-            # Over the whole rollout on all processes, so that who shares a minibatch changes no advantage. The returns
-            # stay in reward units: the critic learns those.
+            # Over the whole rollout on all processes, so that an advantage does not depend on which rows share its
+            # minibatch. The returns stay in reward units: the critic learns those.
             advantages = ppo_rollout.whiten(self.accelerator, advantages, loss_mask)
         ppo_rollout.log_advantages(self._logs, self.accelerator.gather(masked_mean(advantages, loss_mask, dim=1)))
         rollout |= {"advantages": advantages, "old_values": values, "returns": returns}
@@ -296,8 +296,8 @@ class PPOPtxTrainer(GRPOTrainer):
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         self._minibatch: Batch = inputs
 
-        # 6. Pretraining gradient: γ·E[log π(x)], the second term of Eq. 2. It goes here, between sampling and the
-        # policy's loss: sampling needs the room that gradients take, and a model checkpoints in train mode only.
+        # 6. Pretraining gradient: γ·E[log π(x)], the second term of Eq. 2. It runs here, after sampling and before
+        # PPO's loss. Earlier, gradients would take memory that sampling needs; checkpointing works in train mode only.
         if self.pretraining is not None:
             # "Computed one after the other and both accumulated" (appendix C). PPO's backward follows and is the
             # minibatch's last: there the processes exchange both gradients at once.
@@ -310,7 +310,7 @@ class PPOPtxTrainer(GRPOTrainer):
 
     # 7. Update: PPO's clipped loss, the first term of Eq. 2 -----------------------------------------------------------
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        # The pretraining gradient (see `_prepare_inputs`) and PPO's lie in `super`; then comes the critic's.
+        # `super` runs the backward passes of pretraining (in `_prepare_inputs`) and of PPO; the critic's follows.
         if self._micro_batch() == 0:
             self.stopwatch.start_iteration()
         sync = self.accelerator.sync_gradients
@@ -330,7 +330,7 @@ class PPOPtxTrainer(GRPOTrainer):
         inputs = trim_padding(inputs)
         mask, low, high = inputs["loss_mask"], self.epsilon_low, self.epsilon_high
         logps, entropies = self._logps(model, inputs, entropy=True)
-        old_logps = inputs["old_per_token_logps"].masked_fill(mask == 0, 0.0)  # as `logps` are where nothing is scored
+        old_logps = inputs["old_per_token_logps"].masked_fill(mask == 0, 0.0)  # as in `logps`, where nothing is scored
         losses, ratio = clipped_policy_loss(logps, old_logps, inputs["advantages"], low, high)
         if "importance_sampling_ratio" in inputs:  # vLLM draws from slightly other weights; TRL corrects for it
             losses = losses * inputs["importance_sampling_ratio"]
@@ -341,20 +341,20 @@ class PPOPtxTrainer(GRPOTrainer):
         if self.args.old_logps_from_sampler and self._micro_batch() < self.args.gradient_accumulation_steps:
             metrics["sampler_gap"] = (logps - old_logps).detach()[mask.bool()].abs()
         self._log_means(metrics)
-        # Divided by the tokens of the whole minibatch on all processes, not of this micro-batch: 8 × 1 equals 1 × 8.
+        # Divided by the tokens of the whole minibatch on all processes, so that 8 micro-batches of 1 row equal 1 of 8.
         policy_loss = (losses * mask).sum() / inputs["minibatch_tokens"]
         return ppo_ptx_loss(policy_loss, torch.zeros_like(policy_loss), self.args.ptx_coef)  # Eq. 2, first term
 
     # 8. Critic and step -----------------------------------------------------------------------------------------------
     def _trained(self, model: Any) -> Any:
-        """The module whose gradients are the policy's: on a shared base the critic's lie there, too."""
+        """The module whose gradients are the policy's; on a shared base `model.parameters()` has the critic's, too."""
         return model if self.role_adapters is None else self.role_adapters.policy_adapter
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return super()._clip_grad_norm(self._trained(model))  # PPO and γ term together: one clip, one step
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # Trainer asks for the norm just before it steps the policy: the last moment to step the critic, or neither.
+        # Trainer calls this just before it steps the policy: the last moment to decide if both models step, or neither.
         grad_norm = super()._get_grad_norm(self._trained(model), grad_norm)
         metrics = self._metrics["train"]
         with self.stopwatch("value_update"):
@@ -389,7 +389,7 @@ class PPOPtxTrainer(GRPOTrainer):
 
     def _log_iteration(self) -> None:
         metrics, args, step = self._metrics["train"], self.args, self.state.global_step + 1
-        metrics["episodes"] = [float(step * args.minibatch_size // self.num_iterations)]
+        metrics["episodes"] = [float(step * args.minibatch_size // self.num_iterations)]  # each is used so many times
         for name, value in self.stopwatch.finish_iteration(args.generation_batch_size).items():
             metrics[name].append(value)
         seconds, left = metrics["time/iteration"][-1], (args.max_steps - step) // args.steps_per_iteration
@@ -400,7 +400,7 @@ class PPOPtxTrainer(GRPOTrainer):
 
     # Evaluation: on held-out prompts, against the reference; it changes nothing that training samples -----------------
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # GRPO's samples from the generators of training. Here each step has a noise of its own, also in a resumed run.
+        # GRPO's draws from training's generators. Here each step has a seed of its own: a resumed run evaluates alike.
         purpose = "evaluation", self.state.global_step, self.args.process_index
         with ppo_evaluation.own_randomness(self.accelerator.device, self.args.seed, *purpose):
             return super().evaluate(*args, **kwargs)
@@ -418,12 +418,12 @@ class PPOPtxTrainer(GRPOTrainer):
         sample = super()._generate_and_score_completions
         places = ppo_evaluation.score_reference(self, rows, lambda: self._score_answers(sample(rows))[0])
         inputs = super()._prepare_inputs(rows)  # type: ignore[arg-type]
-        endings = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        endings = [*self.eos_token_ids, self._tokenizer.pad_token_id]  # as TRL's `completions/...` count
         self.evaluation.note_answers(places, inputs, self._rewards, endings, self._metrics["eval"])
         return inputs
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
-        # None, because no answer had a reward, is no better than any.
+        # A metric is None if no answer was scored: it then counts as worse than any number.
         known = {name: math.nan if value is None else value for name, value in metrics.items()}
         return super()._determine_best_metric(known, trial)
 
@@ -450,7 +450,7 @@ class PPOPtxTrainer(GRPOTrainer):
             return
         if _internal_call:
             save(root)
-        if not _internal_call or output_dir is None:  # else a checkpoint, with critic and average in its own files
+        if not _internal_call or output_dir is None:  # else `_save_optimizer_and_scheduler` saves critic and average
             save(os.path.join(root, "policy"))
             self.critic.save_model(os.path.join(root, "value"), self._tokenizer)
             if self.ema is not None:

@@ -101,7 +101,7 @@ class PPOPtxConfig(GRPOConfig):
     gae_lambda: float = _setting(0.95, "λ of GAE (not published).")
     kl_estimator: str = _setting("k1", "Estimator of the KL penalty: 'k1' (paper), 'k2' or 'k3'.")
     whiten_advantages: bool = _setting(True, "Whiten advantages over the whole rollout batch (not published).")
-    missing_eos_penalty: float | None = _setting(None, "Is subtracted from the score of an answer without an EOS.")
+    missing_eos_penalty: float | None = _setting(None, "Subtract this from the score of an answer without an EOS.")
     value_clip: float = _setting(0.2, "Clip range of the value update (not published; the policy's).")
     value_learning_rate: float = _setting(9e-6, "Peak LR of the value model (paper: 9e-6).")
     value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (not published). 0 is no clip.")
@@ -147,8 +147,9 @@ class PPOPtxConfig(GRPOConfig):
         self.model_init_kwargs = one_dtype(self.model_init_kwargs)
         if self.torch_compile:  # set by torch_compile_backend and torch_compile_mode, too
             raise ValueError(
-                "torch_compile=True does not go with PPO-ptx: a compiled forward neither shows the critic's head its "
-                "precision nor the policy's the positions to project. Leave it, and its backend and mode, off."
+                "torch_compile=True does not work with PPO-ptx: in a compiled forward the critic's head would not get "
+                "its precision, nor the policy's head the positions to project. Leave torch_compile, "
+                "torch_compile_backend and torch_compile_mode out."
             )
         load_models_whole()
         if self.generation_batch_size % self.minibatch_size:

@@ -43,7 +43,7 @@ class Models:
 
     model: Any  # the policy
     value_model: Any = None
-    ref_model: Any = None  # once complete, None is the policy with its adapters off, or as they were
+    ref_model: Any = None  # when complete: None means the policy with its adapters off, or as they were at the start
     peft_config: Any = None
     quantization_config: Any = None
     roles: RoleAdapters | None = None
@@ -192,7 +192,7 @@ def resolve_reference(policy: Any, ref_model: Any, with_peft: bool, args: PPOPtx
 
 @contextmanager
 def as_upstream_must_see(args: PPOPtxConfig, models: Models) -> Iterator[None]:
-    """Inside, GRPOTrainer's constructor leaves the models as they are.
+    """While active, GRPOTrainer's constructor leaves the models as they are.
 
     With beta > 0 it reloads the reference from the policy's path, which is the wrong model for a policy held in memory;
     but it keeps the adapters of a PEFT policy only with beta > 0. On a 4-bit base it also rounds what is trained to
@@ -328,12 +328,15 @@ def say_plan(args: PPOPtxConfig, pretraining: PretrainingGradient | None, say: C
     steps = args.steps_per_iteration
     plan = (
         f"PPO-ptx: rollout batch {args.generation_batch_size}, minibatch {args.minibatch_size}, "
-        f"{steps} optimizer steps per iteration"
+        f"{steps} optimizer step{'' if steps == 1 else 's'} per iteration"
     )
     if args.max_steps > 0:
         iterations = args.max_steps // steps
         episodes = iterations * args.generation_batch_size
-        plan += f", {iterations} iterations = {args.max_steps} steps = {episodes} episodes"
+        plan += ", " + " = ".join(
+            f"{number} {unit}{'' if number == 1 else 's'}"
+            for number, unit in ((iterations, "iteration"), (args.max_steps, "step"), (episodes, "episode"))
+        )
     plan += f"; γ = {args.ptx_coef}"
     if pretraining is not None:
         texts = pretraining.stream

@@ -87,7 +87,7 @@ def as_drawn(
     tokenizer: Any,
     endings: list[int],
 ) -> tuple[list[dict[str, Any]], list]:
-    """What reward functions get: `truncated` and `prompt_ids` in `inputs`, and texts that keep their special tokens.
+    """Inputs and texts for the reward functions: adds `truncated` and `prompt_ids`; texts keep their special tokens.
 
     Whether an answer ended is known here, by the policy's own ending ids; another tokenizer would not find them.
     """
@@ -139,7 +139,7 @@ def forward_logps(
 
 
 def sampler_logps(rollout: Batch, accelerator: Accelerator, again: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
-    """What the sampler drew with, (B, T); by `again`, a forward, if it left a token without a number.
+    """The sampler's log-probs (B, T); recomputed by `again`, a forward, if any is missing.
 
     Raises:
         ValueError: the sampler keeps no log-probs.

@@ -40,8 +40,8 @@ from instruct_trl.trainers.starting_model import say
 class RankingRewardConfig(RewardConfig):
     """`trl.RewardConfig` with the paper's reward-model settings as defaults.
 
-    The batch is 64 prompts: 8 per device × 8 accumulation steps on one device. Without an accelerator it runs on the
-    CPU.
+    By default an optimizer step takes 64 prompts: 8 per device × 8 accumulation steps on one device. Without an
+    accelerator training runs on the CPU.
     """
 
     learning_rate: float = setting(9e-6, "Peak learning rate. Paper, C.2: 9e-6.")
@@ -104,8 +104,8 @@ class RankingRewardTrainer(RewardTrainer):
     """`trl.RewardTrainer` for rankings of any length, ties allowed, with the paper's loss, defaults and bias.
 
     Each completion is forwarded once. The loss is the mean over prompts (of the whole accumulation window, on all
-    processes) of the mean over a prompt's untied pairs of −log σ(r_w − r_l); a prompt without one does not count.
-    Evaluation reports pair accuracy, Kendall's tau, the mean score of each rank, and what was tied or dropped.
+    processes) of the mean over a prompt's untied pairs of −log σ(r_w − r_l); a prompt without an untied pair does not
+    count. Evaluation reports pair accuracy, Kendall's tau, the mean score of each rank, and what was tied or dropped.
 
     ```python
     trainer = RankingRewardTrainer("Qwen/Qwen2.5-0.5B", RankingRewardConfig("rm"), train_dataset=rankings)
@@ -132,13 +132,14 @@ class RankingRewardTrainer(RewardTrainer):
         ValueError: bad data or a model that cannot be a reward model; before any training.
     """
 
-    # What upstream declares more widely: here they are always there.
+    # Upstream's types are wider, or optional; here these are always set.
     model: Any
     args: RankingRewardConfig
     processing_class: Any
     _signature_columns: Any
 
-    # `compute_loss` divides by the prompts of the whole accumulation window, so that Trainer must not divide again.
+    # `compute_loss` divides by the prompts of the whole accumulation window, so that Trainer must not divide again: its
+    # `training_step` reads this flag.
     loss_is_scaled_for_ga = True
 
     _tag_names = ["trl", "reward-trainer", "instruct-trl", "ranking-reward"]
@@ -180,6 +181,7 @@ class RankingRewardTrainer(RewardTrainer):
         self.evaluation_records: list[dict[str, Any]] = []  # set by evaluate(); see `GatheredRewards.evaluate`
         self._tally = RankingTally()
         data_collator = data_collator or RankingCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+        # A model loaded above is quantised by now; beside a model in memory, upstream only warns that it ignores this.
         quantization_config = quantization_config if start is model else None
         with without_init_kwargs(args, start is not model):
             super().__init__(
@@ -193,7 +195,7 @@ class RankingRewardTrainer(RewardTrainer):
         self._route = ScoringRoute(self.model, args.prefix_sharing, lambda line: say(args, line))
 
     def _settle_model(self, args: RankingRewardConfig, processing_class: Any) -> None:
-        """Ask and cast once upstream has loaded the model, quantised it and added adapters."""
+        """Check and cast the model after upstream has loaded it, quantised it and added adapters."""
         if processing_class.pad_token_id == processing_class.eos_token_id:
             raise ValueError(
                 f"`chat_template_path={args.chat_template_path!r}` made {processing_class.eos_token!r} both EOS and "
@@ -202,7 +204,7 @@ class RankingRewardTrainer(RewardTrainer):
         fit_model_to_tokenizer(self.model, processing_class)
         starting_model.settle_precision(self.model, args.bf16)
         if args.disable_dropout:
-            switch_off_dropout(self.model)  # upstream's misses dropout that a forward reads from the config (OPT)
+            switch_off_dropout(self.model)  # upstream's misses rates that a forward reads from the config (OPT)
         if not any(parameter.requires_grad for parameter in score_head(self.model).parameters()):
             raise ValueError(f"The score head of {type(self.model).__name__} is frozen. {starting_model.HEAD_REMEDY}")
         if not hasattr(self.model.config, "reward_bias"):
@@ -261,7 +263,7 @@ class RankingRewardTrainer(RewardTrainer):
         return prompt_pieces(inputs, self.args.max_tokens_per_batch, self._route.shares)
 
     def _first_pass(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> tuple[list[dict], torch.Tensor]:
-        """Pieces for the second pass, with the loss's gradient to each of their rewards, and the loss."""
+        """(pieces for the second pass, each with ∂loss/∂reward of its rows; the loss)."""
         with torch.no_grad(), self.compute_loss_context_manager():
             rewards = self._rewards(model, inputs)
         # The loss couples a prompt's completions, but only through their rewards. Given ∂L/∂r, each completion can be
@@ -279,10 +281,10 @@ class RankingRewardTrainer(RewardTrainer):
     def _rewards(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         """Rewards (B, K) without bias, 0 where there is no completion."""
         mask = inputs["mask"]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # one graph for the loss; if it must be cut, `training_step` has done so
             scores = self._route(model, grouped_rows(inputs))
             return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
-        # Without a graph to keep, the batch can be scored in pieces whatever the loss couples.
+        # No graph is kept here, so the batch may be scored in pieces although the loss couples a prompt's rewards.
         rewards = torch.zeros(mask.shape, device=mask.device)
         for prompts in self._prompts(inputs):
             piece = take_prompts(inputs, prompts)
@@ -300,7 +302,7 @@ class RankingRewardTrainer(RewardTrainer):
             weight = _weight(inputs)
         else:
             weight = torch.as_tensor(num_items_in_batch, device=total.device)
-            # Data parallelism averages gradients over processes, and this weight is that of all of them.
+            # DDP averages gradients over processes, while `weight` is their sum: multiply back.
             total = total * self.accelerator.num_processes
         return total / torch.where(weight > 0, weight, 1.0)  # a batch of ties alone has loss 0, not nan
 
@@ -322,7 +324,7 @@ class RankingRewardTrainer(RewardTrainer):
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds, in training: pair accuracy, margin, mean score, tied prompts, padding since the last; tokens so far."""
+        """In training, also log since the last line: pair accuracy, margin, score, ties, padding; and tokens so far."""
         if self.model.training and self._tally:
             metrics = self._tally.metrics(self.accelerator, self._route.take_counts())
             metrics["mean_score"] += self.model.config.reward_bias

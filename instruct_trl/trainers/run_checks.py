@@ -25,7 +25,7 @@ CHUNK = 1000  # prompts tokenised at once
 
 
 def check_training_numbers(args: Any) -> None:
-    """Refuse numbers of a TrainingArguments under which no step is taken, or one that says nothing."""
+    """Refuse TrainingArguments with which no step would be taken, or whose numbers make no sense."""
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     require(args, sizes, "a whole number, at least 1", lambda number: number >= 1 and number % 1 == 0)
     require(args, ["max_grad_norm"], "a number, at least 0", lambda number: number >= 0)  # infinity clips nothing
@@ -34,7 +34,7 @@ def check_training_numbers(args: Any) -> None:
 
 
 def require(args: Any, names: Iterable[str], must_be: str, holds: Callable[[float], bool]) -> None:
-    """Refuse settings of `args` that are no number, or one for which `holds` is false. None passes."""
+    """Refuse settings of `args` that are not numbers or for which `holds` is false; None is allowed."""
     for name in names:
         value = getattr(args, name)
         try:
@@ -167,7 +167,7 @@ def _lengths(trainer: Any, reader: _Reader, prompts: list[Any]) -> list[int]:
 
 
 def _check_prompts(trainer: Any, dataset: Any, name: str, reader: _Reader) -> Any:
-    """The dataset, which fits `reader`; a stream comes back with a check of each prompt."""
+    """Check that the dataset fits `reader`, and return it; a stream is returned with a check added for each prompt."""
     if isinstance(dataset, Mapping):
         return {key: _check_prompts(trainer, part, f"{name}[{key}]", reader) for key, part in dataset.items()}
     args, context = trainer.args, context_length(reader.model) or 0

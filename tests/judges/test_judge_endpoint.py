@@ -189,7 +189,7 @@ def test_transient_failures_are_tried_again_after_the_wait_that_is_asked_for(ser
 
 
 def test_gateways_and_garbage_are_tried_again(server):
-    """520 is a proxy's, 501 a server's that is starting; a reply cut in the middle is no JSON, 0xff is no text."""
+    """520 is a proxy's, 501 a server's that is starting; a reply cut in the middle is not JSON, 0xff is not text."""
     server.reply = prefers("bright")
     server.failures = [(520, {}), (501, {}), (200, {}, b'{"choices": ['), (200, {}, b'{"a": "\xff"}')]
     judge = EndpointJudge(server.url, "j", workers=1)
@@ -285,7 +285,7 @@ def test_what_is_no_chat_api_is_named_and_said_what_would_be(server):
     assert "a web page" in message()
     assert server.slept == []  # another try would show the same page
     server.failures = [(200, {}, b"ok")] * 2
-    assert "no JSON ('ok')" in message()
+    assert "not valid JSON ('ok')" in message()
     server.failures = []
     for raw in (
         {"error": "busy"},

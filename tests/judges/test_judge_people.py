@@ -255,7 +255,7 @@ def test_a_line_that_is_no_object_and_a_workbook_are_named(tmp_path):
         compare_models(judge, PROMPTS, GOOD, "SFT")
     with (tmp_path / "compare.jsonl").open("a") as file:
         file.write("[1]\n")
-    with pytest.raises(ValueError, match=r"line 13: '\[1\]' is no JSON object"):
+    with pytest.raises(ValueError, match=r"line 13: '\[1\]' is not a JSON object"):
         compare_models(judge, PROMPTS, GOOD, "SFT")
 
 

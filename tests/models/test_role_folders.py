@@ -184,7 +184,7 @@ def test_the_recipe_takes_adapters_by_their_names_on_the_hub(pieces, monkeypatch
     given = ModelConfig(lora_r=4, lora_target_modules=["q_proj", "v_proj"])
     expected = RoleAdapters(pieces / "base", pieces / "sft", pieces / "rm").reward(*batch())
     torch.testing.assert_close(load_roles("me/rm", "me/sft", given, {}).reward(*batch()), expected)
-    with pytest.raises(ValueError, match="me/gone is none, or cannot be read"):
+    with pytest.raises(ValueError, match="me/gone is not one, or cannot be read"):
         load_roles("me/gone", "me/sft", given, {})
 
 

@@ -96,11 +96,11 @@ MODULES = {
         ("needy_labeler:score", r"'needy_labeler' cannot be imported \(ModuleNotFoundError: .*no_such_package_at_all"),
         ("leaving_labeler:score", r"'leaving_labeler' cannot be imported \(SystemExit: 2"),
         ("failing_labeler_module:score", "ZeroDivisionError: division by zero"),
-        ("fine_labeler", "as 'module:function'"),
-        ("fine_labeler:", "as 'module:function'"),
-        (":score", "as 'module:function'"),
+        ("fine_labeler", "not of the form 'module:function'"),
+        ("fine_labeler:", "not of the form 'module:function'"),
+        (":score", "not of the form 'module:function'"),
         ("./fine_labeler.py:score", "without .py"),
-        ("", "as 'module:function'"),
+        ("", "not of the form 'module:function'"),
     ],
 )
 def test_a_function_that_cannot_be_had_is_named_with_the_modules_own_error(tmp_path, monkeypatch, name, message):
@@ -122,7 +122,7 @@ def test_a_labeler_that_takes_run_dir_gets_the_runs_folder_and_none_is_an_error(
     monkeypatch.chdir(tmp_path)
     run = RunArguments(run_dir="r/")
     assert load_labeler("labeler_of_runs:score", run)(prompts=["p"], completions=["c"]) == ["r/c"]
-    with pytest.raises(ValueError, match="no labeler. Name yours: --labeler module:function"):
+    with pytest.raises(ValueError, match="No labeler is given. Set --labeler module:function"):
         load_labeler(None, run)
 
 

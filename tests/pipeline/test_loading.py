@@ -104,7 +104,7 @@ FAULTS = {
     "quote.csv": (b'a,b\n"x\ny",2\n"z,3\n', "line 4: .*Close every quote"),
     "latin.csv": ("a,b\nschön,x\n".encode("latin-1"), "line 2: byte 0xf6"),
     "header.csv": (b"a,b\n", "no rows below its header"),
-    "text.parquet": (LINES.encode(), "is no parquet file"),
+    "text.parquet": (LINES.encode(), "is not a parquet file"),
     "cut.parquet": (b"PAR1....", "is cut off"),
 }
 
@@ -170,7 +170,7 @@ def test_a_hub_dataset_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        ValueError, match="'me/rankings' is no file or folder here, and .*hub: Couldn't reach .* network"
+        ValueError, match="'me/rankings' is not a file or folder here, and .*hub: Couldn't reach .* network"
     ):
         load_splits("me/rankings")
 

@@ -35,8 +35,8 @@ def test_a_labeler_of_any_name_is_logged_where_the_report_looks(tmp_path, monkey
 @pytest.mark.parametrize(
     ("yamls", "arguments", "says"),
     [
-        ({}, (), "reward model that is a LoRA adapter; the model that .*reward_model.yaml trains is none"),
-        ({}, ("--reward_model_path", "whole"), "reward model that is a LoRA adapter; the model whole is none"),
+        ({}, (), "reward model that is a LoRA adapter; the model that .*reward_model.yaml trains is not one"),
+        ({}, ("--reward_model_path", "whole"), "reward model that is a LoRA adapter; the model whole is not one"),
         ({"reward_model": "use_peft: true"}, (), "the model that .*sft.yaml trains is whole. Add --use_peft"),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path, policy, scorer, tokeniz
 
 @pytest.mark.parametrize("setting", [{"torch_compile": True}, {"torch_compile_backend": "eager"}])
 def test_torch_compile_is_refused(tmp_path, setting):
-    with pytest.raises(ValueError, match="torch_compile=True does not go with PPO-ptx"):
+    with pytest.raises(ValueError, match="torch_compile=True does not work with PPO-ptx"):
         PPOPtxConfig(str(tmp_path), report_to="none", **setting)
 
 

@@ -66,7 +66,7 @@ def test_a_broken_record_of_a_run_is_named(tmp_path):
 
 
 def test_settings_of_the_template_that_are_none_are_named():
-    with pytest.raises(ValueError, match="'tools' is '{broken', which is no JSON"):
+    with pytest.raises(ValueError, match="'tools' is '{broken', which is not valid JSON"):
         template_kwargs({"tools": "{broken"})
     with pytest.raises(ValueError, match="'chat_template_kwargs' is 'quiet'; give a dictionary"):
         template_kwargs({"chat_template_kwargs": "quiet"})
