@@ -182,6 +182,6 @@ def squad_f1(answer: str, references: Sequence[str]) -> tuple[float, float]:
 
 
 def squad_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval's `process_results` of the SQuAD-like task in `pipeline.benchmark_data`."""
+    """lm-eval's `process_results` of the SQuAD-like task in `pipeline.benchmarking`."""
     f1, exact = squad_f1(results[0].strip(), doc["doc"]["answers_text"])
     return {"f1": f1, "exact_match": exact}

@@ -180,6 +180,7 @@ def parse_recipe(
     own_data = named is not None and named != settings.get("dataset_name")
     if own_data and settings.get("prepare"):
         settings = {name: value for name, value in settings.items() if name not in OF_THE_DATA}
+        print(f"Settings: those of {config}, which belong to its own data and model. --config names another YAML.")
     os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
     parser.set_defaults_with_config(**settings)
     try:

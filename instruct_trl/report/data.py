@@ -72,7 +72,7 @@ class ReportData:
         labeler: who judged, for a reader: "a sentiment classifier trained on ...". A program, not people.
         training, runs: log of the PPO trainer, and logs of other runs by name. Rows have `step`, `episodes`, `score`,
             `kl`, and where known other keys of `findings.TRAINING_NAMES`; what else they have is passed over.
-        checkpoints: rows of `gold.score_checkpoints` on validation prompts.
+        checkpoints: rows of `selection.score_checkpoints` on validation prompts.
         judged, ratings, judge_notes: replies of further judges, as rows of `judges.tally`, and notes about them.
         reward_model: `reward_metrics`, or the part of it that `pair_accuracy` gives, with `kendall_tau`.
         selection_picture, selection_note: PNG of the SFT selection, and its finding in one sentence.

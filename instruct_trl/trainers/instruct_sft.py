@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -100,9 +101,10 @@ class InstructSFTConfig(SFTConfig):
         apply_cpu_defaults(self)
         check_training_numbers(self)
         require(self, ["residual_dropout"], "in [0, 1), as the paper's 0.2", lambda number: 0 <= number < 1)
-        require(self, ["pretraining_fraction"], "in [0, 1), as the paper's 0.1 before RL", lambda n: 0 <= n < 1)
-        require(self, ["selection_max_new_tokens", "selection_batch_size"], "at least 1", lambda number: number >= 1)
-        require(self, ["selection_temperature"], "0 (greedy) or more", lambda number: number >= 0)
+        must = partial(require, self, optional=False)
+        must(["pretraining_fraction"], "in [0, 1), as the paper's 0.1 before RL", lambda number: 0 <= number < 1)
+        must(["selection_max_new_tokens", "selection_batch_size"], "at least 1", lambda number: number >= 1)
+        must(["selection_temperature"], "0 (greedy) or more", lambda number: number >= 0)
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         # Upstream fills in "loss" below; the trainer puts the RM score there only if the user named nothing.

@@ -33,15 +33,17 @@ def check_training_numbers(args: Any) -> None:
     require(args, rates, "a number, at least 0", lambda number: 0 <= number < math.inf)
 
 
-def require(args: Any, names: Iterable[str], must_be: str, holds: Callable[[float], bool]) -> None:
-    """Refuse settings of `args` that are not numbers or for which `holds` is false; None is allowed."""
+def require(
+    args: Any, names: Iterable[str], must_be: str, holds: Callable[[float], bool], optional: bool = True
+) -> None:
+    """Refuse settings of `args` that are not numbers or for which `holds` is false. None passes if `optional`."""
     for name in names:
         value = getattr(args, name)
         try:
             number = float(value)  # a YAML may say 1e-4, which is a text to YAML
         except (TypeError, ValueError):
             number = math.nan
-        if value is not None and (isinstance(value, bool) or not holds(number)):
+        if (value is not None or not optional) and (isinstance(value, bool) or not holds(number)):
             raise ValueError(f"{name} is {value!r}; it must be {must_be}.")
 
 

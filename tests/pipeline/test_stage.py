@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -14,7 +15,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from instruct_trl.pipeline.stage import FINISHED, LOCK, STARTED, fingerprint, fingerprints, locked, run_stage
+from instruct_trl.pipeline.stage import (
+    FINISHED,
+    LOCK,
+    STARTED,
+    disk_errors,
+    fingerprint,
+    fingerprints,
+    locked,
+    run_stage,
+)
 from instruct_trl.trainers.checkpoints import last_complete_checkpoint
 
 
@@ -347,3 +357,12 @@ def test_no_record_or_refusal_of_a_stage_holds_a_token(tmp_path):
     written += (folder / FINISHED).read_text() + str(refusal.value)
     assert "SECRET" not in written
     assert "pw1" not in written
+
+
+def test_an_error_that_quotes_another_is_not_of_the_disk(tmp_path):
+    """A labeler's file that cannot be read, a server's quota: the output folder has no part in it."""
+    for text in ("it raised PermissionError: [Errno 13] Permission denied: 'x'", "HTTP 429: Quota exceeded for metric"):
+        with pytest.raises(ValueError, match=re.escape(text)), disk_errors(tmp_path, "SFT"):
+            raise ValueError(text)
+    with pytest.raises(RuntimeError, match="writing is not permitted"), disk_errors(tmp_path, "SFT"):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "model"))

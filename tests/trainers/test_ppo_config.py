@@ -63,3 +63,11 @@ def test_more_than_one_answer_a_prompt_and_an_inner_epoch_more(tmp_path):
     assert args.num_generations == 4
     assert args.steps_per_iteration == 16
     assert args.max_steps == 32
+
+
+@pytest.mark.parametrize("name", ["divergence_action", "kl_estimator", "beta", "value_clip", "num_iterations"])
+def test_null_is_refused_where_it_leaves_out_no_limit(name, tmp_path):
+    """As before any model is loaded: later it would be a KeyError in the middle of a run."""
+    with pytest.raises(ValueError, match=f"{name} must .*got None"):
+        PPOPtxConfig(str(tmp_path), **{name: None})
+    assert PPOPtxConfig(str(tmp_path), kl_stop=None).kl_stop is None
