@@ -178,19 +178,15 @@ def parse_recipe(
     peek.add_argument("--dataset_name", "--dataset-name", nargs="?")
     named = peek.parse_known_args(rest)[0].dataset_name
     own_data = named is not None and named != settings.get("dataset_name")
-    if own_data and settings.get("prepare"):
+    borrowed = own_data and bool(settings.get("prepare"))
+    if borrowed:
         settings = {name: value for name, value in settings.items() if name not in OF_THE_DATA}
-        print(f"Settings: those of {config}, which belong to its own data and model. --config names another YAML.")
     os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
     parser.set_defaults_with_config(**settings)
-    try:
-        parsed = parser.parse_args_into_dataclasses(rest)
-        if any(getattr(part, "bf16", False) for part in parsed) and not parsed[0].dry_run and bf16_is_emulated():
-            print("bf16 is off: this CPU computes bfloat16 in software, many times slower than float32.", flush=True)
-            parsed = parser.parse_args_into_dataclasses([*rest, "--bf16", "false"])
-    except ValueError as error:
-        raise ValueError(redact(str(error))) from None
+    parsed = _parse(parser, rest)
     run = parsed[0]
+    if borrowed and not run.dry_run:
+        print(f"Settings: those of {config}, made for other data and another model. --config names your own.")
     run.own_data, run.config_folder = own_data, config.parent if config else Path()
     _fill_in_places(parsed, expanduser(run.run_dir))
     _load_as_asked(parsed)
@@ -198,6 +194,18 @@ def parse_recipe(
     use_cpu_well(run.cpu_threads)
     atexit.register(_leave_process_group)
     return parsed
+
+
+def _parse(parser: Any, argv: list[str]) -> tuple:
+    """The dataclasses, with bf16 off on a CPU that has no instructions for it. A dry run plans for another device."""
+    try:
+        parsed = parser.parse_args_into_dataclasses(argv)
+        if any(getattr(part, "bf16", False) for part in parsed) and not parsed[0].dry_run and bf16_is_emulated():
+            print("bf16 is off: this CPU computes bfloat16 in software, many times slower than float32.", flush=True)
+            parsed = parser.parse_args_into_dataclasses([*argv, "--bf16", "false"])
+        return parsed
+    except ValueError as error:
+        raise ValueError(redact(str(error))) from None
 
 
 def _leave_process_group() -> None:
