@@ -316,10 +316,11 @@ def tokenize_pair(
             text = text.removesuffix(turn_end(tokenizer, asked, **kwargs))
         return _encode_rendered(tokenizer, text)
     # A template that rewrites the answer still says how a turn opens and ends; the answer goes between as it is.
-    begun, end = _as_template_writes(tokenizer, asked, answer, kwargs) or (
-        _opening(tokenizer, asked, kwargs) + answer,
-        turn_end(tokenizer, asked, **kwargs),
-    )
+    if written := _as_template_writes(tokenizer, asked, answer, kwargs):
+        begun, end = written
+    else:
+        begun = _opening(tokenizer, asked, kwargs) + answer
+        end = "" if truncated else turn_end(tokenizer, asked, **kwargs)
     return _encode_rendered(tokenizer, begun if truncated else begun + end)
 
 

@@ -66,7 +66,12 @@ def parse_ranking(example: Mapping[str, Any], margins: bool = False) -> Ranking:
             raise ValueError(f"{len(completions)} completion(s). A ranking needs at least 2; drop the row.")
         names = [f"completion {index}" for index in range(len(completions))]
         if "pairs" in example:  # no closure is taken: what a labeler did not compare stays open
-            ranks, pairs = [], _pairs_of(_list_of(example, "pairs", "of [winner, loser]"), len(completions))
+            ranks, pairs = (
+                [],
+                _pairs_of(
+                    _list_of(example, "pairs", "of [winner, loser], empty where nothing was compared"), len(completions)
+                ),
+            )
         else:
             name, sign = ("ranks", 1) if "ranks" in example else ("scores", -1)  # of scores the highest is best
             given = enumerate(_list_of(example, name, count=len(completions)))

@@ -37,7 +37,7 @@ class WinRate(Estimate):
         return self.side_of(0.5)
 
 
-def win_rate(scores: Sequence[float], baseline_scores: Sequence[float], prompts: Prompts = None) -> WinRate:
+def win_rate(scores: Sequence[float], baseline_scores: Sequence[float], *, prompts: Prompts = None) -> WinRate:
     """Win rate of a model against a baseline over N rows, each judged once for both.
 
     Args:

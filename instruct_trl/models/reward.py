@@ -144,19 +144,16 @@ class RewardScorer:
             return tokenize_pair(self.processing_class, prompt, completion, **given)
         ids = [int(i) for i in ids]
         # Without the token that ended it: `tokenize_drawn` puts this tokenizer's own end there.
-        spellings = [ids] if given["truncated"] else [ids[:-1], ids]
-        if prompt_ids is None:
+        for answer in [ids] if given["truncated"] else [ids[:-1], ids]:
             # Another tokenizer's ids mean other words here. They are read only if they spell the text.
-            decode = self.processing_class.decode
-            spellings = [
-                answer
-                for answer in spellings
-                if text in (decode(answer), decode(answer, skip_special_tokens=True))  # upstream's text lacks them
-            ]
-        if spellings:
-            return tokenize_drawn(self.processing_class, prompt, spellings[0], prompt_ids=prompt_ids, **given)
+            if prompt_ids is not None or self._spells(answer, text):
+                return tokenize_drawn(self.processing_class, prompt, answer, prompt_ids=prompt_ids, **given)
         self.say_text_is_read("they are not this tokenizer's spelling of the answers")
         return tokenize_pair(self.processing_class, prompt, completion, **given)
+
+    def _spells(self, ids: list[int], text: str | None) -> bool:
+        """Whether `ids` decode to `text`, with or without special tokens: upstream's text lacks them."""
+        return any(self.processing_class.decode(ids, skip_special_tokens=skip) == text for skip in (False, True))
 
     def say_text_is_read(self, reason: str) -> None:
         """Log once that the model reads answers as text, tokenised anew, and not as the tokens that were drawn."""

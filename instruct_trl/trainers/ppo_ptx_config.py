@@ -101,7 +101,9 @@ class PPOPtxConfig(GRPOConfig):
     gae_lambda: float = _setting(0.95, "λ of GAE (not published).")
     kl_estimator: str = _setting("k1", "Estimator of the KL penalty: 'k1' (paper), 'k2' or 'k3'.")
     whiten_advantages: bool = _setting(True, "Whiten advantages over the whole rollout batch (not published).")
-    missing_eos_penalty: float | None = _setting(None, "Subtract this from the score of an answer without an EOS.")
+    missing_eos_penalty: float | None = _setting(
+        None, "Subtract this from the score of an answer that does not end in an EOS."
+    )
     value_clip: float = _setting(0.2, "Clip range of the value update (not published; the policy's).")
     value_learning_rate: float = _setting(9e-6, "Peak LR of the value model (paper: 9e-6).")
     value_max_grad_norm: float = _setting(1.0, "Gradient clip of the value model (not published). 0 is no clip.")
@@ -124,7 +126,8 @@ class PPOPtxConfig(GRPOConfig):
         None, "Stop training if the policy's entropy, in nats per token, falls below this."
     )
     eos_rate_stop: float | None = _setting(
-        None, "Stop training if no more than this share of answers ends with an EOS, eos_rate_patience times in a row."
+        None,
+        "Stop training if this share of answers or fewer end in an EOS, eos_rate_patience times in a row. 0: none do.",
     )
     eos_rate_patience: int = _setting(3, "Consecutive rollouts that eos_rate_stop needs before it stops training.")
     divergence_action: str = _setting(

@@ -184,7 +184,7 @@ def test_metrics_over_rankings_and_comparison_lists():
         ([[0, 0.5]], r"Use whole numbers from 0 to 2"),
         ([[1, 1]], r"pairs\[0\] is \[1, 1\], which compares a completion with itself. Drop the pair"),
         ([[0, 1], [1, 2], [1, 0]], r"'pairs' holds both \[0, 1\] and \[1, 0\], which contradict each other. Keep one"),
-        (None, r"row 0: 'pairs' must be a list of \[winner, loser\], got None"),
+        (None, r"row 0: 'pairs' must be a list of \[winner, loser\], empty where nothing was compared, got None"),
     ],
 )
 def test_bad_pairs_are_named(tokenizer, pairs, message):
