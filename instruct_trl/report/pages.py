@@ -49,9 +49,12 @@ def write_report(data: ReportData, output_dir: str | Path) -> Path:
         )
     pictures: dict[str, tuple[Path, Path | None]] = {**draw_all(run_pictures(data), folder / "pictures")}
     if selection:
-        if Path(selection).resolve() != target.resolve():
-            shutil.copyfile(selection, target)  # into the report's own folder, so that the folder can be moved
-        pictures["selection"] = (target, None)
+        given, dark = Path(selection), target.parent / "dark" / target.name
+        if given.resolve() != target.resolve():  # into the report's own folder, so that the folder can be moved
+            shutil.copyfile(given, target)
+            if (twin := given.parent / "dark" / given.name).is_file():
+                shutil.copyfile(twin, dark)
+        pictures["selection"] = (target, dark if dark.is_file() else None)
     _fill("run", folder, pictures, title=f"Report: {data.run_name}", data=data)
     save_report_data(data, folder / REPORT_JSON, target.relative_to(folder) if selection else None)
     return folder / "report.html"

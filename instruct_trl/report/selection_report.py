@@ -8,14 +8,14 @@ from typing import Any
 from instruct_trl.evaluation.selection import SelectionResult, save_selection
 from instruct_trl.report.findings import figure, minus
 from instruct_trl.report.pages import environment
-from instruct_trl.report.pictures import LIGHT, Curve, Theme, curves_picture, save_picture, short
+from instruct_trl.report.pictures import Curve, Theme, curves_picture, draw_all, short
 
 
 def write_selection(result: SelectionResult, folder: Path) -> None:
-    """Write selection.json (everything), selection.md (a table) and selection.png (the picture) into `folder`."""
+    """Write selection.json (everything), selection.md (a table) and selection.png (the picture, and a dark one)."""
     save_selection(result, folder, finding=finding(result))
     (folder / "selection.md").write_text(selection_markdown(result), encoding="utf-8", errors="replace")
-    save_picture(lambda theme: draw_selection(result, theme), LIGHT, folder / "selection.png")
+    draw_all({"selection": lambda theme: draw_selection(result, theme)}, folder)
 
 
 def selection_markdown(result: SelectionResult) -> str:

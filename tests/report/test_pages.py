@@ -155,17 +155,21 @@ def test_json_with_an_unknown_field_is_refused(tmp_path):
 def test_moved_folder_is_redrawn(tmp_path, capsys, written):
     selection = tmp_path / "elsewhere.png"
     selection.write_bytes((written[1] / "pictures" / "win_rate.png").read_bytes())
+    (tmp_path / "dark").mkdir()
+    (tmp_path / "dark" / "elsewhere.png").write_bytes(b"the dark one")
     few = {"training": [], "judged": [], "runs": {}, "checkpoints": [], "reward_model": {}}  # pictures take time
     data = example_report(selection_picture=selection, selection_note="Epoch 2 is best.", **few)
     first = write_report(data, tmp_path / "run")
     before = first.read_text(encoding="utf-8")
     selection.unlink()
+    (tmp_path / "dark" / "elsewhere.png").unlink()
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     (moved / "report.html").unlink()
     main([str(moved)])
     assert str(moved / "report.html") in capsys.readouterr().out
     assert (moved / "report.html").read_text(encoding="utf-8") == before
     assert "Epoch 2 is best." in before
+    assert base64.b64encode(b"the dark one").decode() in before
 
 
 def test_missing_parts_are_named_and_left_out(tmp_path):
