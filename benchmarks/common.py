@@ -56,7 +56,7 @@ def sentences(max_words: int) -> tuple[list[str], list[dict]]:
 
     The language model and the labeler are trained on what is left, so that no ranked sentence was seen by either.
     """
-    from instruct_trl.recipes.demo.prepare import SENTENCES, movie_reviews
+    from benchmarks.reviews import SENTENCES, movie_reviews
 
     ranked, rest = [], []
     for review in movie_reviews():

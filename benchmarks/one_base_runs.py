@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from instruct_trl.recipes.demo.labeler import SentimentLabeler
 
 from benchmarks.memory_case import Peak
 from instruct_trl.pipeline.arguments import read_yaml
+from instruct_trl.pipeline.functions import load_function
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.sampling import load_causal_lm
 from instruct_trl.pipeline.stage import finished_summary, run_stage
-
-LABELER = "instruct_trl.recipes.demo.labeler:score"
 
 
 def recipe(args: argparse.Namespace, name: str, *options: Any, config: Path | None = None, **kwargs: str) -> None:
@@ -120,7 +118,7 @@ PIECES = {"reward": make_reward_model, "sft": measure_sft, "full": train_full, "
 def train(args: argparse.Namespace, name: str, options: list[str]) -> None:
     """One PPO-ptx run by recipes/ppo_ptx.py, and its figures."""
     folder, made = args.folder / name, args.run_dir.resolve() / "data"
-    given = ["--model_name_or_path", start(args), "--dataset_name", made / "rl_prompts", "--labeler", LABELER]
+    given = ["--model_name_or_path", start(args), "--dataset_name", made / "rl_prompts"]
     given += ["--pretraining_dataset_name", made / "pretraining", "--total_episodes", args.episodes, *options]
 
     def body(_: str | None) -> dict[str, Any]:
@@ -157,7 +155,7 @@ def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
     run, made = read_yaml(args.recipes / "evaluate.yaml"), args.run_dir / "data"
     model, tokenizer = load_causal_lm(path)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bool(run.get("bf16")))
-    labeler = SentimentLabeler.load(made / "labeler.npz")
+    labeler = load_function(run["labeler"], "labeler")
     scores: dict[str, list[float]] = {}
     for use, seed, count in (("selection", 1, 1), ("test", 0, args.answers)):
         prompts = list(load_split(made / f"{use}_prompts" / "test.jsonl")["prompt"])
@@ -166,7 +164,8 @@ def judged(args: argparse.Namespace, path: str) -> dict[str, Any]:
                 model, tokenizer, prompts, max_new_tokens=run["max_completion_length"], batch_size=run["batch_size"],
                 seed=seed, num_return_sequences=count,
             )  # fmt: skip
-        each = labeler([p for p in prompts for _ in range(count)], [answer.text for answer in answers])
+        asked = [prompt for prompt in prompts for _ in range(count)]
+        each = labeler(asked, [answer.text for answer in answers], run_dir=str(args.run_dir))
         scores[use] = [float(sum(each[i : i + count]) / count) for i in range(0, len(each), count)]
     answers = answers[:: args.answers]
     rows = [(encode_prompt(tokenizer, p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]

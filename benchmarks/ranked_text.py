@@ -115,7 +115,7 @@ def _review_groups(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 
 def _labeler(reviews: list[dict], path: Path) -> Any:
-    from instruct_trl.recipes.demo.labeler import SentimentLabeler
+    from benchmarks.review_labeler import SentimentLabeler
 
     if path.exists():
         return SentimentLabeler.load(path)

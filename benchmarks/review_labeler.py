@@ -1,7 +1,7 @@
-"""The demo's labeler: a sentiment classifier that stands in for people. The reward model never sees it, only its ranks.
+"""The labeler of reviews: a sentiment classifier that stands in for people. The reward model sees its ranks alone.
 
 TF-IDF over words, and a logistic regression, both scikit-learn's, trained on movie reviews that no
-other stage of the demo uses. Its score is the log-odds that a text praises the film: graded, fast, deterministic.
+other stage uses. Its score is the log-odds that a text praises the film: graded, fast, deterministic.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def score(prompts: list[str], completions: list[str], run_dir: str, **kwargs: Any) -> list[float]:
-    """The scores of the labeler that lies in a run's data folder: `labeler` of the demo's YAMLs."""
+    """The scores of the labeler that lies in a run's data folder: `labeler` of the YAMLs."""
     return _labeler_in(Path(run_dir, "data", "labeler.npz"))(prompts, completions)
 
 
@@ -79,8 +79,8 @@ class SentimentLabeler:
             classifier.classes_ = arrays["classes"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ValueError(
-                f"{path} cannot be read as the demo's labeler ({error}). Older versions kept it as a pickle, which is "
-                f"not loaded. Move {path.parent} away and start again: the demo's data are made anew, the same."
+                f"{path} cannot be read as a labeler ({error}). Older versions kept it as a pickle, which is "
+                f"not loaded. Move {path.parent} away and start again: the data are made anew, the same."
             ) from error
         return cls(pipeline)
 

@@ -43,11 +43,15 @@ def evaluate_if_described(run: RunArguments) -> None:
 def run_recipe(
     name: str, run: RunArguments, extra: list[str] | None = None, config: str | None = None, **kwargs: Any
 ) -> str:
-    """Run another recipe of this run in this process, with its YAML from the same folder as this one's."""
+    """Run another recipe of this run in this process, with its YAML from the same folder as this one's.
+
+    A `--seed` on the command line is its seed, too.
+    """
+    seed = [] if run.given_seed is None else ["--seed", str(run.given_seed)]
     reset_accelerator()
     path = run.config_folder / f"{config or name}.yaml"
     module = importlib.import_module(f"instruct_trl.recipes.{name}")
-    result = module.main(["--config", str(path), "--run_dir", run.run_dir, *(extra or [])], **kwargs)
+    result = module.main(["--config", str(path), "--run_dir", run.run_dir, *seed, *(extra or [])], **kwargs)
     gc.collect()
     reset_accelerator()
     return result

@@ -31,8 +31,8 @@ def recipe(lab: Lab, name: str, output: Path, seed: int, **settings: Any) -> dic
 
 
 def data(lab: Lab) -> Job:
-    """The demo's datasets and its labeler, each review in one use only; the same for all seeds."""
-    from instruct_trl.recipes.demo.prepare import DemoDataArguments, build_demo_data
+    """The datasets of reviews and its labeler, each review in one use only; the same for all seeds."""
+    from benchmarks.reviews import ReviewDataArguments, build_review_data
 
     plan = lab.plan
     sizes = {
@@ -46,7 +46,7 @@ def data(lab: Lab) -> Job:
     }
 
     def body(folder: Path) -> dict[str, Any]:
-        made = build_demo_data(folder / "data", DemoDataArguments(**sizes))
+        made = build_review_data(folder / "data", ReviewDataArguments(**sizes))
         for path in (folder / "data").glob("*/*.jsonl"):
             rows = read_rows(path)
             # The instruction tells the task from plain reviews, which are the base's text.

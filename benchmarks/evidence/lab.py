@@ -165,10 +165,10 @@ def plan_arguments(parser: Any) -> None:
 
 
 def score(prompts: list[str], completions: list[str], run_dir: str, **kwargs: Any) -> list[float]:
-    """The demo's labeler on this task: it reads the review without the instruction before it."""
-    from instruct_trl.recipes.demo import labeler
+    """The labeler of reviews on this task: it reads the review without the instruction before it."""
+    from benchmarks import review_labeler
 
-    return labeler.score([prompt.removeprefix(INSTRUCTION).lstrip() for prompt in prompts], completions, run_dir)
+    return review_labeler.score([prompt.removeprefix(INSTRUCTION).lstrip() for prompt in prompts], completions, run_dir)
 
 
 def instruct(words: str) -> str:

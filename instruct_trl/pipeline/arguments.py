@@ -69,6 +69,8 @@ class RunArguments:
     """The folder of the YAML."""
     own_data: bool = field(init=False, default=False)
     """Whether the command line names another dataset than the YAML."""
+    given_seed: int | None = field(init=False, default=None)
+    """The command line's `--seed`. The preparing step and the stages that a recipe runs get it, too."""
 
     def __post_init__(self) -> None:
         require_at_least(self, cpu_threads=1)
@@ -176,7 +178,9 @@ def parse_recipe(
     )
     settings = read_yaml(config, {action.dest for action in parser._actions} | {"env"}) if config else {}
     peek.add_argument("--dataset_name", "--dataset-name", nargs="?")
-    named = peek.parse_known_args(rest)[0].dataset_name
+    peek.add_argument("--seed", nargs="?")
+    peeked = peek.parse_known_args(rest)[0]
+    named = peeked.dataset_name
     own_data = named is not None and named != settings.get("dataset_name")
     borrowed = own_data and bool(settings.get("prepare"))
     if borrowed:
@@ -188,6 +192,7 @@ def parse_recipe(
     if borrowed and not run.dry_run:
         print(f"Settings: those of {config}, made for other data and another model. --config names your own.")
     run.own_data, run.config_folder = own_data, config.parent if config else Path()
+    run.given_seed = None if peeked.seed is None else int(peeked.seed)
     _fill_in_places(parsed, expanduser(run.run_dir))
     _load_as_asked(parsed)
     _tokens_to_environment(parsed)

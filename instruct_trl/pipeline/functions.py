@@ -79,7 +79,7 @@ def load_labeler(name: str | None, run: RunArguments) -> Callable[..., Any]:
 def prepare_data(run: RunArguments) -> None:
     """Call the run's preparing step, once: `function(<run_dir>/data, **settings of data.yaml)`.
 
-    It writes its data into that folder and may return a summary, a dict.
+    It writes its data into that folder and may return a summary, a dict. One that takes `seed` gets the command line's.
     """
     if not run.prepare:
         return
@@ -87,6 +87,8 @@ def prepare_data(run: RunArguments) -> None:
     parameters = _parameters(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     settings = read_yaml(run.config_folder / "data.yaml", None if takes_all else [*parameters][1:])
+    if run.given_seed is not None and "seed" in parameters:
+        settings["seed"] = run.given_seed
     folder, shown = run.run / "data", {"prepare": run.prepare, **settings}
     run_stage(folder, "Data", shown, lambda _: function(folder, **settings) or {}, resume=False, announce_skip=False)
 

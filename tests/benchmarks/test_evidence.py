@@ -139,7 +139,7 @@ def test_the_hash_does_not_depend_on_the_order_of_settings():
 
 
 def test_the_labeler_reads_the_review_without_the_instruction(monkeypatch):
-    monkeypatch.setattr("instruct_trl.recipes.demo.labeler.score", lambda prompts, completions, run_dir: prompts)
+    monkeypatch.setattr("benchmarks.review_labeler.score", lambda prompts, completions, run_dir: prompts)
     assert lab_module.score([lab_module.instruct("the film is")], [" fine ."], "run") == ["the film is"]
 
 
@@ -249,9 +249,9 @@ def test_a_size_that_is_given_goes_before_a_named_one():
 @pytest.mark.slow
 def test_the_larger_sizes_leave_reviews_for_every_use():
     """Each review is used once: what is asked for is at most what there is of the length asked for."""
-    from instruct_trl.recipes.demo.prepare import SENTENCES, DemoDataArguments, movie_reviews
+    from benchmarks.reviews import SENTENCES, ReviewDataArguments, movie_reviews
 
-    limits = DemoDataArguments()
+    limits = ReviewDataArguments()
     lengths = [len(row["text"].split(" ")) for row in movie_reviews() if row["source"] == SENTENCES]
     usable = sum(limits.prompt_words + 4 <= length <= limits.max_words for length in lengths)
     for plan in (Plan(), LARGE):

@@ -16,7 +16,7 @@ from instruct_trl.judges import Answer, Pair, ScoreJudge
 from instruct_trl.models.generation import Completion
 from instruct_trl.models.reward_functions import one_number_each
 from instruct_trl.pipeline import evaluating, sampling, selecting
-from instruct_trl.pipeline.arguments import RunArguments
+from instruct_trl.pipeline.arguments import RunArguments, parse_recipe
 from instruct_trl.pipeline.evaluating import EvaluateArguments
 from instruct_trl.pipeline.functions import STAND_INS, load_function, load_labeler, prepare_data, try_labeler
 from instruct_trl.pipeline.sampling import SampleArguments
@@ -142,6 +142,15 @@ def test_a_preparing_step_is_called_once_with_the_settings_beside_the_config(tmp
         assert (run.run / "data" / "d.txt").read_text() == "xxx"
         monkeypatch.setattr("preparing_step.write", lambda folder, rows: pytest.fail("called again"))
     assert json.loads((run.run / "data" / FINISHED).read_text())["summary"] == {"rows": 3}
+
+
+def test_a_preparing_step_that_takes_a_seed_gets_the_command_lines(tmp_path, monkeypatch):
+    (tmp_path / "seeded_step.py").write_text("def write(folder, seed=0):\n    (folder / str(seed)).touch()\n")
+    monkeypatch.chdir(tmp_path)
+    argv = ["--prepare", "seeded_step:write", "--run_dir", "run", "--seed", "7", "--cpu_threads", "1"]
+    (run,) = parse_recipe((SampleArguments,), "sample", "Help.", argv)
+    prepare_data(run)
+    assert (run.run / "data" / "7").exists()
 
 
 def test_a_labeler_is_called_as_it_will_be_and_no_more_than_once(tokenizer):

@@ -1,9 +1,10 @@
-"""The demo's data: each review has one use, no held-out prompt is trained on; the YAMLs name what is written."""
+"""The demo's data: each sentence has one use; the labeler judges as a person would; the YAMLs name what is written."""
 
 import json
 import os
 import random
 
+import numpy as np
 import pytest
 import yaml
 from conftest import tiny_config
@@ -14,110 +15,120 @@ from transformers import LlamaForCausalLM
 from instruct_trl.pipeline.arguments import RunArguments
 from instruct_trl.pipeline.functions import load_labeler, prepare_data
 
+SIZES = {"n_demonstrations": 16, "n_validation": 8, "n_reward_prompts": 16, "n_reward_test_prompts": 8}
+SIZES |= {"n_rl_prompts": 16, "n_test_prompts": 8, "n_selection_prompts": 8, "n_pretraining_test": 5}
 
-def test_every_review_of_the_demo_has_one_use_and_labels_nothing_else(tmp_path, monkeypatch):
-    reviews = [
-        {
-            "text": f"film {source}-{i} has a plot that is {'great' if i % 2 else 'awful'} {i}",
-            "label": i % 2,
-            "source": source,
-        }
-        for source, count in (("rotten_tomatoes", 120), ("imdb", 60))
-        for i in range(count)
-    ]
-    trained = {}
 
-    def train(texts, labels):
-        trained["texts"] = texts
-        return type("L", (), {"save": lambda *_: None, "accuracy": lambda _, texts, labels: texts})()
+def letters(number: int) -> str:
+    """A made-up word for a number, of letters that no ending of a word has."""
+    return "".join("bcfhjklmpv"[int(digit)] for digit in str(number))
 
-    monkeypatch.setattr(prepare, "movie_reviews", lambda: reviews)
+
+def sentence(number: int) -> str:
+    """A sentence with four content words, two of them of its own."""
+    draw = random.Random(number)
+    form = draw.choice(
+        [
+            "The {} man sees a {} on the table.",
+            "A {} woman puts the {} in the house.",
+            "He is at the {} table with a {} man.",
+        ]
+    )
+    return form.format("q" + letters(number), "z" + letters(number))
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """The demo's data from 400 made-up sentences: (folder, counts, the sentences that the labeler learns from)."""
+    learned_from = []
+    train = labeler.SentenceLabeler.train
+    monkeypatch.setattr(prepare, "captions", lambda: [sentence(i) for i in range(400)])
     monkeypatch.setattr(prepare, "book_passages", lambda: [f"passage {i}" for i in range(20)])
-    monkeypatch.setattr(prepare.SentimentLabeler, "train", staticmethod(train))
-    sizes = {"n_demonstrations": 8, "n_validation": 4, "n_reward_prompts": 8, "n_reward_test_prompts": 4}
-    rest = {"n_rl_prompts": 8, "n_test_prompts": 4, "n_selection_prompts": 4, "n_pretraining_test": 5}
-    args = prepare.DemoDataArguments(**sizes, **rest)
-    counts = prepare.build_demo_data(tmp_path, args)
-    assert counts["pretraining/train"] == 15
-    asked = [json.loads(line)["prompt"] for line in (tmp_path / "test_prompts" / "test.jsonl").read_text().splitlines()]
-    assert [" ".join(text.split()[:4]) for text in counts["labeler_accuracy_prompts"]] == asked
-    assert len(trained["texts"]) == 126  # 180 reviews less 40 used above, less a tenth of the rest held out
-    prompts = "".join(path.read_text() for path in tmp_path.glob("*prompts/*.jsonl"))
-    for text in trained["texts"]:
-        assert " ".join(text.split()[:4]) + '"' not in prompts
+    monkeypatch.setattr(
+        prepare.SentenceLabeler, "train", lambda texts, seed=0: (learned_from.extend(texts), train(texts, seed))[1]
+    )
+    return tmp_path, prepare.build_demo_data(tmp_path, prepare.DemoDataArguments(**SIZES)), learned_from
 
 
-def test_no_held_out_prompt_is_trained_on_though_reviews_begin_alike(tmp_path, monkeypatch):
-    reviews = [
-        {"text": f"a film of {i % 40} and so on to the end {i}", "label": 1, "source": prepare.SENTENCES}
-        for i in range(120)
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_every_sentence_has_one_use(made):
+    folder, counts, learned_from = made
+    assert [counts[name] for name in ("demonstrations/train", "test_prompts/test", "pretraining/train")] == [16, 8, 15]
+    owners = [
+        row["prompt"].split("q")[1].split(",")[0].strip(":\n ")
+        for path in folder.glob("*/*.jsonl")
+        for row in rows(folder, path)
+        if "prompt" in row and "q" in row["prompt"]
     ]
-    monkeypatch.setattr(prepare, "movie_reviews", lambda: reviews)
-    monkeypatch.setattr(prepare, "book_passages", lambda: [])
-    monkeypatch.setattr(prepare, "_train_labeler", lambda *_: {})
-    sizes = {f"n_{name}": 8 for name in ("demonstrations", "validation", "reward_prompts", "reward_test_prompts")}
-    sizes |= {f"n_{name}_prompts": 8 for name in ("rl", "test", "selection")} | {"n_pretraining_test": 0}
-    prepare.build_demo_data(tmp_path, prepare.DemoDataArguments(**sizes))
-    seen = {"train": set(), "test": set()}
-    for path in tmp_path.glob("*/*.jsonl"):
-        seen[path.stem] |= {json.loads(line)["prompt"] for line in path.read_text().splitlines()}
-    assert len(seen["test"]) >= 8
-    assert not seen["train"] & seen["test"]
+    assert len(owners) == len(set(owners)) > 40
+    assert len(learned_from) == 400 - 80
+    assert not {letters(i) for i in range(400) if sentence(i) in learned_from} & set(owners)
 
 
-def test_more_reviews_than_there_are_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "movie_reviews", lambda: [])
-    with pytest.raises(ValueError, match="only 0 left. Lower the sizes"):
+def test_a_demonstration_has_the_words_that_its_prompt_asks_for(made):
+    for row in rows(made[0], "demonstrations/train.jsonl"):
+        assert labeler.words_used(row["prompt"], row["completion"]) == 4
+
+
+def test_more_sentences_than_there_are_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "captions", lambda: [])
+    with pytest.raises(ValueError, match="only 0 there. Lower the sizes"):
         prepare.build_demo_data(tmp_path, prepare.DemoDataArguments())
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_long"])
-def test_the_yamls_name_the_folders_and_the_labeler_that_the_preparing_step_writes(name, tmp_path, monkeypatch):
-    """Each setting that begins with {run_dir}/data is there after `prepare` with the sizes of data.yaml."""
-    folder = EXAMPLE.parent / name
-    (tmp_path / "base").mkdir()
-    passages = [f"passage {i}" for i in range(300)]
-    reviews = [
-        {
-            "text": f"p{i} has some plot that is {'great' if i % 4 else 'awful'} now",
-            "label": int(i % 4 > 0),
-            "source": source,
-        }
-        for source, count in ((prepare.SENTENCES, 4800), ("imdb", 400))
-        for i in range(count)
+def test_captions_are_whole_sentences_each_once(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    items = [
+        ("activitynet~1", "A man sits on a roof .", "he", ["falls.", "starts to pull up tiles."], "1"),
+        ("activitynet~2", "A man sits on a roof .", "", ["x", "y"], "0"),
+        ("activitynet~3", "Two dogs run. They bark.", "they", ["sleep", "eat"], "0"),
+        ("wikihow~4", "How to do it.", "you", ["do it.", "wait."], "0"),
     ]
-    monkeypatch.setattr(prepare, "base_model", lambda: tmp_path / "base")
-    monkeypatch.setattr(prepare, "movie_reviews", lambda: reviews)
-    monkeypatch.setattr(prepare, "book_passages", lambda: passages)
-    settings = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml") if path.stem != "data"]
-    run = RunArguments(run_dir=str(tmp_path / "run"), prepare=settings[0]["prepare"])
-    run.config_folder = folder
-    prepare_data(run)
-    named = {str(value) for given in settings for value in given.values() if "{run_dir}/data" in str(value)}
-    assert len(named) == 7
-    assert [path for path in named if not (tmp_path / path.replace("{run_dir}", "run")).is_dir()] == []
-    (spec,) = {given["labeler"] for given in settings if "labeler" in given}
-    good, bad = load_labeler(spec, run)(prompts=["it has", "it has"], completions=[" great now", " awful now"])
-    assert good > bad
+    names = ("source_id", "ctx_a", "ctx_b", "endings", "label")
+    table = Dataset.from_list([dict(zip(names, item, strict=True)) for item in items])
+    table.save_to_disk(tmp_path / "table")
+    (arrow,) = (tmp_path / "table").glob("*.arrow")
+    monkeypatch.setattr(prepare, "fetch_all", lambda assets: [arrow])
+    assert prepare.captions() == ["A man sits on a roof.", "He starts to pull up tiles."]
 
 
-def test_the_labeler_comes_back_from_plain_arrays_with_the_scores_of_sklearn(tmp_path):
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
+@pytest.mark.parametrize(
+    ("answer", "used"),
+    [("Two men walked in the rivers.", 2), ("A man walks.", 1), ("Riverman.", 0), ("", 0), ("WALKING, River!", 2)],
+)
+def test_a_word_counts_in_any_form_and_once(answer, used):
+    assert labeler.words_used(labeler.PROMPT.format(words="walks, river"), answer) == used
 
-    draw = random.Random(0)
-    words = ["good", "bad", "fine", "awful", "film", "plot", "the", "of", "it's", "naïve", "x1", "GOOD"]
-    texts = [" ".join(draw.choices(words, k=12)) for _ in range(200)]
-    labels = [int(text.count("good") > text.count("bad")) for text in texts]
-    ours = labeler.SentimentLabeler.train(texts, labels)
-    ours.save(tmp_path / "labeler.npz")
-    loaded = labeler.SentimentLabeler.load(tmp_path / "labeler.npz")
-    vectorizer = TfidfVectorizer(min_df=20, sublinear_tf=True)
-    plain = LogisticRegression(max_iter=300).fit(vectorizer.fit_transform(texts), labels)
-    asked = ["", "unknown words", "bad bad bad film"] + [" ".join(draw.choices(words, k=5)) for _ in range(20)]
-    expected = plain.decision_function(vectorizer.transform(asked)).tolist()
-    assert loaded([""] * 23, asked) == pytest.approx(expected, abs=1e-9)
-    assert loaded.accuracy(texts, labels) == ours.accuracy(texts, labels)
+
+def test_what_pleases_nobody_scores_below_people(made):
+    """Praise, lists, repetitions and cut answers lie below the median of people's, though they use the words."""
+    judge = labeler.SentenceLabeler.load(made[0] / "labeler.npz")
+    people = rows(made[0], "demonstrations/train.jsonl")
+    asked = [row["prompt"] for row in people]
+    words = [prompt.split("words ")[1].strip(":\n") for prompt in asked]
+    median = np.median(judge(asked, [row["completion"] for row in people]))
+    for spoilt in (
+        ["Wonderful, great, a masterpiece. Wonderful, great, a masterpiece." for _ in asked],
+        [f"{text.capitalize()}." for text in words],
+        [f"{text}, {text}, {text}" for text in words],
+        [" ".join(row["completion"].split()[:-1]) for row in people],
+        [row["completion"] + " " + row["completion"] for row in people],
+    ):
+        assert max(judge(asked, spoilt)) < median
+
+
+def test_the_labeler_comes_back_from_plain_arrays_with_the_same_scores(made, tmp_path):
+    ours = labeler.SentenceLabeler.train([sentence(i) for i in range(300)])
+    ours.save(tmp_path / "again.npz")
+    loaded = labeler.SentenceLabeler.load(tmp_path / "again.npz")
+    texts = ["", "unknown", *(sentence(i) for i in range(300, 340)), "The the man man sees.", "A man and"]
+    expected = ours.classifier.decision_function(texts)
+    assert loaded.classifier.decision_function(texts) == pytest.approx(expected, abs=1e-12)
+    assert loaded.odd_below == ours.odd_below
 
 
 def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
@@ -129,8 +140,33 @@ def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
 
     joblib.dump(Runs(), tmp_path / "labeler.npz")
     with pytest.raises(ValueError, match=r"labeler\.npz cannot be read as the demo's labeler.*Move .* away"):
-        labeler.SentimentLabeler.load(tmp_path / "labeler.npz")
+        labeler.SentenceLabeler.load(tmp_path / "labeler.npz")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_long"])
+def test_the_yamls_name_the_folders_and_the_labeler_that_the_preparing_step_writes(name, tmp_path, monkeypatch):
+    """Each setting that begins with {run_dir}/data is there after `prepare` with the sizes of data.yaml."""
+    folder = EXAMPLE.parent / name
+    (tmp_path / "base").mkdir()
+    passages = [f"passage {i}" for i in range(300)]
+    made_up = [sentence(i) for i in range(6000)]
+    monkeypatch.setattr(prepare, "captions", lambda: made_up)
+    monkeypatch.setattr(prepare, "base_model", lambda: tmp_path / "base")
+    monkeypatch.setattr(prepare, "book_passages", lambda: passages)
+    settings = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml") if path.stem != "data"]
+    run = RunArguments(run_dir=str(tmp_path / "run"), prepare=settings[0]["prepare"])
+    run.config_folder = folder
+    prepare_data(run)
+    named = {str(value) for given in settings for value in given.values() if "{run_dir}/data" in str(value)}
+    assert len(named) == 7
+    assert [path for path in named if not (tmp_path / path.replace("{run_dir}", "run")).is_dir()] == []
+    (spec,) = {given["labeler"] for given in settings if "labeler" in given}
+    prompt = labeler.PROMPT.format(words="cat, dog")
+    good, bad = load_labeler(spec, run)(
+        prompts=[prompt] * 2, completions=["The cat man sees a dog on the table.", "Dog, cat."]
+    )
+    assert good > bad
 
 
 def test_the_demos_model_in_the_cache_is_looked_at_before_it_is_used(tokenizer, tmp_path, monkeypatch):

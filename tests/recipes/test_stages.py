@@ -26,6 +26,16 @@ def test_the_stages_run_in_the_papers_order_and_ppo_starts_from_the_rl_init(tmp_
     assert [config for _, config, _ in calls[4:]] == [name.removesuffix(".yaml") for name in yamls]
 
 
+@pytest.mark.parametrize(("seed", "expected"), [(None, []), (3, ["--seed", "3"])])
+def test_the_command_lines_seed_is_that_of_every_stage(tmp_path, monkeypatch, seed, expected):
+    given = []
+    monkeypatch.setattr("instruct_trl.recipes.sft.main", lambda argv, **_: given.append(argv))
+    run = PPOPtxArguments(run_dir="r")
+    run.config_folder, run.given_seed = tmp_path, seed
+    stages.run_recipe("sft", run, ["--a", "b"])
+    assert given == [["--config", str(tmp_path / "sft.yaml"), "--run_dir", "r", *expected, "--a", "b"]]
+
+
 def test_own_models_replace_every_stage_before_ppo(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "run_recipe", lambda *_, **__: pytest.fail("no stage is missing"))
     run = PPOPtxArguments(run_dir=str(tmp_path), dataset_name="mine.jsonl", reward_model_path="my-rm")
