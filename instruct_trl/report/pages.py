@@ -25,7 +25,7 @@ from instruct_trl.report.pictures_reward import GROUPS, reward_pictures
 from instruct_trl.report.pictures_run import run_pictures
 
 METRICS_JSON = "metrics.json"
-VERDICTS = {"better": "Yes", "worse": "No", "unclear": "Cannot tell", "missing": "Not measured"}
+VERDICTS = {"better": "Yes", "worse": "No", "unclear": "Cannot tell", "doubtful": "In doubt", "missing": "Not measured"}
 
 
 def write_report(data: ReportData, output_dir: str | Path) -> Path:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from instruct_trl.data.encoding import prompt_key
 from instruct_trl.data.prefix_layout import common_prefix_length
-from instruct_trl.data.ranking_batch import comparisons
+from instruct_trl.data.ranking_batch import comparisons, prompt_key_of
 from instruct_trl.maths.rankings import pair_counts, ranking_metrics
 
 
@@ -110,8 +109,7 @@ class GatheredRewards:
                     "lengths": [len(tokens) - prefix for tokens in row["input_ids"]],
                     "prompt_length": prefix,
                     "labeler": row.get("labeler"),
-                    # Rows that were prepared elsewhere have no key; their shared tokens come closest to a prompt.
-                    "prompt_key": row.get("prompt_key", prompt_key(row["input_ids"][0][:prefix])),
+                    "prompt_key": prompt_key_of(row),
                 }
             )
         return metrics, records
