@@ -81,6 +81,12 @@ def comparisons(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     return batch | ({"margins": margins} if any(example.get("margins") is not None for example in examples) else {})
 
 
+def answer_lengths(example: Mapping[str, Any]) -> list[int]:
+    """(K,) tokens of each completion beyond those that all share."""
+    shared = common_prefix_length(example["input_ids"])
+    return [len(tokens) - shared for tokens in example["input_ids"]]
+
+
 def prompt_key_of(example: Mapping[str, Any]) -> str | None:
     """The key of an example's prompt, the same for examples of one prompt; None if it is not known."""
     if "prompt_key" in example:

@@ -222,17 +222,16 @@ def floor_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def floor_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """`floor_rows` as lines for a terminal, the reason for a missing floor included."""
-    rows = [
-        f"{name}: {rate}" + (f"; its lead over this: {lead}" * bool(lead)) for name, rate, lead in floor_rows(metrics)
+def floor_text(metrics: Mapping[str, Any]) -> str:
+    """`floor_rows` as lines for a terminal, with the reason why a floor is missing."""
+    lines = ["Held-out pairs ordered as the labeler does (95 % intervals over prompts):"]
+    lines += [
+        f"{name}: {rate}" + (f"; the reward model leads it by {lead}" if lead else "")
+        for name, rate, lead in floor_rows(metrics)
     ]
-    missing = (metrics.get("floors") or {}).get("missing")
-    return [
-        "Held-out pairs ordered as the labeler does (95 % intervals over prompts):",
-        *rows,
-        *[missing] * bool(missing),
-    ]
+    if missing := (metrics.get("floors") or {}).get("missing"):
+        lines.append(missing)
+    return "\n".join(f"   {line}" for line in lines).replace(NBSP, " ")
 
 
 def reward_model(data: ReportData) -> str:

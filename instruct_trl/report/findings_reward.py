@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from instruct_trl.evaluation.learning_curve import MIN_POINTS
 from instruct_trl.report.findings import (
     COIN,
     NBSP,
     Verdict,
     estimate,
+    figure,
     floors_of,
     not_told_from,
     number,
@@ -135,6 +137,27 @@ def scores(metrics: Metrics) -> str:
     if gap > 0.2 * found["std"]:
         return f"Best-ranked answers score {number(gap)} above the worst-ranked ones on average"
     return f"Best-ranked answers {'score hardly' if gap > 0 else 'do not score'} above the worst-ranked ones"
+
+
+def twice(curve: Metrics) -> str:
+    """What twice the labels would bring, by the line through the learning curve."""
+    points, gain = curve["points"], curve["per_doubling"]
+    if gain is None:
+        return (
+            f"What twice the labels would bring takes a line through {MIN_POINTS} shares of the prompts or more; here "
+            f"{'is' if len(points) == 1 else 'are'} {len(points)}."
+        )
+    found, last = estimate(gain), points[-1]
+    bounds = figure(gain, "+.1f", 100, f"{NBSP}points", " ").replace("(", f"(95{NBSP}% interval ")
+    if found.side_of(0) == "above":
+        then = percent(min(1.0, last["pair_accuracy"]["mean"] + found.mean))
+        return (
+            f"Twice the labels ({2 * last['prompts']:,} prompts) would bring about {bounds}: from "
+            f"{percent(last['pair_accuracy']['mean'])} of pairs to about {then}."
+        )
+    if found.side_of(0) == "below":
+        return f"More labels made it worse, {bounds} for twice as many: look at the training before you pay for more."
+    return f"Whether twice the labels would bring more is open: {bounds}."
 
 
 def new_labelers(folds: Metrics) -> str:

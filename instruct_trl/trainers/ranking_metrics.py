@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from instruct_trl.data.prefix_layout import common_prefix_length
-from instruct_trl.data.ranking_batch import comparisons, prompt_key_of
+from instruct_trl.data.ranking_batch import answer_lengths, comparisons, prompt_key_of
 from instruct_trl.maths.rankings import pair_counts, ranking_metrics
 
 
@@ -100,14 +100,13 @@ class GatheredRewards:
         metrics |= {name: value + reward_bias for name, value in metrics.items() if name.startswith("mean_score")}
         records = []
         for scores, pairs, row in zip(lists + reward_bias, batch["pairs"], rows, strict=True):
-            prefix = common_prefix_length(row["input_ids"])
             records.append(
                 {
                     "rewards": scores[: len(row["input_ids"])].tolist(),
                     "pairs": pairs.nonzero().tolist(),
                     "ranks": list(row.get("ranks") or []),
-                    "lengths": [len(tokens) - prefix for tokens in row["input_ids"]],
-                    "prompt_length": prefix,
+                    "lengths": answer_lengths(row),
+                    "prompt_length": common_prefix_length(row["input_ids"]),
                     "labeler": row.get("labeler"),
                     "prompt_key": prompt_key_of(row),
                 }
