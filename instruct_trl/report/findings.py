@@ -215,7 +215,7 @@ def floor_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
 
     A lead is in percentage points.
     """
-    rows = [["the reward model", share(metrics["pair_accuracy"], 1), ""]]
+    rows = [["reward model", share(metrics["pair_accuracy"], 1), ""]]
     for floor in floors_of(metrics).values():
         lead = figure(floor["lead"], "+.1f", 100, f"{NBSP}points", " ")
         rows.append([floor["rule"], share(floor["accuracy"], 1), lead])
@@ -225,10 +225,8 @@ def floor_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
 def floor_text(metrics: Mapping[str, Any]) -> str:
     """`floor_rows` as lines for a terminal, with the reason why a floor is missing."""
     lines = ["Held-out pairs ordered as the labeler does (95 % intervals over prompts):"]
-    lines += [
-        f"{name}: {rate}" + (f"; the reward model leads it by {lead}" if lead else "")
-        for name, rate, lead in floor_rows(metrics)
-    ]
+    for name, rate, lead in floor_rows(metrics):
+        lines.append(f"{name}: {rate}" + (f"; the reward model leads it by {lead}" if lead else ""))
     if missing := (metrics.get("floors") or {}).get("missing"):
         lines.append(missing)
     return "\n".join(f"   {line}" for line in lines).replace(NBSP, " ")

@@ -216,7 +216,28 @@ def test_both_pages_of_a_run_give_one_accuracy(tmp_path, capsys):
     run = findings.reward_model(ReportData("run", [ModelResult("SFT")], reward_model=figures))
     for text in (page, run):
         assert "100\u00a0% of 3 held-out pairs" in text
+    out = capsys.readouterr().out
+    assert "reward model: 100.0 %" in out
+    assert "The bag of words is missing" in out
     assert reward_model_figures(by_letter, tmp_path, rows.select([0, 1]))["pair_accuracy"]["n_pairs"] == 6
+
+
+def test_a_reward_model_without_a_page_gets_its_floors_from_the_runs_rankings(tmp_path, tokenizer):
+    """The longer answer wins, and it is the one with "yes" in it; the scorer thinks the reverse."""
+
+    def shortest(prompts, completions):
+        return [-float(len(text)) for text in completions]
+
+    shortest.processing_class = tokenizer
+    rows = Dataset.from_list(
+        [{"prompt": f"q{i} ", "completions": ["no", "yes it is"], "ranks": [2, 1]} for i in range(12)]
+    )
+    found = reward_model_figures(shortest, tmp_path, rows, rows)
+    assert found["pair_accuracy"]["mean"] == 0
+    for name in ("length", "bag_of_words"):
+        assert found["floors"][name]["accuracy"]["mean"] == 1
+        assert found["floors"][name]["lead"]["mean"] == -1
+    assert reward_model_figures(shortest, tmp_path, rows)["floors"]["bag_of_words"] is None
 
 
 def test_rankings_without_untied_pairs_are_refused(tmp_path):

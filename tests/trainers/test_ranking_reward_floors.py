@@ -55,9 +55,10 @@ def test_the_bag_reads_the_answers_of_every_form_of_data(form, tokenizer, tmp_pa
 
 def test_dropped_answers_and_rows_do_not_shift_the_scores(tokenizer, tmp_path):
     """The first answer of one row is too long, and so are all of another."""
-    held_out, long = rankings(3, 100), "word " * 30
+    held_out, long = rankings(3, 102), "word " * 30
     held_out[0]["completions"][0] = long
     held_out[1]["completions"] = [long, long + "x"]
+    held_out[1]["ranks"] = [1, 2]
     trainer = make(fresh_model(), tokenizer, tmp_path, rows=rankings(24), eval_rows=held_out, max_length=60)
     trainer.evaluate()
     kept = [held_out[0]["completions"][1:], held_out[2]["completions"]]
