@@ -226,7 +226,7 @@ def floor_text(metrics: Mapping[str, Any]) -> str:
     """`floor_rows` as lines for a terminal, with the reason why a floor is missing."""
     lines = ["Held-out pairs ordered as the labeler does (95 % intervals over prompts):"]
     for name, rate, lead in floor_rows(metrics):
-        lines.append(f"{name}: {rate}" + (f"; the reward model leads it by {lead}" if lead else ""))
+        lines.append(f"{name}: {rate}" + (f"; the reward model's lead: {lead}" if lead else ""))
     if missing := (metrics.get("floors") or {}).get("missing"):
         lines.append(missing)
     return "\n".join(f"   {line}" for line in lines).replace(NBSP, " ")

@@ -152,7 +152,7 @@ def twice(curve: Metrics) -> str:
     if found.side_of(0) == "above":
         then = percent(min(1.0, last["pair_accuracy"]["mean"] + found.mean))
         return (
-            f"Twice the labels ({2 * last['prompts']:,} prompts) would bring about {bounds}: from "
+            f"Twice the labels ({2 * last['prompts']:,} prompts) would bring {bounds}: from about "
             f"{percent(last['pair_accuracy']['mean'])} of pairs to about {then}."
         )
     if found.side_of(0) == "below":

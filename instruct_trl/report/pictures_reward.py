@@ -88,7 +88,7 @@ def draw_folds(folds: Metrics, theme: Theme) -> Any:
 def draw_learning_curve(curve: Metrics, theme: Theme) -> Any:
     """Accuracy of reward model and bag of words against training prompts, and what twice as many may bring."""
     points, gain = curve["points"], curve["per_doubling"]
-    figure, (axes,) = panels(3.9, findings.twice(curve))
+    figure, (axes,) = panels(3.9, findings.twice(curve).rstrip("."))
     prompts = [point["prompts"] for point in points]
     names = {"pair_accuracy": ("reward model", theme.subject), "bag_of_words": ("bag of words", theme.baseline)}
     for shift, (key, (name, color)) in zip((0, 5), names.items(), strict=True):

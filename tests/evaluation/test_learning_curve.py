@@ -54,8 +54,8 @@ def test_a_line_is_found_with_its_slope():
     # √(0.1 · ¼ − 0.05²) / √200 = 0.0106.
     assert (gain["high"] - gain["low"]) / 2 == pytest.approx(1.96 * 0.0106, rel=0.1)
     text = twice(found).replace("\u00a0", " ")
-    assert text.startswith("Twice the labels (400 prompts) would bring about +5.0 points (95 % interval +")
-    assert text.endswith("from 70 % of pairs to about 75 %.")
+    assert text.startswith("Twice the labels (400 prompts) would bring +5.0 points (95 % interval +")
+    assert text.endswith("from about 70 % of pairs to about 75 %.")
 
 
 def test_noise_promises_nothing_and_two_points_are_no_line():

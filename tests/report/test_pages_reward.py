@@ -179,8 +179,8 @@ def test_floors_and_leads_are_on_both_pages(written):
             lead = f"{100 * row['lead']['mean']:+.1f} points ({100 * row['lead']['low']:+.1f} to"
             assert f"{100 * row['accuracy']['mean']:.1f} % (" in text
             assert lead in text
-        assert "Twice the labels (480 prompts) would bring about +5.0 points (95 % interval +3.0 to +7.0)" in text
-        assert "from 70 % of pairs to about 75 %." in text
+        assert "Twice the labels (480 prompts) would bring +5.0 points (95 % interval +3.0 to +7.0)" in text
+        assert "from about 70 % of pairs to about 75 %." in text
 
 
 def test_a_missing_bag_of_words_is_said_with_the_command(tmp_path, monkeypatch):
