@@ -201,7 +201,8 @@ def draw_page(pages: Path, curve: dict[str, Any] | None = None) -> None:
         metrics = write_reward_report(records, pages, **page, learning_curve=curve)
     except ImportError as error:  # without matplotlib the model itself is as good
         print(f"No page on the evaluation was written. {error}")
-        metrics = {**reward_metrics(records), "learning_curve": curve}
+        seen = page["trained_on"]
+        metrics = {**reward_metrics(records), "trained_on": seen and {"rows": seen[0], "of": seen[1]}}
     else:
         write_json(pages / METRICS_JSON, {**metrics, "rankings": kept["rankings"]})
         print(f"   The evaluation in pictures: {pages / 'report.html'}")
