@@ -9,7 +9,7 @@ beside any of them: `weight`, `truncated` (a list of K bool), `labeler`. All is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,11 +259,17 @@ def _labels_of(ranking: Ranking, kept: Sequence[int]) -> dict[str, Any]:
     return labels
 
 
-def _key(prompt: Text, example: Mapping[str, Any]) -> str | None:
+def _key(prompt: Text | None, example: Mapping[str, Any]) -> str | None:
     """The prompt's key. An implicit prompt is, as in TRL, all that both texts begin with."""
     if not prompt:
         prompt = extract_prompt({side: example[side] for side in ("chosen", "rejected")})["prompt"]  # type: ignore[assignment]
     return prompt_key(prompt) if prompt else None
+
+
+def ranking_keys(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The key of each row's prompt, as the records of an evaluation have it; a row without a prompt has one alone."""
+    keys = (_key(row.get("prompt"), row) if row.get("prompt") or "chosen" in row else None for row in rows)
+    return [key or f"row {index}" for index, key in enumerate(keys)]
 
 
 def prepare_ranking_dataset(

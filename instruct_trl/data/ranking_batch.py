@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from instruct_trl.data.encoding import pad_rows
+from instruct_trl.data.encoding import pad_rows, prompt_key
 from instruct_trl.data.prefix_layout import GroupedRows, common_prefix_length
 from instruct_trl.maths.rankings import preferred_pairs
 
@@ -79,6 +79,20 @@ def comparisons(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor
     batch = {"ranks": ranks, "mask": mask, "pairs": pairs}
     batch["weights"] = torch.tensor(weights, dtype=torch.float)
     return batch | ({"margins": margins} if any(example.get("margins") is not None for example in examples) else {})
+
+
+def answer_lengths(example: Mapping[str, Any]) -> list[int]:
+    """(K,) tokens of each completion beyond those that all share."""
+    shared = common_prefix_length(example["input_ids"])
+    return [len(tokens) - shared for tokens in example["input_ids"]]
+
+
+def prompt_key_of(example: Mapping[str, Any]) -> str | None:
+    """The key of an example's prompt, the same for examples of one prompt; None if it is not known."""
+    if "prompt_key" in example:
+        return example["prompt_key"]
+    # Rows that were prepared elsewhere have no key; their shared tokens come closest to a prompt.
+    return prompt_key(example["input_ids"][0][: common_prefix_length(example["input_ids"])])
 
 
 def fill(items: Iterable[int], cost: Callable[[list[int]], int], budget: int) -> list[list[int]]:

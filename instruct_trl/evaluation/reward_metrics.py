@@ -2,7 +2,8 @@
 
 The input is `RankingRewardTrainer.evaluation_records`, one dict per row of the data: `rewards` (K floats), `pairs`
 ([winner, loser] indices), `ranks` (K ints, lower is better, or empty), `lengths` (K token counts), `prompt_length`,
-`labeler`, `prompt_key` (equal for records of one prompt; a record without it has a prompt of its own).
+`labeler`, `prompt_key` (equal for records of one prompt; a record without it has a prompt of its own), `bag_of_words`
+(K floats, the scores of `floors.BagOfWords`; may be missing).
 
 Legend: N records, K completions of a record, P compared pairs of all records. Lengths are in tokens, rates from 0 to 1.
 The pairs of one prompt are not independent, so every interval resamples prompts, never pairs or records.
@@ -21,7 +22,6 @@ from scipy import optimize, stats
 from instruct_trl.evaluation.estimates import (
     MIN_PROMPTS,
     Estimate,
-    bootstrap_interval,
     mean_interval,
     resample,
     resampled_rate,
@@ -29,6 +29,7 @@ from instruct_trl.evaluation.estimates import (
     sums_by_prompt,
     widened,
 )
+from instruct_trl.evaluation.floors import why_missing
 from instruct_trl.maths.rankings import kendall_tau, ranks_apart, tied_pairs
 
 Record = Mapping[str, Any]
@@ -52,12 +53,14 @@ class PairTable:
         difference: (P,) r_w − r_l, reward of the preferred completion minus the other's.
         extra_length: (P,) length of the preferred completion minus the other's; 0 without lengths.
         distance: (P,) how many ranks apart (`ranks_apart`, ≥ 1); 0 without ranks.
+        words: (P,) the bag of words' score of the preferred completion minus the other's; None without a bag of words.
     """
 
     prompt: np.ndarray
     difference: np.ndarray
     extra_length: np.ndarray
     distance: np.ndarray
+    words: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -76,15 +79,20 @@ def pair_table(records: Sequence[Record]) -> PairTable:
         raise ValueError("There are no evaluation records; call trainer.evaluate() first.")
     columns = []
     for index, (record, prompt) in enumerate(zip(records, first_of_prompt(records), strict=True)):
-        rewards, lengths, ranks = _checked(record, f"records[{index}]")
+        rewards, lengths, ranks, words = _checked(record, f"records[{index}]")
         winner, loser = np.array(record["pairs"], dtype=int).reshape(-1, 2).T
         distance = ranks_apart(torch.as_tensor(ranks)).numpy()[winner, loser] if len(ranks) else 0 * winner
-        extra = lengths[winner] - lengths[loser] if len(lengths) else 0 * winner
-        columns.append(np.stack([0 * winner + prompt, rewards[winner] - rewards[loser], extra, distance]))
-    prompt, difference, extra, distance = np.concatenate(columns, axis=1)
+        extra, in_words = (x[winner] - x[loser] if len(x) else 0 * winner for x in (lengths, words))
+        columns.append(np.stack([0 * winner + prompt, rewards[winner] - rewards[loser], extra, distance, in_words]))
+    prompt, difference, extra, distance, in_words = np.concatenate(columns, axis=1)
     if not len(prompt):
         raise ValueError("No record has a pair: all completions are tied. Evaluate on prompts with a preference.")
-    return PairTable(prompt.astype(int), difference, extra, distance.astype(int))
+    has_words = _all_have(records, "bag_of_words")
+    return PairTable(prompt.astype(int), difference, extra, distance.astype(int), in_words if has_words else None)
+
+
+def _all_have(records: Sequence[Record], name: str) -> bool:
+    return all(len(record.get(name) or []) for record in records)
 
 
 def first_of_prompt(records: Sequence[Record]) -> list[int]:
@@ -94,19 +102,17 @@ def first_of_prompt(records: Sequence[Record]) -> list[int]:
     return [index if key is None else first.setdefault(key, index) for index, key in enumerate(keys)]
 
 
-def _checked(record: Record, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rewards, lengths and ranks of a record as arrays; the latter two may be empty."""
-    rewards, lengths, ranks = (
-        np.asarray([] if record.get(key) is None else record[key], dtype=np.float64)
-        for key in ("rewards", "lengths", "ranks")
-    )
+def _checked(record: Record, name: str) -> tuple[np.ndarray, ...]:
+    """Rewards, lengths, ranks and scores of the bag of words of a record as arrays; all but the first may be empty."""
+    columns = ("rewards", "lengths", "ranks", "bag_of_words")
+    rewards, *others = (np.asarray([] if record.get(key) is None else record[key], dtype=np.float64) for key in columns)
     k = len(rewards)
     if (bad := np.flatnonzero(~np.isfinite(rewards))).size:
         raise ValueError(
             f"{name}['rewards'][{bad[0]}] is {rewards[bad[0]]}: the reward model is broken there. Lower the learning "
             "rate, or look at that completion."
         )
-    for key, values in (("lengths", lengths), ("ranks", ranks)):
+    for key, values in zip(columns[1:], others, strict=True):
         if len(values) not in (0, k):
             raise ValueError(f"{name} has {k} rewards but {len(values)} {key}; each completion needs one.")
     for pair in record["pairs"]:
@@ -115,7 +121,15 @@ def _checked(record: Record, name: str) -> tuple[np.ndarray, np.ndarray, np.ndar
                 f"{name}['pairs'] holds {list(pair)}; a pair is [winner, loser], two different numbers from 0 to "
                 f"{k - 1}."
             )
-    return rewards, lengths, ranks
+    return rewards, *others
+
+
+def credit(difference: np.ndarray) -> np.ndarray:
+    """1 for each pair (P,) that a score orders right, 0 for each that it orders wrong, ½ for a tie, which is a guess.
+
+    Floors count like this, and so do both sides of a lead. A rule that does not know must not do worse than a coin.
+    """
+    return (np.sign(difference) + 1) / 2
 
 
 def pair_rate(values: np.ndarray, prompt: Sequence[Any] | np.ndarray, n_boot: int = N_BOOT) -> PairAccuracy:
@@ -228,26 +242,20 @@ def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOO
     Returns:
         `pearson`, `spearman` over all completions; `within_prompt`: the same of rewards and lengths centred by prompt,
         Pearson's r as an `Estimate`; as `PairAccuracy`: `longer_is_better` and `shorter_is_better` (accuracy of that
-        rule; equal lengths order no pair), `model_picks_longer` and `labeler_picks_longer` (of the pairs of unequal
+        rule; of equal lengths one half), `model_picks_longer` and `labeler_picks_longer` (of the pairs of unequal
         length), `if_longer_wins` and `if_shorter_wins` (the model's accuracy on the pairs whose preferred answer is the
-        longer or the shorter one); `gain_over_rule`, an `Estimate` of the model's accuracy minus the better rule's. A
-        number over no pairs is None.
+        longer or the shorter one). A number over no pairs is None.
     """
     longer, shorter = table.extra_length > 0, table.extra_length < 0
     everything, unequal = np.ones_like(longer), longer | shorter
     rates = {  # name → (what is counted, among which pairs)
-        "longer_is_better": (longer, everything),
-        "shorter_is_better": (shorter, everything),
+        "longer_is_better": (credit(table.extra_length), everything),
+        "shorter_is_better": (credit(-table.extra_length), everything),
         "model_picks_longer": (table.difference * table.extra_length > 0, unequal),
         "labeler_picks_longer": (longer, unequal),
         "if_longer_wins": (table.correct, longer),
         "if_shorter_wins": (table.correct, shorter),
     }
-    rule = longer if longer.sum() >= shorter.sum() else shorter
-    top, bottom = sums_by_prompt(table.correct.astype(float) - rule, table.prompt)
-    gain = Estimate(float(top.sum() / bottom.sum()), None, None, len(top))
-    if len(top) >= MIN_PROMPTS:
-        gain = bootstrap_interval(top, bottom, n_boot=n_boot, confidence=widened(len(top)))
     pooled = [
         np.concatenate([np.asarray(record[name], float) for record in records]) for name in ("rewards", "lengths")
     ]
@@ -258,7 +266,6 @@ def length_bias(records: Sequence[Record], table: PairTable, n_boot: int = N_BOO
             name: pair_rate(values[rows], table.prompt[rows], n_boot) if rows.any() else None
             for name, (values, rows) in rates.items()
         },
-        "gain_over_rule": gain,
     }
 
 
@@ -277,6 +284,45 @@ def _within_prompt(records: Sequence[Record], n_boot: int) -> dict[str, Any]:
     if n >= MIN_PROMPTS:
         bounds = resample(sums, lambda xy, xx, yy: xy / np.sqrt(xx * yy).clip(min=1e-12), 0, n_boot, widened(n))
     return {**found, "pearson": Estimate(found["pearson"], *bounds, n)}
+
+
+def floors(table: PairTable, has_lengths: bool, n_boot: int = N_BOOT) -> dict[str, Any]:
+    """What knows less than a reward model should, on the same pairs, and the model's lead over it.
+
+    A lead is the model's `credit` minus the floor's, pair by pair, so its interval is paired: it resamples prompts with
+    both. Without ties it is the difference of the two accuracies.
+
+    Returns:
+        `length` and `bag_of_words`, each {"rule": in words, "accuracy": `PairAccuracy`, "lead": `Estimate`}, or None
+        where the records do not have it. The rule of `length` is the better one of these pairs, "the longer answer" or
+        "the shorter answer".
+    """
+
+    def floor(rule: str, difference: np.ndarray) -> dict[str, Any]:
+        lead = mean_interval(credit(table.difference) - credit(difference), table.prompt, scale=(-1.0, 1.0))
+        return {"rule": rule, "accuracy": pair_rate(credit(difference), table.prompt, n_boot), "lead": lead}
+
+    longer = credit(table.extra_length).mean() >= 0.5
+    rule, extra = ("the longer answer", 1) if longer else ("the shorter answer", -1)
+    return {
+        "length": floor(rule, extra * table.extra_length) if has_lengths else None,
+        "bag_of_words": None if table.words is None else floor("a bag of words", table.words),
+    }
+
+
+def floor_rates(records: Sequence[Record]) -> dict[str, float]:
+    """The accuracies of `floors` alone, for a log: `length` and `bag_of_words`, as far as the records have them."""
+    rates = {}
+    for name, column in (("length", "lengths"), ("bag_of_words", "bag_of_words")):
+        if _all_have(records, column):
+            gaps = [
+                record[column][winner] - record[column][loser]
+                for record in records
+                for winner, loser in record["pairs"]
+            ]
+            rate = float(credit(np.array(gaps)).mean()) if gaps else 0.5
+            rates[name] = max(rate, 1 - rate) if name == "length" else rate
+    return rates
 
 
 def score_groups(records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -322,8 +368,8 @@ def reward_metrics(records: Sequence[Record], n_boot: int = N_BOOT) -> dict[str,
     Returns:
         `pair_accuracy` (over the different prompts with a pair), `kendall_tau`, `n_completions`; `by_k`,
         `by_rank_distance`, `by_prompt_length`, `by_labeler` (`accuracy_by`, empty if the data lack it); `calibration`;
-        `length` (None without lengths); `scores`: `mean` and `std` of all, `best_mean` and `worst_mean` if there are
-        any.
+        `length` (None without lengths); `floors` (`floors`, and `missing`: why there is no bag of words, or None);
+        `scores`: `mean` and `std` of all, `best_mean` and `worst_mean` if there are any.
 
     Raises:
         ValueError: bad records, or no pair in any of them (`pair_table`).
@@ -343,7 +389,8 @@ def reward_metrics(records: Sequence[Record], n_boot: int = N_BOOT) -> dict[str,
         # Quartiles of the prompts that have a pair.
         bounds = _length_quartiles({prompt: records[prompt]["prompt_length"] for prompt in np.unique(table.prompt)})
         groups["by_prompt_length"] = [bounds[prompt] for prompt in table.prompt]
-    has_lengths = all(len(record.get("lengths") or []) for record in records)
+    has_lengths = _all_have(records, "lengths")
+    under = floors(table, has_lengths, n_boot)
     return _plain(
         {
             "pair_accuracy": pair_rate(table.correct, table.prompt, n_boot),
@@ -352,6 +399,7 @@ def reward_metrics(records: Sequence[Record], n_boot: int = N_BOOT) -> dict[str,
             **{name: accuracy_by(table, group, n_boot) for name, group in groups.items()},
             "calibration": calibration(table, n_boot=n_boot),
             "length": length_bias(records, table, n_boot) if has_lengths else None,
+            "floors": {**under, "missing": None if under["bag_of_words"] else why_missing()},
             "scores": {"mean": float(scores["all"].mean()), "std": float(scores["all"].std())}
             | {f"{name}_mean": float(scores[name].mean()) for name in ("best", "worst") if len(scores[name])},
         }

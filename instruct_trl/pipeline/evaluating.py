@@ -12,7 +12,10 @@ import torch
 from accelerate import PartialState
 
 from instruct_trl.data.encoding import prompt_key
+from instruct_trl.data.ranking import prepare_ranking_dataset
+from instruct_trl.data.ranking_batch import answer_lengths
 from instruct_trl.data.rows import read_json
+from instruct_trl.evaluation.floors import add_bag_of_words, bag_of_words, text_rankings
 from instruct_trl.evaluation.language_modeling import mean_answer_kl, mean_token_loss
 from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.evaluation.selection import as_prompts, score_answers, score_checkpoints
@@ -98,9 +101,11 @@ def evaluate_models(run: EvaluateArguments, folder: Path, judges: Sequence[Score
         with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
             answers[name]["reward"] = score_answers(scorer, prompts, sampled)
     result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": seen}
-    rankings = run.run / "rankings" / "test.jsonl"
-    if rankings.exists() and "ranks" in (rows := load_split(rankings)).features:
-        result["reward_model"] = reward_model_figures(scorer, Path(run.reward_path), rows)
+    held_out, training = (_rankings(run.run / "rankings" / f"{split}.jsonl") for split in ("test", "train"))
+    if held_out is not None:
+        of_the_run = Path(run.reward_path).resolve() == (run.run / "reward_model").resolve()
+        training = training if of_the_run else None  # another reward model's training rankings are not known
+        result["reward_model"] = reward_model_figures(scorer, Path(run.reward_path), held_out, training)
     if checkpoint_prompts is not None:
         result["checkpoints"] = score_checkpoints(run.ppo_folder, labeler, scorer, checkpoint_prompts, **run.drawn)
     write_json(folder / "answers.json", result)
@@ -201,17 +206,31 @@ def read_prefixes(run: EvaluateArguments, prompts: list) -> dict[str, str]:
     return {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
 
 
-def reward_model_figures(scorer: Any, folder: Path, rankings: Any) -> dict[str, Any]:
+def _rankings(path: Path) -> Any:
+    """The ranked rows of a file; None if it is not there or waits for people."""
+    rows = load_split(path) if path.exists() else None
+    return rows if rows is not None and "ranks" in rows.features else None
+
+
+def reward_model_figures(scorer: Any, folder: Path, rankings: Any, training: Any = None) -> dict[str, Any]:
     """How often the reward model orders held-out answers as the labeler does, and more: `reward_metrics`.
 
     A reward model has one accuracy: the figures are those of its own page in `folder`, if that is of these rankings.
-    Otherwise the rankings are scored here.
+    Otherwise the rankings are scored here. `training`: the rankings that it was trained on, for the bag of words.
     """
     page = folder / "evaluation" / "metrics.json"
     known = read_json(page) if page.is_file() else {}
     if known.get("rankings") == rows_digest(rankings):
         return known
-    return reward_metrics(score_rankings(scorer, rankings))
+    records = score_rankings(scorer, rankings)
+    if (tokenizer := getattr(scorer, "processing_class", None)) is not None:
+        held_out, _ = prepare_ranking_dataset(rankings, tokenizer)
+        for record, row in zip(records, held_out, strict=True):
+            record["lengths"] = answer_lengths(row)
+        rows = [] if training is None else prepare_ranking_dataset(training, tokenizer)[0]
+        if (bag := bag_of_words(text_rankings(rows, tokenizer))) is not None:
+            add_bag_of_words(records, bag, text_rankings(held_out, tokenizer))
+    return reward_metrics(records)
 
 
 def score_rankings(scorer: Any, rankings: Any) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from instruct_trl.pipeline.evaluating import SFT, EvaluateArguments, other_logs,
 from instruct_trl.pipeline.judging import JudgeArguments, judge_answers
 from instruct_trl.pipeline.stage import disk_errors, finished_summary, locked
 from instruct_trl.redaction import redact_command, redact_settings
+from instruct_trl.report import findings
 from instruct_trl.report.data import ModelResult, ReportData, Sample
 
 STAGES = ("data", "sft", "rankings", "reward_model", "selected_sft", "rl_init", "ppo_ptx", "evaluation")
@@ -89,6 +90,8 @@ def make_report(
         environment=_environment(),
         pretraining_text=run.pretraining_description or run.pretraining_dataset_name or "",
     )
+    if report.reward_model:
+        print(findings.floor_text(report.reward_model))
     return write_report(report, report_folder(run, folder))
 
 

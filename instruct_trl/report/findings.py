@@ -10,9 +10,10 @@ from instruct_trl.evaluation.gold import best_checkpoint, direction, path_means,
 from instruct_trl.evaluation.win_rate import WinRate
 from instruct_trl.report.data import ModelResult, ReportData
 
-Verdict = Literal["better", "worse", "unclear", "missing"]
+Verdict = Literal["better", "worse", "unclear", "doubtful", "missing"]
 
 NBSP = "\u00a0"
+COIN = "a coin"
 OVERLAP_LIMIT = 0.05
 """Share of prompts that were trained on above which a page gives no verdict."""
 TRAINING_NAMES = {
@@ -103,7 +104,20 @@ def headline(data: ReportData) -> tuple[Verdict, str]:
         "unclear": ("unclear", f"Whether {model.name} beats {base} is open", "The interval holds one half."),
     }
     verdict, says, half = verdicts[model.win.verdict]
+    if verdict == "better" and data.reward_model and (doubt := not_told_from(data.reward_model)):
+        verdict, half = "doubtful", f"But {_cannot_come_from(doubt)}"
     return verdict, f"{says}: it wins {_prompts_won(model.win)}. {half}"
+
+
+def _cannot_come_from(floors: list[str]) -> str:
+    """What a win on a reward model that shows no more than `floors` (`not_told_from`) cannot come from."""
+    if floors == [COIN]:
+        return f"its reward model cannot be told from {COIN}, so the win cannot be put down to the rankings."
+    known = " or ".join(floors)
+    return (
+        f"its reward model shows no more than {known}, so the win cannot be put down to anything in the rankings but "
+        f"{known}."
+    )
 
 
 def _prompts_won(win: WinRate) -> str:
@@ -179,6 +193,43 @@ def pairs_ordered(metrics: Mapping[str, Any]) -> str:
     """ "71 % of 1,204 held-out pairs (95 % interval 68 to 74)" of `reward_metrics`."""
     rate = metrics["pair_accuracy"]
     return in_words(rate, f"{rate['n_pairs']:,} held-out pairs")
+
+
+def floors_of(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The floors that `reward_metrics` has, by what they know: "length", "words"."""
+    found = metrics.get("floors") or {}
+    named = {"length": found.get("length"), "words": found.get("bag_of_words")}
+    return {known: floor for known, floor in named.items() if floor}
+
+
+def not_told_from(metrics: Mapping[str, Any]) -> list[str]:
+    """What the reward model does not clearly beat: `COIN`, or else those of `floors_of`; [] if it beats them all."""
+    if estimate(metrics["pair_accuracy"]).side_of(0.5) != "above":
+        return [COIN]
+    floors = floors_of(metrics)
+    return [known for known, floor in floors.items() if estimate(floor["lead"]).side_of(0) != "above"]
+
+
+def floor_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Lines of a table: the reward model and its floors, each with its accuracy, and the reward model's lead over it.
+
+    A lead is in percentage points.
+    """
+    rows = [["reward model", share(metrics["pair_accuracy"], 1), ""]]
+    for floor in floors_of(metrics).values():
+        lead = figure(floor["lead"], "+.1f", 100, f"{NBSP}points", " ")
+        rows.append([floor["rule"], share(floor["accuracy"], 1), lead])
+    return rows
+
+
+def floor_text(metrics: Mapping[str, Any]) -> str:
+    """`floor_rows` as lines for a terminal, with the reason why a floor is missing."""
+    lines = ["Held-out pairs ordered as the labeler does (95 % intervals over prompts):"]
+    for name, rate, lead in floor_rows(metrics):
+        lines.append(f"{name}: {rate}" + (f"; the reward model's lead: {lead}" if lead else ""))
+    if missing := (metrics.get("floors") or {}).get("missing"):
+        lines.append(missing)
+    return "\n".join(f"   {line}" for line in lines).replace(NBSP, " ")
 
 
 def reward_model(data: ReportData) -> str:

@@ -7,7 +7,21 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from instruct_trl.report.findings import NBSP, Verdict, estimate, number, pairs_ordered, percent, seen_too_often, signed
+from instruct_trl.evaluation.learning_curve import MIN_POINTS
+from instruct_trl.report.findings import (
+    COIN,
+    NBSP,
+    Verdict,
+    estimate,
+    figure,
+    floors_of,
+    not_told_from,
+    number,
+    pairs_ordered,
+    percent,
+    seen_too_often,
+    signed,
+)
 
 Metrics = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
@@ -22,22 +36,27 @@ FEW_PROMPTS = 100
 
 
 def headline(metrics: Metrics) -> tuple[Verdict, str]:
-    """Whether the reward model agrees with the labeler more often than a coin, and how often."""
+    """Whether the reward model knows more than a coin, than length and than words, and how often it is right."""
     seen, found = metrics.get("trained_on"), estimate(metrics["pair_accuracy"])
     if seen and seen_too_often(seen):
         rows = f"{seen['rows']:,} of the {seen['of']:,} rows of the test split"
         return "missing", f"{rows} have prompts that are also in the training rows, so this page gives no verdict."
-    orders = f"it orders {pairs_ordered(metrics)} as the labeler does."
+    floors = floors_of(metrics)
+    rates = [f", {floor['rule']} {percent(floor['accuracy']['mean'])}" for floor in floors.values()]
+    orders = f"it orders {pairs_ordered(metrics)} as the labeler does{''.join(rates)}."
     if found.bounds is None:
         few = "1 prompt is too few" if found.n == 1 else f"{found.n} prompts are too few"
         return "missing", f"{few} for an interval, so this says little: {orders}"
+    if found.side_of(0.5) == "below":
+        return "worse", f"The reward model does worse than {COIN}: {orders}"
+    same = not_told_from(metrics)
+    if same == [COIN]:
+        return "unclear", f"The reward model cannot be told from {COIN}: {orders}"
+    if same:
+        beaten = any(estimate(floors[known]["lead"]).side_of(0) == "below" for known in same)
+        return "worse" if beaten else "unclear", f"The reward model shows no more than {' or '.join(same)}: {orders}"
     but = " But read the warnings below." if metrics.get("warnings") else ""
-    verdicts: dict[str, tuple[Verdict, str]] = {
-        "above": ("better", f"The reward model knows more than a coin: {orders}{but}"),
-        "below": ("worse", f"The reward model does worse than a coin: {orders}"),
-        "unclear": ("unclear", f"Whether the reward model knows more than a coin is open: {orders}"),
-    }
-    return verdicts[found.side_of(0.5)]
+    return "better", f"The reward model knows more than {' and '.join(floors) or COIN}: {orders}{but}"
 
 
 def accuracy(metrics: Metrics) -> str:
@@ -97,7 +116,7 @@ def rules(metrics: Metrics) -> str:
         row = metrics["length"][f"if_{name}_wins"]
         if fails(row):
             return f"Where the {name} answer is better, the reward model is wrong ({percent(row['mean'])} right)"
-    gain, rule = estimate(metrics["length"]["gain_over_rule"]), f"rule “{best_rule(metrics)}”"
+    gain, rule = estimate(metrics["floors"]["length"]["lead"]), f"rule “{best_rule(metrics)}”"
     points = f"{100 * abs(gain.mean):.0f} points"
     return {
         "above": f"The reward model beats the {rule} by {points}",
@@ -118,6 +137,27 @@ def scores(metrics: Metrics) -> str:
     if gap > 0.2 * found["std"]:
         return f"Best-ranked answers score {number(gap)} above the worst-ranked ones on average"
     return f"Best-ranked answers {'score hardly' if gap > 0 else 'do not score'} above the worst-ranked ones"
+
+
+def twice(curve: Metrics) -> str:
+    """What twice the labels would bring, by the line through the learning curve."""
+    points, gain = curve["points"], curve["per_doubling"]
+    if gain is None:
+        return (
+            f"What twice the labels would bring takes a line through {MIN_POINTS} shares of the prompts or more; here "
+            f"{'is' if len(points) == 1 else 'are'} {len(points)}."
+        )
+    found, last = estimate(gain), points[-1]
+    bounds = figure(gain, "+.1f", 100, f"{NBSP}points", " ").replace("(", f"(95{NBSP}% interval ")
+    if found.side_of(0) == "above":
+        then = percent(min(1.0, last["pair_accuracy"]["mean"] + found.mean))
+        return (
+            f"Twice the labels ({2 * last['prompts']:,} prompts) would bring {bounds}: from about "
+            f"{percent(last['pair_accuracy']['mean'])} of pairs to about {then}."
+        )
+    if found.side_of(0) == "below":
+        return f"More labels made it worse, {bounds} for twice as many: look at the training before you pay for more."
+    return f"Whether twice the labels would bring more is open: {bounds}."
 
 
 def new_labelers(folds: Metrics) -> str:

@@ -25,7 +25,7 @@ from instruct_trl.report.pictures_reward import GROUPS, reward_pictures
 from instruct_trl.report.pictures_run import run_pictures
 
 METRICS_JSON = "metrics.json"
-VERDICTS = {"better": "Yes", "worse": "No", "unclear": "Cannot tell", "missing": "Not measured"}
+VERDICTS = {"better": "Yes", "worse": "No", "unclear": "Cannot tell", "doubtful": "In doubt", "missing": "Not measured"}
 
 
 def write_report(data: ReportData, output_dir: str | Path) -> Path:
@@ -68,6 +68,7 @@ def write_reward_report(
     notes: Sequence[str] = (),
     labeler_folds: dict[str, Any] | None = None,
     trained_on: tuple[int, int] | None = None,
+    learning_curve: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the reward model's report.md, report.html, metrics.json and pictures/*.png into `folder`.
 
@@ -77,9 +78,11 @@ def write_reward_report(
         notes: anything a reader must know, one sentence each.
         labeler_folds: result of `cross_validate_labelers`.
         trained_on: how many of the rows have a prompt that was trained on, and the number of all rows.
+        learning_curve: result of `evaluation.learning_curve`.
 
     Returns:
-        `reward_metrics(records)` with `labeler_folds` and `trained_on` (or None), and `warnings`, the page's warnings.
+        `reward_metrics(records)` with `labeler_folds`, `learning_curve` and `trained_on` (or None), and `warnings`, the
+        page's warnings.
 
     Raises:
         ValueError: bad records (`reward_metrics.pair_table`), or no pair in any of them.
@@ -87,7 +90,7 @@ def write_reward_report(
     """
     require_matplotlib()
     folder = Path(folder)
-    metrics = {**reward_metrics(records), "labeler_folds": labeler_folds}
+    metrics = {**reward_metrics(records), "labeler_folds": labeler_folds, "learning_curve": learning_curve}
     metrics["trained_on"] = {"rows": trained_on[0], "of": trained_on[1]} if trained_on and trained_on[0] else None
     metrics["warnings"] = reward_warnings(metrics)
     pictures = draw_all(reward_pictures(metrics, records), folder / "pictures")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from instruct_trl.evaluation.estimates import Estimate
-from instruct_trl.report.findings import estimate, share
+from instruct_trl.report.findings import estimate, floors_of, share
 
 STYLE = Path(__file__).with_name("templates") / "pictures.mplstyle"
 WIDTH = 5.6  # inches; with 10.5 pt text this still reads at a phone's 360 CSS pixels
@@ -211,10 +211,11 @@ def accuracy_picture(title: str, rows: Sequence[Dot], theme: Theme) -> Any:
 
 
 def accuracy_dots(metrics: Mapping[str, Any]) -> list[Dot]:
-    """Pair accuracy of `reward_metrics`: of all pairs, then by distance in rank."""
+    """Pair accuracy of `reward_metrics`: of all pairs, of the floors on the same pairs, then by distance in rank."""
     distances = list(metrics["by_rank_distance"].items())[:MOST_ROWS]
     return [
         rate_dot("all pairs", metrics["pair_accuracy"], "subject"),
+        *(rate_dot(floor["rule"], floor["accuracy"], "other", hollow=True) for floor in floors_of(metrics).values()),
         *(rate_dot(f"{distance} rank{'s' * (distance != '1')} apart", row, "baseline") for distance, row in distances),
     ]
 

@@ -47,8 +47,8 @@ def reward_pictures(metrics: Metrics, records: Sequence[Record]) -> dict[str, Dr
         if rows := metrics[name]:
             dots = [overall, *(rate_dot(label(group), row, "baseline") for group, row in shown_groups(rows).items())]
             pictures[name] = partial(accuracy_picture, findings.groups(rows, what), dots)
-    if folds := metrics.get("labeler_folds"):
-        pictures["labeler_folds"] = partial(draw_folds, folds)
+    trained_again = {"labeler_folds": draw_folds, "learning_curve": draw_learning_curve}
+    pictures |= {name: partial(draw, metrics[name]) for name, draw in trained_again.items() if metrics.get(name)}
     if length := metrics["length"]:
         # The model beside two rules that know nothing but length, and where it stands when length misleads.
         dots = [rate_dot("reward model", metrics["pair_accuracy"], "subject")]
@@ -83,6 +83,36 @@ def draw_folds(folds: Metrics, theme: Theme) -> Any:
     limits, mark = (min(shown) - margin, max(shown) + margin), (rows[0].value, "seen labelers")
     label = "held-out pairs ordered as the labeler does (%)\nticks are folds"
     return dot_picture(findings.new_labelers(folds), rows, limits, mark, label, theme)
+
+
+def draw_learning_curve(curve: Metrics, theme: Theme) -> Any:
+    """Accuracy of reward model and bag of words against training prompts, and what twice as many may bring."""
+    points, gain = curve["points"], curve["per_doubling"]
+    figure, (axes,) = panels(3.9, findings.twice(curve).rstrip("."))
+    prompts = [point["prompts"] for point in points]
+    names = {"pair_accuracy": ("reward model", theme.subject), "bag_of_words": ("bag of words", theme.baseline)}
+    for shift, (key, (name, color)) in zip((0, 5), names.items(), strict=True):
+        rows = [(x, estimate(point[key])) for x, point in zip(prompts, points, strict=True) if point[key]]
+        x, y = [at for at, _ in rows], [100 * row.mean for _, row in rows]
+        axes.plot(x, y, "-o", color=color, label=name, markerfacecolor=theme.background if shift else color)
+        for at, row in rows:
+            ends = [100 * bound for bound in row.bounds or ()]
+            axes.plot([at * 1.01**shift] * len(ends), ends, color=color, linewidth=3, alpha=0.45)
+    if gain:
+        last = 100 * points[-1]["pair_accuracy"]["mean"]
+        reached = [last + 100 * value for value in (gain["mean"], gain["low"], gain["high"]) if value is not None]
+        style = {"color": theme.subject, "linestyle": (0, (2, 2))}
+        axes.plot([prompts[-1], 2 * prompts[-1]], [last, reached[0]], linewidth=1.6, **style)
+        axes.plot([2 * prompts[-1]] * len(reached[1:]), reached[1:], linewidth=2, **style)
+    axes.axhline(50, color=theme.text, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_xscale("log", base=2)
+    ticks = [*prompts, *([2 * prompts[-1]] if gain else [])]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(loc="best")
+    axes.set_xlabel("training prompts with labels (each step twice as many)")
+    axes.set_ylabel("held-out pairs ordered as\nthe labeler does (%)")
+    return figure
 
 
 def draw_calibration(metrics: Metrics, theme: Theme) -> Any:

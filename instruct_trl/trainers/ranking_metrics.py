@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from instruct_trl.data.encoding import prompt_key
 from instruct_trl.data.prefix_layout import common_prefix_length
-from instruct_trl.data.ranking_batch import comparisons
+from instruct_trl.data.ranking_batch import answer_lengths, comparisons, prompt_key_of
 from instruct_trl.maths.rankings import pair_counts, ranking_metrics
 
 
@@ -101,17 +100,15 @@ class GatheredRewards:
         metrics |= {name: value + reward_bias for name, value in metrics.items() if name.startswith("mean_score")}
         records = []
         for scores, pairs, row in zip(lists + reward_bias, batch["pairs"], rows, strict=True):
-            prefix = common_prefix_length(row["input_ids"])
             records.append(
                 {
                     "rewards": scores[: len(row["input_ids"])].tolist(),
                     "pairs": pairs.nonzero().tolist(),
                     "ranks": list(row.get("ranks") or []),
-                    "lengths": [len(tokens) - prefix for tokens in row["input_ids"]],
-                    "prompt_length": prefix,
+                    "lengths": answer_lengths(row),
+                    "prompt_length": common_prefix_length(row["input_ids"]),
                     "labeler": row.get("labeler"),
-                    # Rows that were prepared elsewhere have no key; their shared tokens come closest to a prompt.
-                    "prompt_key": row.get("prompt_key", prompt_key(row["input_ids"][0][:prefix])),
+                    "prompt_key": prompt_key_of(row),
                 }
             )
         return metrics, records

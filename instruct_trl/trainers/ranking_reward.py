@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from trl import RewardConfig, RewardTrainer
 from trl.data_utils import is_conversational
@@ -21,6 +23,8 @@ from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingReport, prepare_ranking_dataset
 from instruct_trl.data.ranking_batch import RankingCollator, grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.data.rows import check_demonstration, require_columns
+from instruct_trl.evaluation.floors import BagOfWords, add_bag_of_words, bag_of_words, text_rankings
+from instruct_trl.evaluation.reward_metrics import floor_rates
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapters import has_adapters, save_token_rows
 from instruct_trl.models.context import refuse_long_row
@@ -347,12 +351,23 @@ class RankingRewardTrainer(RewardTrainer):
         center = self.args.center_rewards_coefficient or 0.0
         bias = self.model.config.reward_bias
         metrics, self.evaluation_records = self._evaluated.evaluate(dataloader.dataset, bias, center)
+        if self._bag_of_words is not None:
+            rankings = text_rankings(dataloader.dataset, self.processing_class)
+            add_bag_of_words(self.evaluation_records, self._bag_of_words, rankings)
+        metrics |= {f"pair_accuracy_{name}": rate for name, rate in floor_rates(self.evaluation_records).items()}
         report = self.data_reports.get(prefix.removeprefix("eval_"), self.data_reports.get("eval"))
         if report is not None:
             metrics |= {"dropped_prompts": report.dropped_prompts, "overlong_rows": report.overlong_rows}
         assert output.metrics is not None  # upstream always makes the dictionary
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    @cached_property
+    def _bag_of_words(self) -> BagOfWords | None:
+        """Trained at the first evaluation, on the main process alone: nobody else writes what it says."""
+        if not isinstance(self.train_dataset, Dataset) or not self.accelerator.is_main_process:
+            return None
+        return bag_of_words(text_rankings(self.train_dataset, self.processing_class))
 
     # -- bias ---------------------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ def test_records_of_one_prompt_are_one_cluster_in_every_number_of_the_page():
     for row, other in zip(found["calibration"]["bins"], rows["calibration"]["bins"], strict=True):
         assert width(row["accuracy"]) > 1.3 * width(other["accuracy"])
     assert found["calibration"]["ece_by_chance"] > 1.3 * rows["calibration"]["ece_by_chance"]
-    assert width(found["length"]["gain_over_rule"]) > 1.3 * width(rows["length"]["gain_over_rule"])
+    assert width(found["floors"]["length"]["lead"]) > 1.3 * width(rows["floors"]["length"]["lead"])
 
 
 def test_the_headline_follows_the_prompts():
@@ -152,7 +152,7 @@ def test_the_headline_follows_the_prompts():
         for _ in range(36)
     ]
     verdict, text = reward_captions.headline(reward_metrics(records, n_boot=400))
-    assert (verdict, "is open" in text) == ("unclear", True)
+    assert (verdict, "cannot be told from a coin" in text) == ("unclear", True)
     apart = [{**record, "prompt_key": None} for record in records]
     assert reward_captions.headline(reward_metrics(apart, n_boot=400))[0] == "better"
 

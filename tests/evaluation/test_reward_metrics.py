@@ -14,6 +14,7 @@ from instruct_trl.evaluation.reward_metrics import (
     centred,
     correlations,
     fit_temperature,
+    floors,
     length_bias,
     pair_accuracy,
     pair_rate,
@@ -183,15 +184,16 @@ def test_length_within_prompts_can_have_the_other_sign():
 
 
 def test_length_rules_by_hand():
-    # Pairs: (0,1) longer and right, (0,2) equal length and right, (1,2) shorter and wrong.
+    # Pairs: (0,1) longer and right, (0,2) equal length and right, (1,2) shorter and wrong. Equal lengths count half.
     found = length_bias(rows := [record([2.0, 0.0, 1.0], [1, 2, 3], [9, 4, 9])], pair_table(rows))
-    assert found["longer_is_better"].mean == pytest.approx(1 / 3)
-    assert found["shorter_is_better"].mean == pytest.approx(1 / 3)
+    assert found["longer_is_better"].mean == pytest.approx(1.5 / 3)
+    assert found["shorter_is_better"].mean == pytest.approx(1.5 / 3)
     assert found["if_longer_wins"].mean == 1.0
     assert found["if_shorter_wins"].mean == 0.0
     assert found["model_picks_longer"].mean == 1.0
     assert found["labeler_picks_longer"].mean == 0.5
-    assert (found["gain_over_rule"].mean, found["gain_over_rule"].bounds) == (pytest.approx(1 / 3), None)
+    lead = floors(pair_table(rows), has_lengths=True)["length"]["lead"]
+    assert (lead.mean, lead.bounds) == (pytest.approx(2 / 3 - 1.5 / 3), None)
 
 
 def test_groups_count_every_pair_once():

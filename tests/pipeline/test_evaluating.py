@@ -25,7 +25,7 @@ from instruct_trl.pipeline.evaluation_report import make_report
 from instruct_trl.pipeline.rewarding import write_page
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
 from instruct_trl.pipeline.stage import FINISHED
-from instruct_trl.report import findings
+from instruct_trl.report import findings, pages
 from instruct_trl.report.data import ModelResult, ReportData, load_report_data
 from instruct_trl.report.pages import write_report
 
@@ -216,7 +216,44 @@ def test_both_pages_of_a_run_give_one_accuracy(tmp_path, capsys):
     run = findings.reward_model(ReportData("run", [ModelResult("SFT")], reward_model=figures))
     for text in (page, run):
         assert "100\u00a0% of 3 held-out pairs" in text
+    out = capsys.readouterr().out
+    assert "reward model: 100.0 %" in out
+    assert "The bag of words is missing" in out
     assert reward_model_figures(by_letter, tmp_path, rows.select([0, 1]))["pair_accuracy"]["n_pairs"] == 6
+
+
+def test_without_matplotlib_the_figures_are_printed_all_the_same(tmp_path, capsys, monkeypatch):
+    def missing():
+        raise ImportError("no matplotlib here")
+
+    monkeypatch.setattr(pages, "require_matplotlib", missing)
+    rows = Dataset.from_list(RANKINGS)
+    trainer = SimpleNamespace(
+        evaluation_records=score_rankings(by_letter, RANKINGS), accelerator=SimpleNamespace(is_main_process=True)
+    )
+    write_page(trainer, str(tmp_path), None, None, rows, rows)
+    out = capsys.readouterr().out
+    assert "No page on the evaluation was written. no matplotlib here" in out
+    assert "reward model: 83.3 %" in out
+    assert "3 of the 3 rows of the test split have prompts that are also in the training rows" in out
+
+
+def test_a_reward_model_without_a_page_gets_its_floors_from_the_runs_rankings(tmp_path, tokenizer):
+    """The longer answer wins, and it is the one with "yes" in it; the scorer thinks the reverse."""
+
+    def shortest(prompts, completions):
+        return [-float(len(text)) for text in completions]
+
+    shortest.processing_class = tokenizer
+    rows = Dataset.from_list(
+        [{"prompt": f"q{i} ", "completions": ["no", "yes it is"], "ranks": [2, 1]} for i in range(12)]
+    )
+    found = reward_model_figures(shortest, tmp_path, rows, rows)
+    assert found["pair_accuracy"]["mean"] == 0
+    for name in ("length", "bag_of_words"):
+        assert found["floors"][name]["accuracy"]["mean"] == 1
+        assert found["floors"][name]["lead"]["mean"] == -1
+    assert reward_model_figures(shortest, tmp_path, rows)["floors"]["bag_of_words"] is None
 
 
 def test_rankings_without_untied_pairs_are_refused(tmp_path):

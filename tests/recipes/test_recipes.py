@@ -249,6 +249,44 @@ def test_reward_model_with_held_out_rankings_and_labelers(home, call):
 
 
 @pytest.mark.slow
+def test_a_finished_reward_model_gets_a_learning_curve_and_no_share_is_trained_twice(home, call):
+    (home / "ranked").mkdir()
+    for split, start, count in (("train", 0, 40), ("test", 40, 12)):
+        rows = [
+            {
+                "prompt": f"q{i} ",
+                "completions": ["a good one", "bad"][:: 1 - 2 * (i % 2)],
+                "ranks": [1 + i % 2, 2 - i % 2],
+            }
+            for i in range(start, start + count)
+        ]
+        (home / "ranked" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = (*TRAIN, "--model_name_or_path", "policy", "--dataset_name", "ranked", "--output_dir", "rm2")
+    out = call("reward_model", *train)
+    assert "a bag of words: 100.0 %" in out
+    assert "the longer answer: 100.0 %" in out
+    weights = (home / "rm2" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="--learning_curve 0.1 of 40 training prompts is 4 of them"):
+        call("reward_model", *train, "--learning_curve", "0.1")
+    out = call("reward_model", *train, "--learning_curve", "0.25", "0.5", "1.0")
+    assert "Reward model: finished earlier, kept" in out
+    assert "Reward model on 0.25 of the prompts: done" in out
+    assert "Reward model on 1 of" not in out
+    assert (home / "rm2" / "model.safetensors").read_bytes() == weights
+    metrics = json.loads((home / "rm2" / "evaluation" / "metrics.json").read_text())
+    points = metrics["learning_curve"]["points"]
+    assert [point["prompts"] for point in points] == [10, 20, 40]
+    assert points[-1]["pair_accuracy"] == metrics["pair_accuracy"]
+    assert [point["bag_of_words"]["mean"] for point in points] == [1, 1, 1]
+    assert metrics["learning_curve"] == json.loads((home / "rm2" / "learning_curve" / "curve.json").read_text())
+    assert "How many labels do I need?" in (home / "rm2" / "evaluation" / "report.md").read_text()
+    assert not (home / "rm2" / "learning_curve" / "0.25" / "model").exists()
+    out = call("reward_model", *train, "--learning_curve", "0.25", "0.75")
+    assert "Reward model on 0.25 of the prompts: finished earlier, kept" in out
+    assert "Reward model on 0.75 of the prompts: done" in out
+
+
+@pytest.mark.slow
 def test_sample_then_reward_model(home, call):
     call(
         "sample", *TINY, "--model_name_or_path", "policy", "--dataset_name", "prompts.jsonl", "--output_dir",

@@ -28,6 +28,33 @@ def test_verdict_follows_the_interval(win, verdict, start, end):
     assert "wins" in findings.win(data).split(";")[0]
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "length", "words", "says"),
+    [
+        (0.02, 0.1, 0.1, "cannot be told from a coin, so the win cannot be put down to the rankings."),
+        (0.2, -0.01, 0.1, "shows no more than length, so the win cannot be put down to anything in the rankings but"),
+        (0.2, 0.1, 0.01, "shows no more than words, so the win cannot be put down to anything in the rankings but"),
+        (0.2, 0.0, 0.0, "shows no more than length or words, so"),
+    ],
+)
+def test_a_win_on_a_reward_model_that_does_not_beat_its_floors_is_no_yes(accuracy, length, words, says):
+    rates = {**estimate(0.5 + accuracy, 0.05), "n_pairs": 900}
+    floors = {
+        name: {"rule": name, "accuracy": rates, "lead": estimate(lead, 0.05)}
+        for name, lead in (("length", length), ("bag_of_words", words))
+    }
+    figures = {"pair_accuracy": rates, "floors": floors | {"missing": None}}
+    kind, text = findings.headline(example_report(win_of(63, 37), reward_model=figures))
+    assert kind == "doubtful"
+    assert plain(text).startswith("PPO-ptx beats SFT: it wins 63 % of 100 prompts")
+    assert says in text
+    # A loss stays a loss, and a reward model above its floors takes nothing from a win.
+    assert findings.headline(example_report(win_of(37, 63), reward_model=figures))[0] == "worse"
+    sure = {name: {**floor, "lead": estimate(0.1, 0.05)} for name, floor in floors.items()}
+    figures = {"pair_accuracy": {**estimate(0.7, 0.05), "n_pairs": 900}, "floors": sure | {"missing": None}}
+    assert findings.headline(example_report(win_of(63, 37), reward_model=figures))[0] == "better"
+
+
 def test_headline_interval_is_wilsons():
     # SciPy: binomtest(63, 100).proportion_ci(method="wilson") is 0.5322 to 0.7182.
     assert "(95 % interval 53 to 72)" in findings.headline(example_report(win_of(63, 37)))[1].replace("\u00a0", " ")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from report_example import estimate
 
+from instruct_trl.evaluation import floors
 from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.report import findings_reward as captions
 from instruct_trl.report import pictures_reward as plots
@@ -23,6 +24,19 @@ FOLDS = {
     "held_in": estimate(0.72, 0.01),
     "held_out": estimate(0.624, 0.02),
     "difference": estimate(-0.096, 0.02),
+}
+
+CURVE = {
+    "points": [
+        {
+            "fraction": n / 240,
+            "prompts": n,
+            "pair_accuracy": {**estimate(accuracy, 0.03), "n_pairs": 900},
+            "bag_of_words": {**estimate(accuracy - 0.05, 0.03), "n_pairs": 900} if n > 60 else None,
+        }
+        for n, accuracy in ((60, 0.6), (120, 0.65), (240, 0.7))
+    ],
+    "per_doubling": estimate(0.05, 0.02),
 }
 
 
@@ -51,12 +65,17 @@ def make(n=120, noise=1.0, length_weight=0.0, scale=1.0, sizes=(4, 9), labelers=
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rm") / "new"
-    return write_reward_report(make(), folder, title="RM " + NASTY, notes=[NASTY], labeler_folds=FOLDS), folder
+    records = make()
+    rng = np.random.default_rng(1)
+    for record in records:
+        record["bag_of_words"] = rng.normal(size=len(record["rewards"])).tolist()
+    more = {"title": "RM " + NASTY, "notes": [NASTY], "labeler_folds": FOLDS, "learning_curve": CURVE}
+    return write_reward_report(records, folder, **more), folder
 
 
 ALL = {
     *("accuracy", "by_k", "by_prompt_length", "by_labeler", "labeler_folds"),
-    *("calibration", "length", "length_rules", "scores"),
+    *("calibration", "length", "length_rules", "scores", "learning_curve"),
 }
 
 
@@ -142,9 +161,42 @@ def test_accuracy_picture_shows_the_numbers():
     metrics = reward_metrics(make(), n_boot=100)
     figure = plots.reward_pictures(metrics, make())["accuracy"](LIGHT)
     dots = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
-    rates = [metrics["pair_accuracy"], *metrics["by_rank_distance"].values()]
+    floor = metrics["floors"]["length"]["accuracy"]
+    rates = [metrics["pair_accuracy"], floor, *metrics["by_rank_distance"].values()]
     assert dots == pytest.approx([100 * rate["mean"] for rate in rates])
     assert figure.axes[0].get_xlabel() == "held-out pairs ordered as the labeler does (%)"
+
+
+def test_floors_and_leads_are_on_both_pages(written):
+    metrics, folder = written
+    floor = metrics["floors"]["bag_of_words"]
+    assert floor["lead"]["mean"] == pytest.approx(metrics["pair_accuracy"]["mean"] - floor["accuracy"]["mean"])
+    assert floor["lead"]["low"] > 0
+    for page in ("report.md", "report.html"):
+        text = (folder / page).read_text(encoding="utf-8").replace("\u00a0", " ")
+        assert "The reward model knows more than length and words" in text
+        for row in metrics["floors"]["length"], floor:
+            lead = f"{100 * row['lead']['mean']:+.1f} points ({100 * row['lead']['low']:+.1f} to"
+            assert f"{100 * row['accuracy']['mean']:.1f} % (" in text
+            assert lead in text
+        assert "Twice the labels (480 prompts) would bring +5.0 points (95 % interval +3.0 to +7.0)" in text
+        assert "from about 70 % of pairs to about 75 %." in text
+
+
+def test_a_missing_bag_of_words_is_said_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(floors, "find_spec", lambda name: None)
+    write_reward_report(make(n=20), tmp_path, title="no bag")
+    assert "pip install instruct-trl\\[report\\]" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_learning_curve_picture_shows_the_points_and_the_step_beyond():
+    (axes,) = plots.draw_learning_curve(CURVE, LIGHT).axes
+    model, bag = ([list(line.get_ydata()) for line in axes.lines if line.get_label() == name]
+                  for name in ("reward model", "bag of words"))  # fmt: skip
+    assert model == [pytest.approx([60, 65, 70])]
+    assert bag == [pytest.approx([60, 65])]
+    beyond = [line for line in axes.lines if list(line.get_xdata()) == [240, 480]]
+    assert list(beyond[0].get_ydata()) == pytest.approx([70, 75])
 
 
 def test_calibration_picture_shows_bins_and_their_shares():
