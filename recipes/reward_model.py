@@ -13,6 +13,7 @@ from instruct_trl.recipes import EXAMPLE
 from trl import ModelConfig
 
 from instruct_trl import RankingRewardConfig
+from instruct_trl.data.ranking import shuffle_ranks
 from instruct_trl.memory import dry_run
 from instruct_trl.pipeline import rows, training
 from instruct_trl.pipeline.arguments import parse_recipe, settings_of
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> str:
 
     def body(checkpoint: str | None) -> dict:
         train, test = rows.train_and_test(run, rows.rankings_of(run))
+        if run.shuffle_ranks:
+            train = shuffle_ranks(train, args.seed, "the train dataset")
         base = model.model_name_or_path or str(run.run / "sft")
         folds = labelers_left_out(base, args, model, train, run.labeler_folds) if run.labeler_folds else None
         rows.evaluate_held_out(args, test)
@@ -40,11 +43,12 @@ def main(argv: list[str] | None = None) -> str:
             trainer.normalize(rows.further_rows(run, run.demonstrations_name)[0])
         metrics = trainer.evaluate() if test is not None else {}
         if metrics:
-            write_page(trainer, args.output_dir, run.labeler_description, folds, train, test)
+            write_page(trainer, args.output_dir, run.labeler_in_words, folds, train, test)
         shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
         return training.finish_training(trainer, run.dataset_name) | shown
 
-    run_stage(Path(args.output_dir), "Reward model", settings_of(run, args, model), body)
+    title = f"Reward model{' on shuffled ranks' * run.shuffle_ranks}"
+    run_stage(Path(args.output_dir), title, settings_of(run, args, model), body)
     return args.output_dir
 
 

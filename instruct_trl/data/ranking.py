@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from trl.data_utils import extract_prompt
 
@@ -350,3 +351,45 @@ def _check_columns(dataset: Any, columns: Sequence[str], where: str, use_margins
             f"use_margins=True, but {where} has no column {source!r} to take margins from. Add it (in place of "
             "'ranks' or 'pairs' if those are there), or set use_margins=False."
         )
+
+
+# -- a control ---------------------------------------------------------------------------------------------------------
+
+
+def shuffle_ranks(dataset: Dataset, seed: int, where: str = "the dataset") -> Dataset:
+    """The same prompts and answers, with the ranks of each row dealt out anew at random: feedback that says nothing.
+
+    All orders of a row's answers are equally likely, the given one too, so that of any two answers each is the better
+    one half of the time. Ties, gaps and the number of pairs stay as they are; so do `margin`, `weight` and `labeler`.
+
+    Args:
+        dataset: rows as `parse_ranking` takes them.
+        seed: the same seed gives the same ranks.
+        where: the dataset's name in errors.
+
+    Raises:
+        ValueError: bad columns or rows (see `parse_ranking`).
+    """
+    _check_columns(dataset, column_names(dataset), where, use_margins=False)
+    kwargs = {"seed": seed, "where": where}
+    return dataset.map(_shuffle_row, with_indices=True, fn_kwargs=kwargs, features=dataset.features)
+
+
+def _shuffle_row(example: Mapping[str, Any], index: int, seed: int, where: str) -> dict[str, Any]:
+    with in_row(f"{where}, row {index}"):
+        count = len(parse_ranking(example, "margin" in example).completions)
+    # The answer at a place gets what was said of the answer at order[place].
+    order = np.random.default_rng([seed, index]).permutation(count).tolist()
+
+    def reordered(column: str) -> Any:  # a column beside the ranks that is not read may hold anything
+        said = example[column]
+        return [said[place] for place in order] if isinstance(said, list) and len(said) == count else said
+
+    if "chosen" in example:
+        chosen, rejected = [(example["chosen"], example["rejected"])[place] for place in order]
+        changed = {"chosen": chosen, "rejected": rejected}
+        return changed | ({"truncated": reordered("truncated")} if "truncated" in example else {})
+    changed = {column: reordered(column) for column in ("ranks", "scores") if column in example}
+    if "pairs" in example:
+        changed["pairs"] = [[order.index(winner), order.index(loser)] for winner, loser in example["pairs"]]
+    return changed

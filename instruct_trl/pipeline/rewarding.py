@@ -32,6 +32,18 @@ class RewardArguments(RunArguments):
         None, "Also train on all but one group of labelers, for this many groups (paper: 5)."
     )
     labeler_description: str | None = setting(None, "Who ranked, for the report.")
+    shuffle_ranks: bool = setting(
+        False,
+        "Shuffle the ranks within each prompt before training: a control, which learns nothing of the feedback. "
+        "Held-out rankings stay as they are.",
+    )
+
+    @property
+    def labeler_in_words(self) -> str | None:
+        """Who ranked, for the page, which also says if a control was trained."""
+        if not self.shuffle_ranks:
+            return self.labeler_description
+        return f"{self.labeler_description or 'not described'}; for training, the ranks were shuffled, as a control"
 
 
 def reward_trainer(
