@@ -20,6 +20,7 @@ from trl.data_utils import extract_prompt
 from instruct_trl.data.encoding import Text, encode_prompt, in_row, prompt_key, template_kwargs, tokenize_pair
 from instruct_trl.data.rows import check_text, column_names, require_columns, shown
 
+_SIDES = ("chosen", "rejected")
 Pair = tuple[int, int]  # (winner, loser), positions in the completions
 _COUNTERS = {"long_prompts": "bool", "overlong_rows": "int32", "dropped_pairs": "int32", "tied_prompts": "bool"}
 
@@ -380,16 +381,11 @@ def _shuffle_row(example: Mapping[str, Any], index: int, seed: int, where: str) 
         count = len(parse_ranking(example, "margin" in example).completions)
     # The answer at a place gets what was said of the answer at order[place].
     order = np.random.default_rng([seed, index]).permutation(count).tolist()
-
-    def reordered(column: str) -> Any:  # a column beside the ranks that is not read may hold anything
-        said = example[column]
-        return [said[place] for place in order] if isinstance(said, list) and len(said) == count else said
-
-    if "chosen" in example:
-        chosen, rejected = [(example["chosen"], example["rejected"])[place] for place in order]
-        changed = {"chosen": chosen, "rejected": rejected}
-        return changed | ({"truncated": reordered("truncated")} if "truncated" in example else {})
-    changed = {column: reordered(column) for column in ("ranks", "scores") if column in example}
     if "pairs" in example:
-        changed["pairs"] = [[order.index(winner), order.index(loser)] for winner, loser in example["pairs"]]
-    return changed
+        return {"pairs": [[order.index(winner), order.index(loser)] for winner, loser in example["pairs"]]}
+    if "chosen" not in example:
+        name = "ranks" if "ranks" in example else "scores"
+        return {name: [example[name][place] for place in order]}
+    answers = {side: example[of] for side, of in zip(_SIDES, [_SIDES[place] for place in order], strict=True)}
+    cut = example.get("truncated")  # of the answers that changed places
+    return answers | ({} if cut is None else {"truncated": [cut[place] for place in order]})
