@@ -59,6 +59,7 @@ def run_recipe(
     name: str, run: RunArguments, extra: list[str] | None = None, config: str | None = None, **kwargs: Any
 ) -> str:
     """Run another recipe of this run in this process, with its YAML from the same folder as this one's."""
+    gc.collect()  # the models of the stage before, which refer to each other
     reset_accelerator()
     path = run.config_folder / f"{config or name}.yaml"
     module = importlib.import_module(f"instruct_trl.recipes.{name}")

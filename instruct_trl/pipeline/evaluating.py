@@ -39,7 +39,9 @@ class EvaluateArguments(SamplingArguments):
     base_model: str | None = setting(None, "The pretrained model. Default: not compared.")
     sft_model: str | None = setting(None, "The baseline. Default: <run_dir>/selected_sft/model.")
     ppo_model: str | None = setting(None, "The policy after PPO. Default: <run_dir>/ppo_ptx/policy.")
-    other_models: list[str] = setting([], "More models to compare: NAME=PATH, such as PPO=...")
+    other_models: list[str] = setting(
+        [], "More models to compare: NAME=PATH, such as PPO=... 'shuffled ranks' is the name of a control."
+    )
     prefixes: list[str] = setting([], "A text to put before the prompts of one of other_models: NAME=FILE.")
     other_runs: list[str] = setting([], "Folders of PPO runs to draw: NAME=PATH.")
     reward_model_path: str | None = setting(None, "The reward model. Default: <run_dir>/reward_model.")
