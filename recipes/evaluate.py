@@ -13,6 +13,7 @@ from instruct_trl.recipes import EXAMPLE
 from instruct_trl.memory import dry_run
 from instruct_trl.pipeline.arguments import parse_recipe, settings_of
 from instruct_trl.pipeline.benchmarking import TaskArguments, check_tasks
+from instruct_trl.pipeline.control import evaluate_control
 from instruct_trl.pipeline.evaluating import EvaluateArguments, evaluate_models
 from instruct_trl.pipeline.evaluation_report import judged_report
 from instruct_trl.pipeline.functions import prepare_data
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> str:
     tried = check_judges(run, judges, folder)
     prepare_data(run)
     run_stage(folder, "Evaluation", settings_of(run), lambda _: evaluate_models(run, folder, tried), resume=False)
+    evaluate_control(run, folder)
     return judged_report(run, folder, tasks, judges)
 
 

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> str:
 
     @cache
     def rankings() -> tuple:
-        return rows.train_and_test(run, rows.rankings_of(run))
+        return rewarding.rankings_to_learn(run, args.seed)
 
     def body(checkpoint: str | None) -> dict:
         train, test = rankings()
@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> str:
             trainer.normalize(rows.further_rows(run, run.demonstrations_name)[0])
         metrics = trainer.evaluate() if test is not None else {}
         if metrics:
-            rewarding.write_page(trainer, args.output_dir, run.labeler_description, folds, train, test)
+            rewarding.write_page(trainer, args.output_dir, run.labeler_in_words, folds, train, test)
         shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
         return training.finish_training(trainer, run.dataset_name) | shown
 
-    run_stage(Path(args.output_dir), "Reward model", settings_of(run, args, model), body)
-    if run.learning_curve:
+    run_stage(Path(args.output_dir), run.title, settings_of(run, args, model), body)
+    if run.learning_curve and not run.shuffle_ranks:
         rewarding.train_on_shares(base, run, args, model, *rankings())
     return args.output_dir
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from instruct_trl._upstream import reset_accelerator
 from instruct_trl.pipeline.arguments import RunArguments, read_yaml
+from instruct_trl.pipeline.control import FOLDER
 from instruct_trl.pipeline.training import PPOPtxArguments
+
+if TYPE_CHECKING:
+    from instruct_trl import PPOPtxConfig
 
 
 def make_what_is_missing(run: PPOPtxArguments, policy: str | None) -> str:
@@ -34,6 +38,17 @@ def make_what_is_missing(run: PPOPtxArguments, policy: str | None) -> str:
     return str(run.run / "selected_sft" / "model")
 
 
+def with_control_rewards(run: PPOPtxArguments, args: PPOPtxConfig) -> tuple[PPOPtxArguments, PPOPtxConfig]:
+    """Train the control's reward model; returns the settings of PPO on it. All else stays as in the run itself."""
+    folder = run.run / FOLDER
+    # What would cost time without saying more, or publish a control as the real model, is off.
+    off = ["--labeler_folds", "0", "--push_to_hub", "false"]
+    asked = ["--shuffle_ranks", "true", "--output_dir", str(folder / "reward_model"), *off]
+    run.reward_model_path = run_recipe("reward_model", run, asked)
+    args.output_dir, args.resume_from_checkpoint, args.push_to_hub = str(folder / "ppo_ptx"), None, False
+    return run, args
+
+
 def evaluate_if_described(run: RunArguments) -> None:
     """Run the evaluation if an evaluate.yaml beside the run's YAML names prompts for it."""
     if not run.own_data and read_yaml(run.config_folder / "evaluate.yaml").get("dataset_name"):
@@ -48,6 +63,7 @@ def run_recipe(
     A `--seed` on the command line is its seed, too.
     """
     seed = [] if run.given_seed is None else ["--seed", str(run.given_seed)]
+    gc.collect()  # the models of the stage before, which refer to each other
     reset_accelerator()
     path = run.config_folder / f"{config or name}.yaml"
     module = importlib.import_module(f"instruct_trl.recipes.{name}")

@@ -1,12 +1,14 @@
 """A user's own folder with tiny models, prompts and a labeler, in which evaluation and sampling are tried."""
 
 import json
+import shutil
 
 import torch
 from conftest import tiny_config
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from instruct_trl.pipeline.evaluating import EvaluateArguments
+from instruct_trl.pipeline.stage import FINISHED
 
 LABELER = """
 def score(prompts, completions, **_):
@@ -39,3 +41,16 @@ def own_evaluation(tmp_path, tokenizer):
     )  # fmt: skip
     run.folder("evaluation").mkdir(parents=True)
     return run
+
+
+def leave_control(run, finished=True, accuracy=None):
+    """What the control of a run in the folder `run` leaves: its policy and, with an accuracy, its reward model's."""
+    stage, rewards = run / "control" / "ppo_ptx", run / "control" / "reward_model"
+    shutil.copytree("policy", stage / "policy", dirs_exist_ok=True)
+    if finished:
+        record = {"settings": {"reward_model_path": str(rewards)}, "seconds": 3.0}
+        (stage / FINISHED).write_text(json.dumps(record))
+    if accuracy is not None:
+        (rewards / "evaluation").mkdir(parents=True)
+        found = {"mean": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "n": 10, "n_pairs": 30}
+        (rewards / "evaluation" / "metrics.json").write_text(json.dumps({"pair_accuracy": found}))

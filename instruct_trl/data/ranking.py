@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from trl.data_utils import extract_prompt
 
 from instruct_trl.data.encoding import Text, encode_prompt, in_row, prompt_key, template_kwargs, tokenize_pair
 from instruct_trl.data.rows import check_text, column_names, require_columns, shown
 
+_SIDES = ("chosen", "rejected")
 Pair = tuple[int, int]  # (winner, loser), positions in the completions
 _COUNTERS = {"long_prompts": "bool", "overlong_rows": "int32", "dropped_pairs": "int32", "tied_prompts": "bool"}
 
@@ -356,3 +358,40 @@ def _check_columns(dataset: Any, columns: Sequence[str], where: str, use_margins
             f"use_margins=True, but {where} has no column {source!r} to take margins from. Add it (in place of "
             "'ranks' or 'pairs' if those are there), or set use_margins=False."
         )
+
+
+# -- a control ---------------------------------------------------------------------------------------------------------
+
+
+def shuffle_ranks(dataset: Dataset, seed: int, where: str = "the dataset") -> Dataset:
+    """The same prompts and answers, with the ranks of each row dealt out anew at random: feedback that says nothing.
+
+    All orders of a row's answers are equally likely, the given one too, so that of any two answers each is the better
+    one half of the time. Ties, gaps and the number of pairs stay as they are; so do `margin`, `weight` and `labeler`.
+
+    Args:
+        dataset: rows as `parse_ranking` takes them.
+        seed: the same seed gives the same ranks.
+        where: the dataset's name in errors.
+
+    Raises:
+        ValueError: bad columns or rows (see `parse_ranking`).
+    """
+    _check_columns(dataset, column_names(dataset), where, use_margins=False)
+    kwargs = {"seed": seed, "where": where}
+    return dataset.map(_shuffle_row, with_indices=True, fn_kwargs=kwargs, features=dataset.features)
+
+
+def _shuffle_row(example: Mapping[str, Any], index: int, seed: int, where: str) -> dict[str, Any]:
+    with in_row(f"{where}, row {index}"):
+        count = len(parse_ranking(example, "margin" in example).completions)
+    # The answer at a place gets what was said of the answer at order[place].
+    order = np.random.default_rng([seed, index]).permutation(count).tolist()
+    if "pairs" in example:
+        return {"pairs": [[order.index(winner), order.index(loser)] for winner, loser in example["pairs"]]}
+    if "chosen" not in example:
+        name = "ranks" if "ranks" in example else "scores"
+        return {name: [example[name][place] for place in order]}
+    answers = {side: example[of] for side, of in zip(_SIDES, [_SIDES[place] for place in order], strict=True)}
+    cut = example.get("truncated")  # of the answers that changed places
+    return answers | ({} if cut is None else {"truncated": [cut[place] for place in order]})

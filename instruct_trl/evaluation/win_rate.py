@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from instruct_trl.evaluation.estimates import Estimate, Prompts, Side, finite, rate_interval
+from instruct_trl.evaluation.estimates import Estimate, Prompts, Side, finite, mean_interval, rate_interval
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,18 @@ def win_rate(scores: Sequence[float], baseline_scores: Sequence[float], *, promp
     # narrow.
     found = rate_interval((1 + won - lost.astype(float)) / 2, prompts)
     return WinRate(found.mean, found.low, found.high, found.n, wins, len(difference) - wins - losses, losses)
+
+
+def win_rate_lead(
+    scores: Sequence[float], other_scores: Sequence[float], baseline_scores: Sequence[float], *, prompts: Prompts = None
+) -> Estimate:
+    """One model's win rate minus another's against the same baseline, paired over prompts; between −1 and 1.
+
+    Both meet the same answers of the baseline, so this interval is narrower than the two win rates suggest. Arguments
+    and errors are those of `win_rate`.
+    """
+    outcomes = (np.sign(paired_difference(of, baseline_scores)) for of in (scores, other_scores))
+    return mean_interval(paired_difference(*outcomes) / 2, prompts, scale=(-1.0, 1.0))
 
 
 def paired_difference(scores: Sequence[float], baseline_scores: Sequence[float]) -> np.ndarray:

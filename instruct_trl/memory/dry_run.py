@@ -103,9 +103,12 @@ def ppo(
     policy: Candidates,
     reward_model: Candidates,
     one_base: bool,
+    control: bool = False,
     device_memory_gb: float | None = None,
 ) -> NoReturn:
     """Plan a PPO run. Arguments as `training`'s; `one_base` holds all roles as adapters on one base.
+
+    With `control` the run is trained a second time, after the first.
 
     Raises:
         ValueError: there is no policy, or `one_base` has no adapter.
@@ -137,6 +140,7 @@ def ppo(
         "8-bit weights are counted as if they were not quantised.": model.load_in_8bit,
         f"every prompt has {prompt} tokens and every answer {args.max_completion_length}.": True,
         "vLLM's own memory is not counted.": args.use_vllm,
+        "the control is trained after the run, with models of the same sizes, so it needs no more.": control,
     }
     assumptions = tuple(sentence for sentence, applies in assumed.items() if applies)
     on_gpu = this_device(device_memory_gb).is_gpu

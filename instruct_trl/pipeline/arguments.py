@@ -28,7 +28,7 @@ _VOLATILE = {
     *("output_dir", "logging_dir", "run_dir", "run_name", "prepare", "other_runs", "resume_from_checkpoint"),
     *("labeler_description", "pretraining_description", "deviations", "dry_run", "device_memory_gb", "cpu_threads"),
     *("report_to", "disable_tqdm", "local_rank", "push_to_hub", "hub_token", "hub_model_id", "trackio_space_id"),
-    "learning_curve",  # its models are stages of their own
+    *("learning_curve", "control"),  # their models are stages of their own
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ class EvaluateArguments(SamplingArguments):
     base_model: str | None = setting(None, "The pretrained model. Default: not compared.")
     sft_model: str | None = setting(None, "The baseline. Default: <run_dir>/selected_sft/model.")
     ppo_model: str | None = setting(None, "The policy after PPO. Default: <run_dir>/ppo_ptx/policy.")
-    other_models: list[str] = setting([], "More models to compare: NAME=PATH, such as PPO=...")
+    other_models: list[str] = setting(
+        [], "More models to compare: NAME=PATH, such as PPO=... 'shuffled ranks' is the name of a control."
+    )
     prefixes: list[str] = setting([], "A text to put before the prompts of one of other_models: NAME=FILE.")
     other_runs: list[str] = setting([], "Folders of PPO runs to draw: NAME=PATH.")
     reward_model_path: str | None = setting(None, "The reward model. Default: <run_dir>/reward_model.")
@@ -88,18 +90,10 @@ def evaluate_models(run: EvaluateArguments, folder: Path, judges: Sequence[Score
     seen = trained_on(run, prompts, [run.sft_model, run.reward_model_path, run.ppo_folder])
     check_scorer_room(scorer, prompts, run.max_completion_length, "max_completion_length")
     prefixes = read_prefixes(run, prompts)
-    texts = held_out_texts(run, run.pretraining_dataset_name)
     if PartialState().num_processes > 1:
         PartialState().print("== Evaluation: every process samples all answers. Launch one alone: --num_processes 1.")
-    reference, tokenizer = load_causal_lm(paths[SFT])
-    try_labeler(labeler, prompts, tokenizer, str(run.labeler))
     try_judges(judges, prompts)
-    answers: dict[str, dict[str, Any]] = {}
-    for name, path in paths.items():
-        sampled, measured = _measure(run, name, path, prompts, texts, reference, prefixes.get(name))
-        answers[name] = measured | {"path": path, "labeler": score_answers(labeler, prompts, sampled, "The labeler")}
-        with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
-            answers[name]["reward"] = score_answers(scorer, prompts, sampled)
+    answers = answers_of(run, paths, paths[SFT], prompts, labeler, scorer, prefixes)
     result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": seen}
     held_out, training = (_rankings(run.run / "rankings" / f"{split}.jsonl") for split in ("test", "train"))
     if held_out is not None:
@@ -111,6 +105,36 @@ def evaluate_models(run: EvaluateArguments, folder: Path, judges: Sequence[Score
     write_json(folder / "answers.json", result)
     scores = {name: row["labeler"] for name, row in answers.items()}
     return {f"{n} wins against SFT": win_rate(scores[n], scores[SFT]).mean for n in answers if n != SFT}
+
+
+def answers_of(
+    run: EvaluateArguments,
+    paths: Mapping[str, str],
+    sft: str,
+    prompts: list,
+    labeler: Callable[..., Any],
+    scorer: Callable[..., Any],
+    prefixes: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Each model's answers with their scores and measures, as `answers.json` has them: name → row.
+
+    Args:
+        run: the recipe's arguments.
+        paths: name → path of the models that answer.
+        sft: path of the model that the KL is measured from.
+        labeler, scorer: score all answers; the labeler is tried before anything is sampled.
+        prefixes: of `read_prefixes`.
+    """
+    texts = held_out_texts(run, run.pretraining_dataset_name)
+    reference, tokenizer = load_causal_lm(sft)
+    try_labeler(labeler, prompts, tokenizer, str(run.labeler))
+    answers: dict[str, dict[str, Any]] = {}
+    for name, path in paths.items():
+        sampled, measured = _measure(run, name, path, prompts, texts, reference, (prefixes or {}).get(name))
+        answers[name] = measured | {"path": path, "labeler": score_answers(labeler, prompts, sampled, "The labeler")}
+        with torch.autocast(reference.device.type, torch.bfloat16, enabled=run.bf16):
+            answers[name]["reward"] = score_answers(scorer, prompts, sampled)
+    return answers
 
 
 def _measure(

@@ -19,6 +19,7 @@ from instruct_trl.evaluation.reward_metrics import correlations
 from instruct_trl.evaluation.win_rate import paired_difference, win_rate
 from instruct_trl.judges.base import as_text
 from instruct_trl.pipeline.benchmarking import TaskArguments, measure_tasks
+from instruct_trl.pipeline.control import control_figures, control_stages, read_answers
 from instruct_trl.pipeline.evaluating import SFT, EvaluateArguments, other_logs, training_log
 from instruct_trl.pipeline.judging import JudgeArguments, judge_answers
 from instruct_trl.pipeline.stage import disk_errors, finished_summary, locked
@@ -61,12 +62,13 @@ def make_report(
     """
     from instruct_trl.report.pages import write_report
 
-    data = read_json(folder / "answers.json")
+    data = read_answers(folder)
     # Stage → the folder with its settings, time and log: the run's, or that of the model given in its place.
     stages = {stage: run.run / stage for stage in STAGES} | {"evaluation": folder, "ppo_ptx": run.ppo_folder}
     stages["reward_model"] = Path(run.reward_path)
     if run.sft_model:
         stages["selected_sft"] = Path(run.sft_model).parent
+    stages |= control_stages(run, folder)
     finished = {stage: finished_summary(place) for stage, place in stages.items()}
     selection = stages["selected_sft"] / "selection.json"
     picture = selection.with_suffix(".png")
@@ -79,6 +81,7 @@ def make_report(
         checkpoints=data.get("checkpoints", []),
         **(judged or {}),
         reward_model=data.get("reward_model", {}),
+        control=control_figures(data),
         trained_on=data.get("trained_on") or {},
         selection_picture=picture if picture.exists() else None,
         selection_note=read_json(selection).get("finding", "") if selection.exists() else "",

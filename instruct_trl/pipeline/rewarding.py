@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
-from instruct_trl.data.ranking import ranking_keys
+from instruct_trl.data.ranking import ranking_keys, shuffle_ranks
 from instruct_trl.data.rows import read_json
 from instruct_trl.evaluation.learning_curve import check_fractions, learning_curve, nested_subsets
 from instruct_trl.evaluation.reward_metrics import pair_accuracy, reward_metrics
 from instruct_trl.pipeline.arguments import RunArguments, setting, settings_of
-from instruct_trl.pipeline.rows import overlap, rows_digest
+from instruct_trl.pipeline.rows import overlap, rankings_of, rows_digest, train_and_test
 from instruct_trl.pipeline.stage import run_stage, write_json
 from instruct_trl.pipeline.training import quiet_progress
 
@@ -44,12 +44,36 @@ class RewardArguments(RunArguments):
     learning_curve: list[float] = setting(
         [],
         "Also train on these shares of the training prompts, such as 0.25 0.5 1.0, to see what more labels would "
-        "bring. The whole is always among them: it is the reward model itself, which may be finished already.",
+        "bring. The whole is always among them: it is the reward model itself, which may be finished already. Not with "
+        "shuffle_ranks.",
+    )
+    shuffle_ranks: bool = setting(
+        False,
+        "Shuffle the ranks within each prompt before training: a control, which learns nothing of the feedback. "
+        "Held-out rankings stay as they are.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fractions(self.learning_curve)
+
+    @property
+    def title(self) -> str:
+        """The stage's name."""
+        return f"Reward model{' on shuffled ranks' * self.shuffle_ranks}"
+
+    @property
+    def labeler_in_words(self) -> str | None:
+        """Who ranked, for the page, which also says if a control was trained."""
+        if not self.shuffle_ranks:
+            return self.labeler_description
+        return f"{self.labeler_description or 'not described'}; for training, the ranks were shuffled, as a control"
+
+
+def rankings_to_learn(run: RewardArguments, seed: int) -> tuple[Any, Any]:
+    """(train, test) of the run's rankings; test is None if nothing is held out. A control trains on shuffled ranks."""
+    train, test = train_and_test(run, rankings_of(run))
+    return (shuffle_ranks(train, seed, "the train dataset") if run.shuffle_ranks else train), test
 
 
 def reward_trainer(
@@ -123,7 +147,7 @@ def subsets_of(run: RewardArguments, args: RankingRewardConfig, train: Any, test
     Raises:
         ValueError: nothing is held out, or whatever `nested_subsets` raises.
     """
-    if not run.learning_curve:
+    if not run.learning_curve or run.shuffle_ranks:
         return {}
     if test is None:
         raise ValueError("--learning_curve needs held-out rankings to measure accuracy on: a test split.")

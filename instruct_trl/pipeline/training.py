@@ -32,6 +32,12 @@ class PPOPtxArguments(RunArguments):
     pretraining_dataset_name: str | None = setting(None, "Texts for the γ term (`text`).")
     one_base: bool = setting(False, "All four roles as adapters on one base (RoleAdapters).")
     labeler: str = setting("none", "'module:function': logged beside the reward, never trained on; or 'none'.")
+    control: str = setting(
+        "none",
+        "'shuffled_ranks': when the run is trained, train it once more with a reward model whose training ranks were "
+        "shuffled, into <run_dir>/control, and compare. What is left of a win there does not come from the feedback. "
+        "It takes the time of both trainings again. Or 'none'.",
+    )
 
 
 def prepare_output(args: TrainingArguments, run: RunArguments, stage: str) -> None:

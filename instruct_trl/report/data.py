@@ -75,6 +75,8 @@ class ReportData:
         checkpoints: rows of `selection.score_checkpoints` on validation prompts.
         judged, ratings, judge_notes: replies of further judges, as rows of `judges.tally`, and notes about them.
         reward_model: `reward_metrics`, or the part of it that `pair_accuracy` gives, with `kendall_tau`.
+        control: of the same run with shuffled ranks, its `name` in `models`, the `lead` of the headline model's win
+            rate over its own, paired, and, if known, the `pair_accuracy` of its reward model; {} if there is none.
         selection_picture, selection_note: PNG of the SFT selection, and its finding in one sentence.
         settings: flat, or one dict per stage.
         timings: stage → seconds.
@@ -94,6 +96,7 @@ class ReportData:
     ratings: LogRows = field(default_factory=list)
     judge_notes: list[str] = field(default_factory=list)
     reward_model: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
     selection_picture: str | Path | None = None
     selection_note: str = ""
     samples: list[Sample] = field(default_factory=list)

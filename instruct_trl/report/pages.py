@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from instruct_trl.evaluation.reward_metrics import Record, reward_metrics
-from instruct_trl.report import findings, findings_reward
+from instruct_trl.report import findings, findings_control, findings_reward
 from instruct_trl.report.data import REPORT_JSON, ModelResult, ReportData, load_report_data, save_report_data
 from instruct_trl.report.pictures import MOST_ROWS, draw_all, require_matplotlib
 from instruct_trl.report.pictures_reward import GROUPS, reward_pictures
@@ -141,7 +141,8 @@ def environment(kind: str) -> Any:
         "one_line": _one_line,
         "by_model": _by_model,
     }
-    made.globals |= {"find": findings, "about": findings_reward, "verdicts": VERDICTS}
+    made.globals |= {"find": findings, "about": findings_reward, "without": findings_control}
+    made.globals |= {"verdicts": VERDICTS}
     made.globals |= {"groups": GROUPS, "most_rows": MOST_ROWS}
     return made
 

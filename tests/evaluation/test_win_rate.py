@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from instruct_trl.evaluation.estimates import bootstrap_interval, wilson_interval
-from instruct_trl.evaluation.win_rate import paired_difference, win_rate
+from instruct_trl.evaluation.win_rate import paired_difference, win_rate, win_rate_lead
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 7), (1, 7), (7, 7), (63, 100), (161, 256), (9_999, 20_000)])
@@ -116,3 +116,22 @@ def test_pairing_removes_what_the_prompts_share():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_lead_is_the_difference_of_two_win_rates_and_its_interval_knows_that_they_are_paired():
+    rng = np.random.default_rng(0)
+    base, luck = rng.normal(size=400), rng.normal(size=400)
+    other = luck + 0.1 * rng.normal(size=400)
+    better = other + 0.3
+    lead, rates = win_rate_lead(better, other, base), [win_rate(s, base) for s in (better, other)]
+    assert lead.mean == pytest.approx(rates[0].mean - rates[1].mean)
+    assert lead.side_of(0) == "above"
+    assert lead.high - lead.low < rates[0].high - rates[0].low  # the two win and lose the same prompts
+    assert win_rate_lead(other, better, base).mean == -lead.mean
+    assert win_rate_lead(other, other, base).mean == 0
+
+
+def test_ties_count_half_in_a_lead():
+    # Against 0: a win, a tie, a loss make 1, 1/2, 0. Differences: 1 − 1/2, 1/2 − 0, 0 − 1.
+    assert win_rate_lead([1, 0, -1], [0, -1, 1], [0, 0, 0]).mean == 0
+    assert win_rate_lead([1, 0, 0], [0, -1, 0], [0, 0, 0]).mean == pytest.approx(1 / 3)

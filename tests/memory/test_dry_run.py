@@ -55,6 +55,14 @@ def test_every_recipe_prints_its_plan_and_makes_nothing(recipe, home, capsys):
     assert sorted(home.rglob("*")) == before
 
 
+def test_a_control_needs_no_more_memory_and_the_plan_says_so(home, capsys):
+    own = ("--model_name_or_path", "tiny", "--run_dir", "run")
+    alone, both = (run(capsys, "ppo_ptx", *own, *more).splitlines() for more in ((), ("--control", "shuffled_ranks")))
+    (added,) = [line for line in both if line not in alone]
+    assert added.startswith("Assumed: the control is trained after the run")
+    assert [line for line in both if line != added] == alone
+
+
 @pytest.mark.slow
 def test_the_demo_is_planned_without_its_model(home, capsys, monkeypatch):
     """Its model is not there and would be downloaded: the plan knows its shape."""

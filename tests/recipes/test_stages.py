@@ -1,5 +1,7 @@
 """A PPO run first does the stages that are missing, and ends with the evaluation that its YAMLs describe."""
 
+import json
+
 import pytest
 from instruct_trl.recipes import ppo_ptx, stages
 
@@ -100,8 +102,9 @@ WHOLE_RUN = {
 }
 
 
-def test_a_users_own_folder_of_yamls_runs_every_stage_as_the_demos_does(tmp_path, policy, tokenizer, monkeypatch):
-    """Prepared data, SFT, rankings, reward model, selection, PPO-ptx and the report; a second call finds them done."""
+@pytest.fixture
+def mine(tmp_path, policy, tokenizer, monkeypatch):
+    """A user's own YAMLs in mine/, with what they name, in the working folder."""
     monkeypatch.chdir(tmp_path)
     policy.save_pretrained("tiny")
     tokenizer.save_pretrained("tiny")
@@ -109,12 +112,62 @@ def test_a_users_own_folder_of_yamls_runs_every_stage_as_the_demos_does(tmp_path
     (tmp_path / "mine").mkdir()
     for name, text in WHOLE_RUN.items():
         (tmp_path / "mine" / f"{name}.yaml").write_text(SHARED + text)
+    return tmp_path
+
+
+def test_a_users_own_folder_of_yamls_runs_every_stage_as_the_demos_does(mine, capsys):
+    """Prepared data, SFT, rankings, reward model, selection, PPO-ptx and the report; a second call finds them done."""
     for _ in range(2):
         ppo_ptx.main(["--config", "mine/ppo_ptx.yaml"])
-    report = (tmp_path / "out" / "report.md").read_text()
+    report = (mine / "out" / "report.md").read_text()
     assert "the sum of letters" in report
     assert "| base |" in report
-    assert "the sum of letters" in (tmp_path / "out" / "reward_model" / "evaluation" / "report.md").read_text()
-    assert (tmp_path / "out" / "rankings" / "test.jsonl").exists()
+    assert "the sum of letters" in (mine / "out" / "reward_model" / "evaluation" / "report.md").read_text()
+    assert (mine / "out" / "rankings" / "test.jsonl").exists()
     with pytest.raises(ValueError, match="give --model_name_or_path and --reward_model_path"):
         ppo_ptx.main(["--config", "mine/ppo_ptx.yaml", "--dataset_name", "other.jsonl", "--output_dir", "o"])
+    add_a_control(mine / "out", capsys)
+
+
+def add_a_control(run, capsys):
+    """To a finished run, later: it alone is trained and evaluated, on the same prompts from the same policy."""
+    drawn = ("report.", "pictures")
+    files = [path for path in run.rglob("*") if path.is_file() and not path.relative_to(run).parts[0].startswith(drawn)]
+    before = {path: path.read_bytes() for path in files}
+    with_control = ["--config", "mine/ppo_ptx.yaml", "--control", "shuffled_ranks"]
+    capsys.readouterr()
+    ppo_ptx.main(with_control)
+    assert {path: path.read_bytes() for path in files} == before
+    said = capsys.readouterr().out
+    for line in ("== Rankings: finished earlier", "== PPO-ptx: finished earlier", "== Evaluation: finished earlier"):
+        assert line in said
+    for title in ("Reward model on shuffled ranks", "PPO-ptx on shuffled ranks", "Evaluation of the control"):
+        assert f"== {title}: done" in said
+    report = (run / "report.md").read_text()
+    assert "base | SFT | shuffled ranks | PPO-ptx" in report
+    assert "does not come from the feedback. Its reward model orders" in report
+
+    def read(stage, name="stage.finished.json"):
+        return json.loads((run / stage / name).read_text())
+
+    real, control = (read(f"{folder}reward_model")["settings"] for folder in ("", "control/"))
+    assert control == real | {"shuffle_ranks": True, "labeler_folds": 0}
+    real, control = (read(f"{folder}ppo_ptx")["settings"] for folder in ("", "control/"))
+    assert control == real | {"reward_model_path": "out/control/reward_model"}
+    pages = [read(f"{folder}reward_model/evaluation", "metrics.json") for folder in ("", "control/")]
+    assert pages[0]["rankings"] == pages[1]["rankings"]  # the held-out ones, as the labeler gave them
+    assert "the ranks were shuffled" in (run / "control" / "reward_model" / "evaluation" / "report.md").read_text()
+    # One that broke off goes on where it was.
+    (run / "control" / "ppo_ptx" / "stage.finished.json").unlink()
+    ppo_ptx.main(with_control)
+    said = capsys.readouterr().out
+    assert "== Reward model on shuffled ranks: finished earlier" in said
+    assert "== PPO-ptx on shuffled ranks: done" in said
+    assert "== Evaluation of the control: finished earlier" in said  # the same policy came out
+
+
+def test_a_control_without_rankings_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="my-rm comes without any. Leave it out"):
+        ppo_ptx.main(["--run_dir", "out", "--control", "shuffled_ranks", "--reward_model_path", "my-rm"])
+    assert list(tmp_path.iterdir()) == []
