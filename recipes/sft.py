@@ -1,6 +1,6 @@
 """Step 1: supervised fine-tuning on demonstrations, every epoch's checkpoint kept (Ouyang et al. 2022, section 3.5).
 
-accelerate launch recipes/sft.py                                  # the demo: SmolLM2 on film reviews
+accelerate launch recipes/sft.py                                  # the demo: SmolLM2 on sentences that people wrote
 accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D --output_dir out --config my.yaml
 """
 
