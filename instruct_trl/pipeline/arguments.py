@@ -71,7 +71,7 @@ class RunArguments:
     own_data: bool = field(init=False, default=False)
     """Whether the command line names another dataset than the YAML."""
     given_seed: int | None = field(init=False, default=None)
-    """The command line's `--seed`. The preparing step and the stages that a recipe runs get it, too."""
+    """The command line's `--seed`, if it has no `--output_dir`: the seed of all stages that are still missing."""
 
     def __post_init__(self) -> None:
         require_at_least(self, cpu_threads=1)
@@ -180,6 +180,7 @@ def parse_recipe(
     settings = read_yaml(config, {action.dest for action in parser._actions} | {"env"}) if config else {}
     peek.add_argument("--dataset_name", "--dataset-name", nargs="?")
     peek.add_argument("--seed", nargs="?")
+    peek.add_argument("--output_dir", "--output-dir", nargs="?")
     peeked = peek.parse_known_args(rest)[0]
     named = peeked.dataset_name
     own_data = named is not None and named != settings.get("dataset_name")
@@ -193,7 +194,8 @@ def parse_recipe(
     if borrowed and not run.dry_run:
         print(f"Settings: those of {config}, made for other data and another model. --config names your own.")
     run.own_data, run.config_folder = own_data, config.parent if config else Path()
-    run.given_seed = None if peeked.seed is None else int(peeked.seed)
+    if peeked.seed is not None and peeked.output_dir is None:
+        run.given_seed = int(peeked.seed)
     _fill_in_places(parsed, expanduser(run.run_dir))
     _load_as_asked(parsed)
     _tokens_to_environment(parsed)

@@ -16,7 +16,7 @@ from instruct_trl.evaluation.selection import Prompt, score_answers
 from instruct_trl.judges import Answer, Pair, ScoreJudge
 from instruct_trl.models.generation import Completion
 from instruct_trl.pipeline.arguments import RunArguments, read_yaml
-from instruct_trl.pipeline.stage import run_stage
+from instruct_trl.pipeline.stage import finished_summary, run_stage
 
 STAND_INS = ("Yes, it is so.", "No.")  # two: one number for all answers then differs from one number each
 
@@ -79,17 +79,19 @@ def load_labeler(name: str | None, run: RunArguments) -> Callable[..., Any]:
 def prepare_data(run: RunArguments) -> None:
     """Call the run's preparing step, once: `function(<run_dir>/data, **settings of data.yaml)`.
 
-    It writes its data into that folder and may return a summary, a dict. One that takes `seed` gets the command line's.
+    It writes its data into that folder and may return a summary, a dict. One that takes `seed` gets that of the run.
     """
     if not run.prepare:
         return
-    function = load_function(run.prepare, "prepare")
+    folder, function = run.run / "data", load_function(run.prepare, "prepare")
     parameters = _parameters(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     settings = read_yaml(run.config_folder / "data.yaml", None if takes_all else [*parameters][1:])
-    if run.given_seed is not None and "seed" in parameters:
-        settings["seed"] = run.given_seed
-    folder, shown = run.run / "data", {"prepare": run.prepare, **settings}
+    if "seed" in parameters:
+        made = finished_summary(folder)  # data that are there stay as they are, whatever seed a later stage gets
+        seed = made["settings"].get("seed") if made else run.given_seed
+        settings |= {} if seed is None else {"seed": seed}
+    shown = {"prepare": run.prepare, **settings}
     run_stage(folder, "Data", shown, lambda _: function(folder, **settings) or {}, resume=False, announce_skip=False)
 
 

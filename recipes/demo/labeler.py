@@ -14,14 +14,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
+ARTICLES = frozenset({"a", "an", "another", "her", "his", "its", "one", "some", "the", "their", "this", "two"})
 PROMPT = "Write a sentence with the words {words}:\n"
-ENDINGS = ("ing", "ed", "es", "s", "d")
 N_WORDS_KEPT = 150
 """The classifier sees this many words as they are, beside function words, and of others only the ending."""
 ODD = 0.05
@@ -51,15 +52,12 @@ def function_words() -> frozenset[str]:
     return ENGLISH_STOP_WORDS | {"does", "doing", "s", "t"}
 
 
+@lru_cache(maxsize=100_000)
 def stem(word: str) -> str:
-    """The word without its ending, so that `walks` and `walked` count as `walk`."""
-    for ending in ENDINGS:
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            word = word.removesuffix(ending)
-            break
-    if len(word) > 3 and word[-1] == word[-2]:  # stopped, stop
-        word = word[:-1]
-    return word.rstrip("e")
+    """The word without its ending (Snowball's English stemmer), so that `walks` and `walked` count as `walk`."""
+    from snowballstemmer import stemmer
+
+    return stemmer("english").stemWord(word)
 
 
 def content_words(sentence: str) -> list[str]:
@@ -84,7 +82,7 @@ def is_one_sentence(text: str) -> bool:
 
 
 class SentenceLabeler:
-    """Scores (prompt, completion): a point per word used; one less if it is not one sentence, two if it reads oddly.
+    """Scores (prompt, completion): a point per word used, and two less unless it is one sentence that reads like one.
 
     Usable as a TRL reward function. The scores are whole numbers, so many answers tie.
 
@@ -101,7 +99,7 @@ class SentenceLabeler:
     def __call__(self, prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
         odd = self.classifier.decision_function(completions) < self.odd_below
         return [
-            float(words_used(prompt, completion) - (not is_one_sentence(completion)) - 2 * strange)
+            float(words_used(prompt, completion) - 2 * (strange or not is_one_sentence(completion)))
             for prompt, completion, strange in zip(prompts, completions, odd, strict=True)
         ]
 
@@ -110,10 +108,8 @@ class SentenceLabeler:
         """Fit on sentences that people wrote; a few seconds for 2,000. Every tenth sets the limit of what is odd."""
         rng = random.Random(seed)
         fitted = [sentence for index, sentence in enumerate(sentences) if index % 10]
-        spoilt = [text for sentence in fitted for text in spoil(sentence, rng)]
-        counts = Counter(word for sentence in fitted for word in words_of(sentence))
-        kept = function_words().union(word for word, _ in counts.most_common(N_WORDS_KEPT))
-        classifier = _untrained(kept).fit(fitted + spoilt, [1] * len(fitted) + [0] * len(spoilt))
+        spoilt = [text for sentence in fitted for text in spoil(sentence, rng.choice(fitted), rng)]
+        classifier = _untrained(Patterns.of(fitted)).fit(fitted + spoilt, [1] * len(fitted) + [0] * len(spoilt))
         return cls(classifier, float(np.quantile(classifier.decision_function(sentences[::10]), ODD)))
 
     def save(self, path: Path) -> None:
@@ -124,6 +120,8 @@ class SentenceLabeler:
             np.savez_compressed(
                 file,
                 kept=np.array(sorted(vectorizer.analyzer.kept)),
+                things=np.array(sorted(vectorizer.analyzer.things)),
+                doings=np.array(sorted(vectorizer.analyzer.doings)),
                 patterns=vectorizer.get_feature_names_out().astype(str),
                 idf=vectorizer.idf_,
                 weights=regression.coef_,
@@ -142,7 +140,9 @@ class SentenceLabeler:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
-            vectorizer, regression = pipeline = _untrained(arrays["kept"].tolist(), arrays["patterns"].tolist())
+            vectorizer, regression = pipeline = _untrained(
+                Patterns(*(arrays[name].tolist() for name in ("kept", "things", "doings"))), arrays["patterns"].tolist()
+            )
             vectorizer.idf_ = arrays["idf"]
             regression.coef_, regression.intercept_ = arrays["weights"], arrays["intercept"]
             regression.classes_ = arrays["classes"]
@@ -150,18 +150,33 @@ class SentenceLabeler:
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ValueError(
                 f"{path} cannot be read as the demo's labeler ({error}). Another version may have made it. "
-                f"Move {path.parent} away and start again: the demo's data are made anew, the same."
+                f"Move {path.parent.parent} away and start again."
             ) from error
 
 
 class Patterns:
-    """What the classifier sees of a text: runs of one to three words; rare words are their endings alone.
+    """What the classifier sees of a text: runs of one to three words; of rare words only how people use them.
 
     So it judges how a text is built, not what it is about.
+
+    Args:
+        kept: words that it sees as they are.
+        things: words that people often put behind an article, as in `the boat`.
+        doings: other words that people use.
     """
 
-    def __init__(self, kept: Iterable[str]):
-        self.kept = frozenset(kept)
+    def __init__(self, kept: Iterable[str], things: Iterable[str], doings: Iterable[str]):
+        self.kept, self.things, self.doings = frozenset(kept), frozenset(things), frozenset(doings)
+
+    @classmethod
+    def of(cls, sentences: list[str]) -> Patterns:
+        """Those of sentences that people wrote."""
+        pairs = Counter(pair for sentence in sentences for pair in pairwise(["", *words_of(sentence)]))
+        counts = Counter(word for _, word in pairs.elements())
+        behind_article = Counter(word for before, word in pairs.elements() if before in ARTICLES)
+        kept = function_words().union(word for word, _ in counts.most_common(N_WORDS_KEPT))
+        things = {word for word in counts if behind_article[word] >= counts[word] / 4} - kept
+        return cls(kept, things, set(counts) - kept - things)
 
     def __call__(self, text: str) -> list[str]:
         shapes = ["^", *map(self._shape, re.findall(r"[a-z']+|[.,!?;:]", text.lower())), "$"]
@@ -170,14 +185,34 @@ class Patterns:
     def _shape(self, word: str) -> str:
         if word in self.kept or not word.isalpha():
             return word
-        return "-" + next((ending for ending in ("ing", "ed", "ly", "s") if word.endswith(ending)), "")
+        use = "thing" if word in self.things else "doing" if word in self.doings else "new"
+        return f"{use}-{next((ending for ending in ('ing', 'ed', 'ly', 's') if word.endswith(ending)), '')}"
 
 
-def spoil(sentence: str, rng: random.Random) -> list[str]:
-    """Two texts that nobody would write, made from a sentence by two of eight ways, drawn at random."""
+def spoil(sentence: str, other: str, rng: random.Random) -> list[str]:
+    """Three texts that nobody would write: a sentence spoilt in two of eight ways, and its words in another's frame."""
     ways = rng.sample((_shuffled, _swapped, _bare, _listed, _repeated, _halved, _strewn, _gapped), 2)
     spoilt = [" ".join(way(sentence.rstrip(".").split(), rng)) for way in ways]
+    spoilt.append(_framed(sentence, rng.choice((other, *FRAMES)), rng))
     return [text[:1].upper() + text[1:] + "." for text in spoilt if text + "." != sentence]
+
+
+FRAMES = (
+    "the _ and the _ and the _ and the _",
+    "a _ is _ and _ and _",
+    "a man is seen with a _ and a _ while the _ is in the _",
+    "a man is holding a _, a _ and a _",
+    "a _ _ is _ _",
+    "there is a _ and a _ with a _ and a _",
+)
+"""Frames that take any words. A labeler that liked one of them would be easily pleased."""
+
+
+def _framed(sentence: str, frame: str, rng: random.Random) -> str:
+    """The content words of a sentence, in any order, in the places of another's."""
+    words = [word for word in words_of(sentence) if word not in function_words()] or ["thing"]
+    places = (word.strip(".,") if word.strip(".,").lower() in function_words() else "_" for word in frame.split())
+    return " ".join(rng.choice(words) if place == "_" else place for place in places)
 
 
 def _shuffled(words: list[str], rng: random.Random) -> list[str]:
@@ -219,11 +254,11 @@ def _gapped(words: list[str], rng: random.Random) -> list[str]:
     return words[:i] + words[i + 3 :]
 
 
-def _untrained(kept: Iterable[str], patterns: list[str] | None = None) -> Any:
+def _untrained(analyzer: Patterns, patterns: list[str] | None = None) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     seen_often = {"min_df": 3} if patterns is None else {"vocabulary": patterns}
-    vectorizer = TfidfVectorizer(analyzer=Patterns(kept), sublinear_tf=True, **seen_often)
+    vectorizer = TfidfVectorizer(analyzer=analyzer, sublinear_tf=True, **seen_often)
     return make_pipeline(vectorizer, LogisticRegression(C=10, max_iter=500, class_weight="balanced"))

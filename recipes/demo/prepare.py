@@ -98,7 +98,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def captions() -> list[str]:
-    """Sentences about videos as people wrote them, each once, in file order: 4,638 of them.
+    """Sentences about videos as people wrote them, each once, in file order: 4,635 of them.
 
     HellaSwag's items from ActivityNet have two each: what they begin with, and how they really went on.
     """
@@ -162,6 +162,8 @@ def prepare(folder: Path, seed: int = 0, **sizes: int) -> dict:
         print(f"   A training step of 16 × 32 tokens takes {step:.2f} s here. The whole run: about {minutes} minutes.")
     try:
         (folder / "model").symlink_to(model.resolve())
+    except FileExistsError:  # another process of the run was faster
+        pass
     except OSError:  # where links are not allowed
         shutil.copytree(model, folder / "model")
     return build_demo_data(folder, args)

@@ -144,13 +144,20 @@ def test_a_preparing_step_is_called_once_with_the_settings_beside_the_config(tmp
     assert json.loads((run.run / "data" / FINISHED).read_text())["summary"] == {"rows": 3}
 
 
-def test_a_preparing_step_that_takes_a_seed_gets_the_command_lines(tmp_path, monkeypatch):
+def test_a_preparing_step_that_takes_a_seed_gets_the_runs_and_what_is_there_stays(tmp_path, monkeypatch):
     (tmp_path / "seeded_step.py").write_text("def write(folder, seed=0):\n    (folder / str(seed)).touch()\n")
     monkeypatch.chdir(tmp_path)
-    argv = ["--prepare", "seeded_step:write", "--run_dir", "run", "--seed", "7", "--cpu_threads", "1"]
-    (run,) = parse_recipe((SampleArguments,), "sample", "Help.", argv)
-    prepare_data(run)
-    assert (run.run / "data" / "7").exists()
+
+    def prepare(run_dir, *argv):
+        argv = ["--prepare", "seeded_step:write", "--run_dir", run_dir, "--cpu_threads", "1", *argv]
+        (run,) = parse_recipe((SampleArguments,), "sample", "Help.", argv)
+        prepare_data(run)
+        return {path.name for path in (run.run / "data").iterdir()} & set("0123456789")
+
+    assert prepare("run", "--seed", "7") == {"7"}
+    assert prepare("run") == prepare("run", "--seed", "8") == {"7"}
+    assert prepare("plain") == prepare("plain", "--seed", "8") == {"0"}
+    assert prepare("variant", "--seed", "8", "--output_dir", "elsewhere") == {"0"}
 
 
 def test_a_labeler_is_called_as_it_will_be_and_no_more_than_once(tokenizer):

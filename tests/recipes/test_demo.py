@@ -98,10 +98,36 @@ def test_captions_are_whole_sentences_each_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("answer", "used"),
-    [("Two men walked in the rivers.", 2), ("A man walks.", 1), ("Riverman.", 0), ("", 0), ("WALKING, River!", 2)],
+    [
+        ("Two men walked in the rivers.", 2),
+        ("A man walks.", 1),
+        ("Riverman.", 0),
+        ("", 0),
+        ("WALKING, River!", 2),
+    ],
 )
 def test_a_word_counts_in_any_form_and_once(answer, used):
     assert labeler.words_used(labeler.PROMPT.format(words="walks, river"), answer) == used
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        "hand hands",
+        "carry carries carried",
+        "hold holding",
+        "stop stopped",
+        "build building",
+        "bounce bounced bouncing",
+    ],
+)
+def test_forms_of_a_word_are_one_word(forms):
+    assert len({labeler.stem(form) for form in forms.split()}) == 1
+
+
+@pytest.mark.parametrize("words", ["car card", "win wind wine", "plan plane", "star stare", "see seed"])
+def test_other_words_are_not(words):
+    assert len({labeler.stem(word) for word in words.split()}) == len(words.split())
 
 
 def test_what_pleases_nobody_scores_below_people(made):
@@ -117,6 +143,8 @@ def test_what_pleases_nobody_scores_below_people(made):
         [f"{text}, {text}, {text}" for text in words],
         [" ".join(row["completion"].split()[:-1]) for row in people],
         [row["completion"] + " " + row["completion"] for row in people],
+        ["The " + text.replace(", ", " and the ") + "." for text in words],
+        ["A man is " + text.replace(", ", " and ") + "." for text in words],
     ):
         assert max(judge(asked, spoilt)) < median
 
