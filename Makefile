@@ -19,7 +19,7 @@ PYTEST  = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch .venv/installed-dev
 
-## The whole pipeline on a real model and real text, under 20 minutes on 2 cores; ends in outputs/demo/report.html
+## The whole pipeline on a real model and real text, 15 to 30 minutes on 2 cores; ends in outputs/demo/report.html
 demo: .venv/installed
 	$(BIN)/accelerate launch recipes/ppo_ptx.py
 
