@@ -411,7 +411,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Estimate):
         return asdict(value)
     if isinstance(value, dict):
-        return {
-            " to ".join(map(str, key)) if isinstance(key, tuple) else str(key): _plain(x) for key, x in value.items()
-        }
+        return {_name(key): _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _name(group: Any) -> str:
+    """A group as text. Bounds are "6 to 10", or "6" where they are equal."""
+    return " to ".join(map(str, dict.fromkeys(group))) if isinstance(group, tuple) else str(group)

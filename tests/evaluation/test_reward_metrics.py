@@ -224,6 +224,8 @@ def test_quartiles_are_named_by_their_own_bounds():
     lengths = [*range(6, 16), *range(96, 106)]  # in order as numbers, not as texts: "96 to" after "11 to"
     metrics = reward_metrics([record([1.0, 0.0], [1, 2], prompt_length=n) for n in lengths], n_boot=10)
     assert list(metrics["by_prompt_length"]) == ["6 to 10", "11 to 15", "96 to 100", "101 to 105"]
+    alike = reward_metrics([record([1.0, 0.0], [1, 2], prompt_length=5 + n // 10) for n in range(20)], n_boot=10)
+    assert list(alike["by_prompt_length"]) == ["5", "6"]
 
 
 def test_kendalls_tau_equals_scipys():
