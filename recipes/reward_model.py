@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> str:
             trainer.normalize(rows.further_rows(run, run.demonstrations_name)[0])
         metrics = trainer.evaluate() if test is not None else {}
         if metrics:
-            rewarding.write_page(trainer, args.output_dir, run.labeler_in_words, folds, train, test)
+            rewarding.write_page(trainer, args.output_dir, run.notes, folds, train, test)
         shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
         return training.finish_training(trainer, run.dataset_name) | shown
 

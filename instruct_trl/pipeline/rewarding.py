@@ -63,11 +63,10 @@ class RewardArguments(RunArguments):
         return f"Reward model{' on shuffled ranks' * self.shuffle_ranks}"
 
     @property
-    def labeler_in_words(self) -> str | None:
-        """Who ranked, for the page, which also says if a control was trained."""
-        if not self.shuffle_ranks:
-            return self.labeler_description
-        return f"{self.labeler_description or 'not described'}; for training, the ranks were shuffled, as a control"
+    def notes(self) -> list[str]:
+        """For the page: who ranked, and whether a control was trained."""
+        labeler = [f"The labeler: {self.labeler_description}."] if self.labeler_description else []
+        return labeler + ["For training, the ranks were shuffled: this model is a control."] * self.shuffle_ranks
 
 
 def rankings_to_learn(run: RewardArguments, seed: int) -> tuple[Any, Any]:
@@ -200,7 +199,7 @@ def train_on_shares(
 
 
 def write_page(
-    trainer: RankingRewardTrainer, folder: str, labeler: str | None, folds: dict[str, Any] | None, train: Any, test: Any
+    trainer: RankingRewardTrainer, folder: str, notes: list[str], folds: dict[str, Any] | None, train: Any, test: Any
 ) -> None:
     """`<folder>/evaluation/report.html` from the trainer's last evaluation, and lines that say what it found.
 
@@ -212,7 +211,7 @@ def write_page(
     pages.mkdir(parents=True, exist_ok=True)
     page = {
         "title": f"Reward model on {'the test split' if repeated else 'held-out rankings'}",
-        "notes": [f"The labeler: {labeler}."] if labeler else [],
+        "notes": notes,
         "labeler_folds": folds,
         "trained_on": (repeated, len(test)) if repeated else None,
     }
