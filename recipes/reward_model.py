@@ -8,6 +8,7 @@ Held-out rankings give <output_dir>/evaluation/report.html: accuracy and its flo
 With --learning_curve 0.25 0.5 1.0 the page also says what twice the labels would bring.
 """
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -46,13 +47,14 @@ def main(argv: list[str] | None = None) -> str:
             trainer.normalize(rows.further_rows(run, run.demonstrations_name)[0])
         metrics = trainer.evaluate() if test is not None else {}
         if metrics:
-            rewarding.write_page(trainer, args.output_dir, run.labeler_in_words, folds, train, test)
+            rewarding.write_page(trainer, args.output_dir, run.notes, folds, train, test)
         shown = {name: metrics[f"eval_{name}"] for name in ("pair_accuracy", "kendall_tau") if metrics}
         return training.finish_training(trainer, run.dataset_name) | shown
 
+    untouched = deepcopy(args)  # a training changes its settings
     run_stage(Path(args.output_dir), run.title, settings_of(run, args, model), body)
     if run.learning_curve and not run.shuffle_ranks:
-        rewarding.train_on_shares(base, run, args, model, *rankings())
+        rewarding.train_on_shares(base, run, untouched, model, *rankings())
     return args.output_dir
 
 

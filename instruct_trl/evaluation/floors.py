@@ -1,7 +1,7 @@
 """A floor under a reward model's accuracy: a bag of words, trained on the same rankings, asked about the same pairs.
 
-It knows which words and word pairs an answer holds, and neither the prompt nor what the answer says. A reward model
-that is no better has learned no more than that. The other floor, the answers' length, is in `reward_metrics`.
+It knows which words and word pairs an answer holds, and neither the prompt nor how the words belong together. A reward
+model that is no better has learned no more than that. The other floor, the answers' length, is in `reward_metrics`.
 
 scikit-learn (the extra `report`) is imported where the bag is trained.
 """
@@ -39,6 +39,10 @@ class TextRanking(NamedTuple):
     prompt: str | None
 
 
+class NoBagOfWords(ValueError):
+    """The rankings are too few for a bag of words, or have no words that two answers share."""
+
+
 class BagOfWords:
     """Pairwise logistic regression on TF-IDF: P(winner beats loser) = σ(w · (x_winner − x_loser)).
 
@@ -47,7 +51,7 @@ class BagOfWords:
     the training prompts, by log loss.
 
     Raises:
-        ValueError: fewer than `MIN_TRAINING_PROMPTS` prompts with a pair, or no word in any two answers.
+        NoBagOfWords: fewer than `MIN_TRAINING_PROMPTS` prompts with a pair, or no word in any two answers.
         ImportError: scikit-learn is missing.
     """
 
@@ -65,13 +69,16 @@ class BagOfWords:
             prompts += [ranking.prompt or str(number)] * len(ranking.pairs)
             answers += ranking.answers
         if len(set(prompts)) < MIN_TRAINING_PROMPTS:
-            raise ValueError(f"A bag of words needs {MIN_TRAINING_PROMPTS} training prompts with a pair or more.")
+            raise NoBagOfWords(f"A bag of words needs {MIN_TRAINING_PROMPTS} training prompts with a pair or more.")
         drawn = np.arange(len(pairs))
         if len(pairs) > MOST_PAIRS:
             drawn = np.random.default_rng(0).choice(len(pairs), MOST_PAIRS, replace=False)
         winners, losers = np.array(pairs)[drawn].T
         self._words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=_TOKEN)
-        x = self._words.fit_transform(answers)
+        try:
+            x = self._words.fit_transform(answers)
+        except ValueError as error:  # scikit-learn's "empty vocabulary", or "no terms remain"
+            raise NoBagOfWords(f"No word is in two answers: {error}") from error
         differences = x[winners] - x[losers]
         search = GridSearchCV(
             LogisticRegression(fit_intercept=False, max_iter=1_000),
@@ -97,7 +104,7 @@ def bag_of_words(rankings: Iterable[TextRanking]) -> BagOfWords | None:
         return None
     try:
         return BagOfWords(rankings)
-    except ValueError:  # too few, or scikit-learn's "empty vocabulary"
+    except NoBagOfWords:
         return None
 
 
@@ -106,7 +113,28 @@ def why_missing() -> str:
     if find_spec("sklearn") is None:
         return "The bag of words is missing, since scikit-learn is. Install it: pip install instruct-trl[report]"
     few = f"fewer than {MIN_TRAINING_PROMPTS} prompts with a compared pair"
-    return f"The bag of words is missing: the training rankings were not at hand, or held {few}."
+    return f"The bag of words is missing: training rankings were not at hand, held {few}, or no word in two answers."
+
+
+def training_texts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> Iterator[TextRanking]:
+    """`text_rankings` of training rows, with `MOST_PAIRS` pairs at most, drawn over all; other answers are not read."""
+    kept = [comparisons([row])["pairs"][0].nonzero().tolist() for row in rows]
+    total = sum(map(len, kept))
+    if total <= MOST_PAIRS:
+        yield from text_rankings(rows, tokenizer)
+        return
+    chosen = np.zeros(total, dtype=bool)
+    chosen[np.random.default_rng(0).choice(total, MOST_PAIRS, replace=False)] = True
+    draw = iter(chosen)
+    kept = [[pair for pair in pairs if next(draw)] for pairs in kept]
+    for number, pairs in enumerate(kept):
+        if not pairs:
+            continue
+        (found,) = text_rankings([rows[number]], tokenizer)
+        used = sorted({answer for pair in pairs for answer in pair})
+        place = {answer: index for index, answer in enumerate(used)}
+        ordered = [[place[winner], place[loser]] for winner, loser in pairs]
+        yield TextRanking([found.answers[answer] for answer in used], ordered, found.prompt)
 
 
 def text_rankings(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[TextRanking]:

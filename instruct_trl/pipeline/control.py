@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from instruct_trl.data.encoding import prompt_keys
 from instruct_trl.data.rows import read_json
 from instruct_trl.evaluation.win_rate import win_rate, win_rate_lead
@@ -23,6 +25,11 @@ SHUFFLED = "shuffled_ranks"
 CONTROL = "shuffled ranks"
 """The control's name among the models of a report."""
 FOLDER = "control"
+# Stage → what may differ between the run and its control: what makes it a control, or changes no model.
+_MAY_DIFFER = {
+    "reward_model": {"shuffle_ranks", "labeler_folds", "learning_curve"},
+    "ppo_ptx": {"reward_model_path"},
+}
 
 
 def check_control(run: PPOPtxArguments, output_dir: str | None) -> bool:
@@ -57,7 +64,7 @@ def evaluate_control(run: EvaluateArguments, folder: Path) -> None:
     """Let the run's finished control answer the prompts of a finished evaluation, as a stage in `<folder>/control`.
 
     There is nothing to do without one, if another policy than the run's own is evaluated, or if `other_models` holds
-    a control.
+    a control. One that was trained with other settings or data than the run is left out, and a line says so.
 
     Args:
         run: the arguments of `recipes/evaluate.py`.
@@ -67,9 +74,40 @@ def evaluate_control(run: EvaluateArguments, folder: Path) -> None:
     named = CONTROL in name_and_path(run.other_models, "other_models")
     if run.ppo_model is not None or named or finished_summary(stage) is None:
         return
+    if why := unlike_the_run(run.run):
+        PartialState().print(f"== Evaluation of the control: left out. {why}")
+        return
     settings = settings_of(run) | {"ppo_model": str(stage / "policy")}
     place = folder / FOLDER
     run_stage(place, "Evaluation of the control", settings, lambda _: _evaluate(run, folder, stage), resume=False)
+
+
+def unlike_the_run(run: Path) -> str:
+    """What was changed between the trainings of the run in a folder and of its control, and the remedy; "" if nothing.
+
+    Stages without a record are not compared.
+    """
+    for stage, may_differ in _MAY_DIFFER.items():
+        own, control = (finished_summary(folder / stage) for folder in (run, run / FOLDER))
+        if own is None or control is None:
+            continue
+        then, now = (record.get("settings", {}) for record in (control, own))
+        changed = [f"{k} is {then.get(k, 'the default')} there and {now.get(k, 'the default')} in {run / stage}"
+                   for k in sorted({*then, *now} - may_differ) if then.get(k) != now.get(k)]  # fmt: skip
+        then, now = (record.get("inputs", {}) for record in (control, own))
+        changed += [f"the files of {k} are others than for {run / stage}"
+                    for k in sorted({*then} & {*now} - may_differ) if then[k] != now[k]]  # fmt: skip
+        if changed:
+            return (
+                f"{run / FOLDER / stage} was not trained as the run itself was: {changed[0]}. Move {run / FOLDER} "
+                f"away, and train the control anew with recipes/ppo_ptx.py --control {SHUFFLED}."
+            )
+    return ""
+
+
+def _evaluated(run: EvaluateArguments, folder: Path) -> bool:
+    """Whether the control was evaluated with `folder` and is still one of this run."""
+    return finished_summary(folder / FOLDER) is not None and not unlike_the_run(run.run)
 
 
 def _evaluate(run: EvaluateArguments, folder: Path, stage: Path) -> dict[str, Any]:
@@ -86,7 +124,7 @@ def _evaluate(run: EvaluateArguments, folder: Path, stage: Path) -> dict[str, An
 
 def control_stages(run: EvaluateArguments, folder: Path) -> dict[str, Path]:
     """Stage → folder of the control that was evaluated with `folder`; {} if none was."""
-    if finished_summary(folder / FOLDER) is None:
+    if not _evaluated(run, folder):
         return {}
     own = run.run / FOLDER
     return {
@@ -96,10 +134,10 @@ def control_stages(run: EvaluateArguments, folder: Path) -> dict[str, Path]:
     }
 
 
-def read_answers(folder: Path) -> dict[str, Any]:
+def read_answers(run: EvaluateArguments, folder: Path) -> dict[str, Any]:
     """The evaluation's answers.json, with the control's answers before those of the last model."""
     data = read_json(folder / "answers.json")
-    if finished_summary(folder / FOLDER) is not None and CONTROL not in data["models"]:
+    if _evaluated(run, folder) and CONTROL not in data["models"]:
         *others, last = data["models"].items()
         data["models"] = dict([*others, *read_json(folder / FOLDER / "answers.json").items(), last])
     return data

@@ -15,7 +15,7 @@ from instruct_trl.data.encoding import prompt_key
 from instruct_trl.data.ranking import prepare_ranking_dataset
 from instruct_trl.data.ranking_batch import answer_lengths
 from instruct_trl.data.rows import read_json
-from instruct_trl.evaluation.floors import add_bag_of_words, bag_of_words, text_rankings
+from instruct_trl.evaluation.floors import add_bag_of_words, bag_of_words, text_rankings, training_texts
 from instruct_trl.evaluation.language_modeling import mean_answer_kl, mean_token_loss
 from instruct_trl.evaluation.reward_metrics import reward_metrics
 from instruct_trl.evaluation.selection import as_prompts, score_answers, score_checkpoints
@@ -29,7 +29,7 @@ from instruct_trl.pipeline.functions import load_labeler, try_judges, try_labele
 from instruct_trl.pipeline.loading import load_split
 from instruct_trl.pipeline.rows import dataset_of, held_out_texts, prompts_to_judge, rows_digest, trained_on
 from instruct_trl.pipeline.sampling import load_causal_lm, sample_answers
-from instruct_trl.pipeline.stage import write_json
+from instruct_trl.pipeline.stage import fingerprint, finished_summary, write_json
 
 BASE, SFT, PPO = "base", "SFT", "PPO-ptx"
 _OPTIONS = {BASE: "base_model", SFT: "sft_model", PPO: "ppo_model"}
@@ -95,10 +95,8 @@ def evaluate_models(run: EvaluateArguments, folder: Path, judges: Sequence[Score
     try_judges(judges, prompts)
     answers = answers_of(run, paths, paths[SFT], prompts, labeler, scorer, prefixes)
     result: dict[str, Any] = {"prompts": prompts, "models": answers, "trained_on": seen}
-    held_out, training = (_rankings(run.run / "rankings" / f"{split}.jsonl") for split in ("test", "train"))
-    if held_out is not None:
-        of_the_run = Path(run.reward_path).resolve() == (run.run / "reward_model").resolve()
-        training = training if of_the_run else None  # another reward model's training rankings are not known
+    if (held_out := _rankings(run.run / "rankings" / "test.jsonl")) is not None:
+        training = _training_rankings(run)
         result["reward_model"] = reward_model_figures(scorer, Path(run.reward_path), held_out, training)
     if checkpoint_prompts is not None:
         result["checkpoints"] = score_checkpoints(run.ppo_folder, labeler, scorer, checkpoint_prompts, **run.drawn)
@@ -236,6 +234,22 @@ def _rankings(path: Path) -> Any:
     return rows if rows is not None and "ranks" in rows.features else None
 
 
+def _training_rankings(run: EvaluateArguments) -> Any:
+    """The run's training rankings if its reward model learned them, as they are; None if it did not, or not surely."""
+    rankings, folder = run.run / "rankings", Path(run.reward_path)
+    made = finished_summary(folder) or {}
+    settings, digest = made.get("settings", {}), made.get("inputs", {}).get("dataset_name")
+    named = Path(settings.get("dataset_name") or rankings)
+    others = (
+        folder.resolve() != (run.run / "reward_model").resolve()
+        or named.resolve() != rankings.resolve()
+        or settings.get("shuffle_ranks", False)
+        or settings.get("dataset_train_split", "train") != "train"
+        or (digest is not None and digest != fingerprint(named, folder))
+    )
+    return None if others else _rankings(rankings / "train.jsonl")
+
+
 def reward_model_figures(scorer: Any, folder: Path, rankings: Any, training: Any = None) -> dict[str, Any]:
     """How often the reward model orders held-out answers as the labeler does, and more: `reward_metrics`.
 
@@ -252,7 +266,7 @@ def reward_model_figures(scorer: Any, folder: Path, rankings: Any, training: Any
         for record, row in zip(records, held_out, strict=True):
             record["lengths"] = answer_lengths(row)
         rows = [] if training is None else prepare_ranking_dataset(training, tokenizer)[0]
-        if (bag := bag_of_words(text_rankings(rows, tokenizer))) is not None:
+        if (bag := bag_of_words(training_texts(rows, tokenizer))) is not None:
             add_bag_of_words(records, bag, text_rankings(held_out, tokenizer))
     return reward_metrics(records)
 

@@ -62,7 +62,7 @@ def make_report(
     """
     from instruct_trl.report.pages import write_report
 
-    data = read_answers(folder)
+    data = read_answers(run, folder)
     # Stage → the folder with its settings, time and log: the run's, or that of the model given in its place.
     stages = {stage: run.run / stage for stage in STAGES} | {"evaluation": folder, "ppo_ptx": run.ppo_folder}
     stages["reward_model"] = Path(run.reward_path)

@@ -18,7 +18,7 @@ from instruct_trl.evaluation.learning_curve import check_fractions, learning_cur
 from instruct_trl.evaluation.reward_metrics import pair_accuracy, reward_metrics
 from instruct_trl.pipeline.arguments import RunArguments, setting, settings_of
 from instruct_trl.pipeline.rows import overlap, rankings_of, rows_digest, train_and_test
-from instruct_trl.pipeline.stage import run_stage, write_json
+from instruct_trl.pipeline.stage import finished_with, run_stage, write_json
 from instruct_trl.pipeline.training import quiet_progress
 
 if TYPE_CHECKING:
@@ -63,11 +63,10 @@ class RewardArguments(RunArguments):
         return f"Reward model{' on shuffled ranks' * self.shuffle_ranks}"
 
     @property
-    def labeler_in_words(self) -> str | None:
-        """Who ranked, for the page, which also says if a control was trained."""
-        if not self.shuffle_ranks:
-            return self.labeler_description
-        return f"{self.labeler_description or 'not described'}; for training, the ranks were shuffled, as a control"
+    def notes(self) -> list[str]:
+        """For the page: who ranked, and whether a control was trained."""
+        labeler = [f"The labeler: {self.labeler_description}."] if self.labeler_description else []
+        return labeler + ["For training, the ranks were shuffled: this model is a control."] * self.shuffle_ranks
 
 
 def rankings_to_learn(run: RewardArguments, seed: int) -> tuple[Any, Any]:
@@ -126,10 +125,11 @@ def records_of(
     settings.output_dir, settings.push_to_hub, settings.resume_from_checkpoint = str(folder), False, None
     if not settings.load_best_model_at_end:
         settings.save_strategy = settings.eval_strategy = "no"
-    trainer = reward_trainer(model, settings, model_args, train, held)
+    only = next(iter(held)) if len(held) == 1 else None  # bare: the best checkpoint is chosen by "eval_loss"
+    trainer = reward_trainer(model, settings, model_args, train, held[only] if only else held)
     trainer.train()
     records: dict[str, Sequence[Mapping[str, Any]]] = {}
-    tokenized: Any = trainer.eval_dataset
+    tokenized: Any = {only: trainer.eval_dataset} if only else trainer.eval_dataset
     for name in held:
         trainer.evaluate(tokenized[name], metric_key_prefix=f"eval_{name}")
         records[name] = trainer.evaluation_records
@@ -161,7 +161,10 @@ def train_on_shares(
     """Train on shares of the prompts and draw the learning curve of the finished reward model in `args.output_dir`.
 
     Each share is a stage of its own in `<output_dir>/learning_curve`, which keeps its records: what is finished is not
-    trained again.
+    trained again, and shares of earlier calls with the same settings are in the curve, too.
+
+    Args:
+        args: as they were before the reward model was trained, which changes them.
     """
     keys, home = ranking_keys(train), Path(str(args.output_dir), CURVE)
     page = Path(str(args.output_dir), "evaluation", RECORDS)
@@ -170,30 +173,33 @@ def train_on_shares(
             f"--learning_curve: {page} is missing, with which the reward model in {args.output_dir} was evaluated. "
             "Train it anew: name another --output_dir."
         )
-    prompts = {1.0: len(set(keys))}
+    common = settings_of(run, args, model_args)
     for fraction, rows in subsets_of(run, args, train, test).items():
         folder = home / f"{fraction:g}"
-        prompts[fraction] = len({keys[row] for row in rows})
 
-        def body(_: Any, rows: list[int] = rows, folder: Path = folder, count: int = prompts[fraction]) -> dict:
+        def body(_: Any, rows: list[int] = rows, folder: Path = folder) -> dict:
             held = {"test": test}
             records = records_of(model, args, model_args, train.select(rows), held, folder / "model")["test"]
             if PartialState().is_main_process:
                 write_json(folder / RECORDS, records)
+            count = len({keys[row] for row in rows})
             return {"prompts": count, "pair_accuracy": pair_accuracy(records).mean}
 
-        settings = settings_of(run, args, model_args) | {"fraction": fraction}
+        settings = common | {"fraction": fraction}
         run_stage(folder, f"Reward model on {fraction:g} of the prompts", settings, body, resume=False)
     if PartialState().is_main_process:
-        whole = read_json(page)["records"]
-        shares = {fraction: read_json(home / f"{fraction:g}" / RECORDS) for fraction in prompts if fraction < 1}
-        curve = learning_curve(prompts, shares | {1.0: whole})
+        prompts, records = {1.0: len(set(keys))}, {1.0: read_json(page)["records"]}
+        for folder in (path.parent for path in home.glob(f"*/{RECORDS}")):
+            fraction = float(folder.name)
+            if (made := finished_with(folder, common | {"fraction": fraction})) is not None:
+                prompts[fraction], records[fraction] = made["summary"]["prompts"], read_json(folder / RECORDS)
+        curve = learning_curve(prompts, records)
         write_json(home / "curve.json", curve)
         draw_page(page.parent, curve)
 
 
 def write_page(
-    trainer: RankingRewardTrainer, folder: str, labeler: str | None, folds: dict[str, Any] | None, train: Any, test: Any
+    trainer: RankingRewardTrainer, folder: str, notes: list[str], folds: dict[str, Any] | None, train: Any, test: Any
 ) -> None:
     """`<folder>/evaluation/report.html` from the trainer's last evaluation, and lines that say what it found.
 
@@ -205,7 +211,7 @@ def write_page(
     pages.mkdir(parents=True, exist_ok=True)
     page = {
         "title": f"Reward model on {'the test split' if repeated else 'held-out rankings'}",
-        "notes": [f"The labeler: {labeler}."] if labeler else [],
+        "notes": notes,
         "labeler_folds": folds,
         "trained_on": (repeated, len(test)) if repeated else None,
     }

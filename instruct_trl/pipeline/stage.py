@@ -45,6 +45,20 @@ def finished_summary(folder: Path) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
+def finished_with(folder: Path, settings: dict[str, Any]) -> dict | None:
+    """The record of the finished stage in `folder` if it was made with these settings, from the same data; or None."""
+    settings = _as_recorded(settings)
+    try:
+        _refuse_other_run(folder, {"settings": settings, "inputs": fingerprints(settings, but=folder)})
+    except ValueError:
+        return None
+    return finished_summary(folder)
+
+
+def _as_recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(redact_settings(settings), default=str))
+
+
 def run_stage(
     folder: Path,
     title: str,
@@ -66,7 +80,7 @@ def run_stage(
         announce_skip: print a line also if there is nothing to do.
     """
     state = PartialState()
-    settings = json.loads(json.dumps(redact_settings(settings), default=str))
+    settings = _as_recorded(settings)
     with ExitStack() as held, disk_errors(folder, title):
         record, finished, checkpoint = _agreed(state, lambda: _begin(folder, settings, resume, held))
         if finished is not None:

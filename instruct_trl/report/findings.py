@@ -14,6 +14,8 @@ Verdict = Literal["better", "worse", "unclear", "doubtful", "missing"]
 
 NBSP = "\u00a0"
 COIN = "a coin"
+RULES = {"length": "a rule of length", "words": "a bag of words"}
+"""What a floor knows (`floors_of`) → the floor, in a sentence."""
 OVERLAP_LIMIT = 0.05
 """Share of prompts that were trained on above which a page gives no verdict."""
 TRAINING_NAMES = {
@@ -104,20 +106,30 @@ def headline(data: ReportData) -> tuple[Verdict, str]:
         "unclear": ("unclear", f"Whether {model.name} beats {base} is open", "The interval holds one half."),
     }
     verdict, says, half = verdicts[model.win.verdict]
-    if verdict == "better" and data.reward_model and (doubt := not_told_from(data.reward_model)):
-        verdict, half = "doubtful", f"But {_cannot_come_from(doubt)}"
+    if verdict == "better" and data.reward_model and (doubt := _doubt(data.reward_model)):
+        verdict, half = "doubtful", f"But {doubt}"
     return verdict, f"{says}: it wins {_prompts_won(model.win)}. {half}"
 
 
-def _cannot_come_from(floors: list[str]) -> str:
-    """What a win on a reward model that shows no more than `floors` (`not_told_from`) cannot come from."""
+def _doubt(metrics: Mapping[str, Any]) -> str:
+    """What the reward model is not known to know, and so what a win on it cannot be put down to; "" without doubt."""
+    rate, seen, open_ = estimate(metrics["pair_accuracy"]), metrics.get("trained_on"), "so it is open whether the win"
+    if seen_too_often(seen):
+        rows = f"{seen['rows']:,} of the {seen['of']:,} rows"  # type: ignore[index]
+        return (
+            f"{rows} that its reward model was tested on have prompts it was trained on, {open_} comes from feedback."
+        )
+    if rate.bounds is None:
+        few = f"only {rate.n} prompt{'s' * (rate.n != 1)}, too few for an interval"
+        return f"its reward model was tested on {few}, {open_} comes from the rankings."
+    floors = not_told_from(metrics)
     if floors == [COIN]:
-        return f"its reward model cannot be told from {COIN}, so the win cannot be put down to the rankings."
-    known = " or ".join(floors)
-    return (
-        f"its reward model shows no more than {known}, so the win cannot be put down to anything in the rankings but "
-        f"{known}."
-    )
+        says = "does worse than" if rate.side_of(0.5) == "below" else "cannot be told from"
+        return f"its reward model {says} {COIN}, so the win cannot be put down to the rankings."
+    if known := " or ".join(no_more_than(metrics)):
+        return f"its reward model shows no more than {known}, so the win cannot be put down to more in the rankings."
+    rules, known = " or ".join(RULES[floor] for floor in floors), " and ".join(floors)
+    return f"its reward model cannot be told from {rules}, {open_} comes from more than {known}." if floors else ""
 
 
 def _prompts_won(win: WinRate) -> str:
@@ -208,6 +220,12 @@ def not_told_from(metrics: Mapping[str, Any]) -> list[str]:
         return [COIN]
     floors = floors_of(metrics)
     return [known for known, floor in floors.items() if estimate(floor["lead"]).side_of(0) != "above"]
+
+
+def no_more_than(metrics: Mapping[str, Any]) -> list[str]:
+    """Those of `not_told_from` over which no lead is left in the whole interval: no open question."""
+    leads = {known: estimate(floor["lead"]) for known, floor in floors_of(metrics).items()}
+    return [known for known, lead in leads.items() if lead.high is not None and lead.high <= 0]
 
 
 def floor_rows(metrics: Mapping[str, Any]) -> list[list[str]]:

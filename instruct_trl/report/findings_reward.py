@@ -11,10 +11,12 @@ from instruct_trl.evaluation.learning_curve import MIN_POINTS
 from instruct_trl.report.findings import (
     COIN,
     NBSP,
+    RULES,
     Verdict,
     estimate,
     figure,
     floors_of,
+    no_more_than,
     not_told_from,
     number,
     pairs_ordered,
@@ -52,9 +54,12 @@ def headline(metrics: Metrics) -> tuple[Verdict, str]:
     same = not_told_from(metrics)
     if same == [COIN]:
         return "unclear", f"The reward model cannot be told from {COIN}: {orders}"
+    if less := no_more_than(metrics):
+        beaten = any(estimate(floors[known]["lead"]).side_of(0) == "below" for known in less)
+        return "worse" if beaten else "unclear", f"The reward model shows no more than {' or '.join(less)}: {orders}"
     if same:
-        beaten = any(estimate(floors[known]["lead"]).side_of(0) == "below" for known in same)
-        return "worse" if beaten else "unclear", f"The reward model shows no more than {' or '.join(same)}: {orders}"
+        rules = " or ".join(RULES[known] for known in same)
+        return "unclear", f"The reward model cannot be told from {rules}: {orders}"
     but = " But read the warnings below." if metrics.get("warnings") else ""
     return "better", f"The reward model knows more than {' and '.join(floors) or COIN}: {orders}{but}"
 

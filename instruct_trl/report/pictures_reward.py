@@ -110,7 +110,7 @@ def draw_learning_curve(curve: Metrics, theme: Theme) -> Any:
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(loc="best")
-    axes.set_xlabel("training prompts with labels (each step twice as many)")
+    axes.set_xlabel("training prompts with labels")
     axes.set_ylabel("held-out pairs ordered as\nthe labeler does (%)")
     return figure
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from trl import RewardConfig, RewardTrainer
@@ -23,7 +24,7 @@ from instruct_trl.data.prefix_layout import GroupedRows
 from instruct_trl.data.ranking import RankingReport, prepare_ranking_dataset
 from instruct_trl.data.ranking_batch import RankingCollator, grouped_rows, prompt_pieces, row_pieces, take_prompts
 from instruct_trl.data.rows import check_demonstration, require_columns
-from instruct_trl.evaluation.floors import BagOfWords, add_bag_of_words, bag_of_words, text_rankings
+from instruct_trl.evaluation.floors import BagOfWords, add_bag_of_words, bag_of_words, text_rankings, training_texts
 from instruct_trl.evaluation.reward_metrics import floor_rates
 from instruct_trl.maths.rankings import ranking_losses
 from instruct_trl.models.adapters import has_adapters, save_token_rows
@@ -354,7 +355,9 @@ class RankingRewardTrainer(RewardTrainer):
         if self._bag_of_words is not None:
             rankings = text_rankings(dataloader.dataset, self.processing_class)
             add_bag_of_words(self.evaluation_records, self._bag_of_words, rankings)
-        metrics |= {f"pair_accuracy_{name}": rate for name, rate in floor_rates(self.evaluation_records).items()}
+        floors = [floor_rates(self.evaluation_records)]
+        broadcast_object_list(floors)  # the main process alone has a bag, and every process may choose a checkpoint
+        metrics |= {f"pair_accuracy_{name}": rate for name, rate in floors[0].items()}
         report = self.data_reports.get(prefix.removeprefix("eval_"), self.data_reports.get("eval"))
         if report is not None:
             metrics |= {"dropped_prompts": report.dropped_prompts, "overlong_rows": report.overlong_rows}
@@ -367,7 +370,7 @@ class RankingRewardTrainer(RewardTrainer):
         """Trained at the first evaluation, on the main process alone: nobody else writes what it says."""
         if not isinstance(self.train_dataset, Dataset) or not self.accelerator.is_main_process:
             return None
-        return bag_of_words(text_rankings(self.train_dataset, self.processing_class))
+        return bag_of_words(training_texts(self.train_dataset, self.processing_class))
 
     # -- bias ---------------------------------------------------------------------------------------------------------
 

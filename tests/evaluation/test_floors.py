@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from instruct_trl.evaluation import floors
-from instruct_trl.evaluation.floors import BagOfWords, TextRanking, add_bag_of_words, bag_of_words, text_rankings
+from instruct_trl.evaluation.floors import (
+    BagOfWords,
+    TextRanking,
+    add_bag_of_words,
+    bag_of_words,
+    text_rankings,
+    training_texts,
+)
 from instruct_trl.evaluation.reward_metrics import credit, floor_rates, reward_metrics
 from instruct_trl.report.findings import floor_text, not_told_from
 from instruct_trl.report.findings_reward import headline
@@ -193,6 +200,7 @@ def test_without_enough_prompts_words_or_scikit_learn_there_is_no_bag(monkeypatc
     found = reward_metrics(records_of(texts(20, by_length), lambda *_: 0, None), n_boot=10)["floors"]
     assert found["bag_of_words"] is None
     assert "fewer than 10 prompts" in found["missing"]
+    assert "no word in two answers" in found["missing"]
     monkeypatch.setattr(floors, "find_spec", lambda name: None)
     assert bag_of_words(texts(20, by_length)) is None
     found = reward_metrics(records_of(texts(20, by_length), lambda *_: 0, None), n_boot=10)
@@ -209,6 +217,31 @@ def test_most_pairs_are_enough(monkeypatch):
 
     bag = BagOfWords(texts(200, praised))
     assert floor_rates(records_of(texts(50, praised, seed=1), lambda *_: 0, bag))["bag_of_words"] > 0.9
+
+
+def test_answers_without_a_drawn_pair_are_not_read(tokenizer, monkeypatch):
+    """Of six rows with two pairs each, one pair is drawn: its two answers alone are text, the better one first."""
+    monkeypatch.setattr(floors, "MOST_PAIRS", 1)
+    rows = [
+        {"input_ids": [tokenizer(f"{row} {a}")["input_ids"] for a in ("bad", "x", "good")], "pairs": [[2, 0], [2, 1]]}
+        for row in range(6)
+    ]
+    (found,) = training_texts(rows, tokenizer)
+    ((winner, loser),) = found.pairs
+    assert len(found.answers) == 2
+    assert found.answers[winner] == "good"
+    assert found.answers[loser] in ("bad", "x")
+    monkeypatch.setattr(floors, "MOST_PAIRS", 12)
+    assert list(training_texts(rows, tokenizer)) == list(text_rankings(rows, tokenizer))
+
+
+def test_an_error_of_another_kind_is_not_taken_for_too_few_rankings(monkeypatch):
+    def broken(*args):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(BagOfWords, "__init__", broken)
+    with pytest.raises(ValueError, match="something else"):
+        bag_of_words([])
 
 
 def test_text_begins_with_the_first_word_in_which_answers_differ(tokenizer):

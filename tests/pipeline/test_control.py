@@ -79,6 +79,47 @@ def test_a_control_adds_its_own_answers_and_the_report_compares(evaluated, sampl
     assert "orders 50\u00a0% of 30 held-out pairs" in page
 
 
+@pytest.mark.parametrize(
+    ("stage", "made", "control", "says"),
+    [
+        ("ppo_ptx", {"learning_rate": 1e-5}, {}, "learning_rate is the default there and 1e-05 in run/ppo_ptx"),
+        ("reward_model", {"seed": 1}, {"seed": 2, "shuffle_ranks": True}, "seed is 2 there and 1 in run/reward_model"),
+        ("reward_model", {"labeler_folds": 5}, {"shuffle_ranks": True, "labeler_folds": 0}, None),
+        ("ppo_ptx", {}, {"reward_model_path": "run/control/reward_model"}, None),
+    ],
+)
+def test_a_control_that_was_trained_otherwise_than_the_run_is_left_out(
+    evaluated, sampled, capsys, stage, made, control, says
+):
+    run, folder = evaluated
+    leave_control(run.run, accuracy=0.5)
+    evaluate_control(run, folder)  # while nothing is known to differ
+    for place, settings in ((run.run, made), (run.run / "control", control)):
+        (place / stage).mkdir(exist_ok=True)
+        record = {"settings": settings, "seconds": 1.0, "inputs": {"dataset_name": "a"}}
+        (place / stage / "stage.finished.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    evaluate_control(run, folder)
+    said = capsys.readouterr().out
+    assert ("left out" in said) == (says is not None)
+    assert (says or "") in said
+    assert ("Move run/control away" in said) == (says is not None)
+    data = load_report_data(make_report(run, folder).parent)
+    assert ([model.name for model in data.models] == ["SFT", "PPO-ptx"]) == (says is not None)
+    assert (data.control == {}) == (says is not None)
+
+
+def test_a_control_of_other_data_is_left_out(evaluated, sampled, capsys):
+    run, folder = evaluated
+    leave_control(run.run)
+    for place, digest in ((run.run, "a"), (run.run / "control", "b")):
+        record = {"settings": {}, "inputs": {"dataset_name": digest, "reward_model_path": digest}}
+        (place / "ppo_ptx" / "stage.finished.json").write_text(json.dumps(record))
+    evaluate_control(run, folder)
+    assert "the files of dataset_name are others than for run/ppo_ptx" in capsys.readouterr().out
+    assert sampled == []
+
+
 def test_another_policy_has_no_control(evaluated, sampled):
     run, folder = evaluated
     leave_control(run.run)

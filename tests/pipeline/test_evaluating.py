@@ -206,7 +206,7 @@ def test_both_pages_of_a_run_give_one_accuracy(tmp_path, capsys):
     """The run's report takes what the reward model's page says, not a second pass; of other rankings it asks anew."""
     rows, ours = Dataset.from_list(RANKINGS), score_rankings(by_letter, RANKINGS[:1])
     trainer = SimpleNamespace(evaluation_records=ours, accelerator=SimpleNamespace(is_main_process=True))
-    write_page(trainer, str(tmp_path), None, None, None, rows)
+    write_page(trainer, str(tmp_path), [], None, None, rows)
     page = (tmp_path / "evaluation" / "report.md").read_text()
     figures = reward_model_figures(by_letter, tmp_path, rows)  # of three records by the scorer, of one on the page
     assert (
@@ -231,7 +231,7 @@ def test_without_matplotlib_the_figures_are_printed_all_the_same(tmp_path, capsy
     trainer = SimpleNamespace(
         evaluation_records=score_rankings(by_letter, RANKINGS), accelerator=SimpleNamespace(is_main_process=True)
     )
-    write_page(trainer, str(tmp_path), None, None, rows, rows)
+    write_page(trainer, str(tmp_path), [], None, rows, rows)
     out = capsys.readouterr().out
     assert "No page on the evaluation was written. no matplotlib here" in out
     assert "reward model: 83.3 %" in out
@@ -254,6 +254,26 @@ def test_a_reward_model_without_a_page_gets_its_floors_from_the_runs_rankings(tm
         assert found["floors"][name]["accuracy"]["mean"] == 1
         assert found["floors"][name]["lead"]["mean"] == -1
     assert reward_model_figures(shortest, tmp_path, rows)["floors"]["bag_of_words"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "inputs", "known"),
+    [
+        ({}, {}, True),
+        ({"dataset_name": "run/rankings"}, {}, True),
+        ({"dataset_name": "run/rankings"}, {"dataset_name": "another digest"}, False),
+        ({"dataset_name": "other.jsonl"}, {}, False),
+        ({"shuffle_ranks": True}, {}, False),
+    ],
+)
+def test_the_bag_learns_the_rankings_of_the_reward_model_or_none(own, settings, inputs, known):
+    for stage in ("rankings", "reward_model"):
+        (own.run / stage).mkdir()
+    (own.run / "rankings" / "train.jsonl").write_text(json.dumps(RANKINGS[0]) + "\n")
+    record = {"settings": settings, "inputs": inputs}
+    (own.run / "reward_model" / "stage.finished.json").write_text(json.dumps(record))
+    found = evaluating._training_rankings(replace(own, reward_model_path=None))
+    assert (found is not None) == known
 
 
 def test_rankings_without_untied_pairs_are_refused(tmp_path):

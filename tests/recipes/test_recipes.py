@@ -248,8 +248,7 @@ def test_reward_model_with_held_out_rankings_and_labelers(home, call):
     assert not (home / "rm2" / "folds").exists()
 
 
-@pytest.mark.slow
-def test_a_finished_reward_model_gets_a_learning_curve_and_no_share_is_trained_twice(home, call):
+def write_rankings_for_a_curve(home):
     (home / "ranked").mkdir()
     for split, start, count in (("train", 0, 40), ("test", 40, 12)):
         rows = [
@@ -261,6 +260,11 @@ def test_a_finished_reward_model_gets_a_learning_curve_and_no_share_is_trained_t
             for i in range(start, start + count)
         ]
         (home / "ranked" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+def test_a_finished_reward_model_gets_a_learning_curve_and_no_share_is_trained_twice(home, call):
+    write_rankings_for_a_curve(home)
     train = (*TRAIN, "--model_name_or_path", "policy", "--dataset_name", "ranked", "--output_dir", "rm2")
     out = call("reward_model", *train)
     assert "a bag of words: 100.0 %" in out
@@ -284,6 +288,31 @@ def test_a_finished_reward_model_gets_a_learning_curve_and_no_share_is_trained_t
     out = call("reward_model", *train, "--learning_curve", "0.25", "0.75")
     assert "Reward model on 0.25 of the prompts: finished earlier, kept" in out
     assert "Reward model on 0.75 of the prompts: done" in out
+    curve = json.loads((home / "rm2" / "learning_curve" / "curve.json").read_text())
+    assert [point["fraction"] for point in curve["points"]] == [0.25, 0.5, 0.75, 1.0]  # earlier ones stay
+
+
+@pytest.mark.slow
+def test_a_new_reward_model_with_a_learning_curve_and_the_best_checkpoint_is_found_finished_again(home, call):
+    write_rankings_for_a_curve(home)
+    best = (
+        "--load_best_model_at_end",
+        "true",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+    )
+    train = (*TRAIN, *best, "--model_name_or_path", "policy", "--dataset_name", "ranked", "--output_dir", "rm2")
+    out = call("reward_model", *train, "--learning_curve", "0.5", "1.0")
+    assert "Reward model on 0.5 of the prompts: done" in out
+    out = call("reward_model", *train, "--learning_curve", "0.5", "1.0")
+    assert "Reward model: finished earlier, kept" in out
+    assert "Reward model on 0.5 of the prompts: finished earlier, kept" in out
 
 
 @pytest.mark.slow

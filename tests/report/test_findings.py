@@ -3,7 +3,7 @@
 import pytest
 from report_example import estimate, example_report, win_of
 
-from instruct_trl.report import findings
+from instruct_trl.report import findings, findings_reward
 from instruct_trl.report.data import ModelResult, ReportData
 
 
@@ -32,9 +32,17 @@ def test_verdict_follows_the_interval(win, verdict, start, end):
     ("accuracy", "length", "words", "says"),
     [
         (0.02, 0.1, 0.1, "cannot be told from a coin, so the win cannot be put down to the rankings."),
-        (0.2, -0.01, 0.1, "shows no more than length, so the win cannot be put down to anything in the rankings but"),
-        (0.2, 0.1, 0.01, "shows no more than words, so the win cannot be put down to anything in the rankings but"),
-        (0.2, 0.0, 0.0, "shows no more than length or words, so"),
+        (-0.2, 0.1, 0.1, "does worse than a coin, so the win cannot be put down to the rankings."),
+        (0.2, -0.06, 0.1, "shows no more than length, so the win cannot be put down to more in the rankings."),
+        (0.2, 0.1, -0.05, "shows no more than words, so the win cannot be put down to more in the rankings."),
+        (0.2, -0.01, 0.1, "cannot be told from a rule of length, so it is open whether the win comes from more than"),
+        (
+            0.2,
+            0.1,
+            0.01,
+            "cannot be told from a bag of words, so it is open whether the win comes from more than words",
+        ),
+        (0.2, 0.0, 0.0, "cannot be told from a rule of length or a bag of words, so it is open"),
     ],
 )
 def test_a_win_on_a_reward_model_that_does_not_beat_its_floors_is_no_yes(accuracy, length, words, says):
@@ -53,6 +61,39 @@ def test_a_win_on_a_reward_model_that_does_not_beat_its_floors_is_no_yes(accurac
     sure = {name: {**floor, "lead": estimate(0.1, 0.05)} for name, floor in floors.items()}
     figures = {"pair_accuracy": {**estimate(0.7, 0.05), "n_pairs": 900}, "floors": sure | {"missing": None}}
     assert findings.headline(example_report(win_of(63, 37), reward_model=figures))[0] == "better"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            {"trained_on": {"rows": 30, "of": 100}},
+            "30 of the 100 rows that its reward model was tested on have prompts",
+        ),
+        ({"pair_accuracy": {"mean": 1.0, "low": None, "high": None, "n": 9, "n_pairs": 27}}, "only 9 prompts, too few"),
+        ({"trained_on": {"rows": 1, "of": 100}}, None),
+    ],
+)
+def test_a_win_on_a_reward_model_that_was_not_properly_tested_is_no_yes(more, says):
+    figures = {"pair_accuracy": {**estimate(0.7, 0.05), "n_pairs": 900}, "floors": {}} | more
+    kind, text = findings.headline(example_report(win_of(63, 37), reward_model=figures))
+    assert kind == ("doubtful" if says else "better")
+    assert (says or "") in text
+
+
+@pytest.mark.parametrize(
+    ("lead", "verdict", "says"),
+    [
+        (0.1, "better", "knows more than words"),
+        (0.01, "unclear", "cannot be told from a bag of words"),
+        (-0.1, "worse", "shows no more than words"),
+    ],
+)
+def test_the_page_claims_no_more_than_the_interval_of_the_lead(lead, verdict, says):
+    rate = {**estimate(0.7, 0.05), "n_pairs": 900}
+    floor = {"rule": "a bag of words", "accuracy": rate, "lead": estimate(lead, 0.05)}
+    kind, text = findings_reward.headline({"pair_accuracy": rate, "floors": {"bag_of_words": floor}})
+    assert (kind, says in text) == (verdict, True)
 
 
 def test_headline_interval_is_wilsons():
