@@ -178,9 +178,8 @@ def parse_recipe(
         formatter_class=_HelpFormatter,
     )
     settings = read_yaml(config, {action.dest for action in parser._actions} | {"env"}) if config else {}
-    peek.add_argument("--dataset_name", "--dataset-name", nargs="?")
-    peek.add_argument("--seed", nargs="?")
-    peek.add_argument("--output_dir", "--output-dir", nargs="?")
+    for name in ("dataset_name", "seed", "output_dir"):
+        peek.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, nargs="?")
     peeked = peek.parse_known_args(rest)[0]
     named = peeked.dataset_name
     own_data = named is not None and named != settings.get("dataset_name")
@@ -194,8 +193,7 @@ def parse_recipe(
     if borrowed and not run.dry_run:
         print(f"Settings: those of {config}, made for other data and another model. --config names your own.")
     run.own_data, run.config_folder = own_data, config.parent if config else Path()
-    if peeked.seed is not None and peeked.output_dir is None:
-        run.given_seed = int(peeked.seed)
+    run.given_seed = None if peeked.seed is None or peeked.output_dir is not None else int(peeked.seed)
     _fill_in_places(parsed, expanduser(run.run_dir))
     _load_as_asked(parsed)
     _tokens_to_environment(parsed)
