@@ -31,10 +31,7 @@ def main(argv: list[str] | None = None) -> str:
         dry_run.training("reward_model", args, model, start=start, scores=True, device_memory_gb=run.device_memory_gb)
     training.prepare_output(args, run, "reward_model")
     base = model.model_name_or_path or str(run.run / "sft")
-
-    @cache
-    def rankings() -> tuple:
-        return rewarding.rankings_to_learn(run, args.seed)
+    rankings = cache(lambda: rewarding.rankings_to_learn(run, args.seed))
 
     def body(checkpoint: str | None) -> dict:
         train, test = rankings()

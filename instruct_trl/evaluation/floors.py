@@ -70,10 +70,7 @@ class BagOfWords:
             answers += ranking.answers
         if len(set(prompts)) < MIN_TRAINING_PROMPTS:
             raise NoBagOfWords(f"A bag of words needs {MIN_TRAINING_PROMPTS} training prompts with a pair or more.")
-        drawn = np.arange(len(pairs))
-        if len(pairs) > MOST_PAIRS:
-            drawn = np.random.default_rng(0).choice(len(pairs), MOST_PAIRS, replace=False)
-        winners, losers = np.array(pairs)[drawn].T
+        winners, losers = np.array(pairs).T
         self._words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=_TOKEN)
         try:
             x = self._words.fit_transform(answers)
@@ -88,8 +85,8 @@ class BagOfWords:
         )
         found = search.fit(
             vstack([differences, -differences]).tocsr(),
-            np.repeat([1, 0], len(drawn)),
-            groups=np.tile(np.array(prompts)[drawn], 2),
+            np.repeat([1, 0], len(pairs)),
+            groups=np.tile(np.array(prompts), 2),
         )
         self._weights = found.best_estimator_.coef_[0]
 
