@@ -173,7 +173,7 @@ def test_a_pickle_in_the_labelers_place_is_not_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_long"])
-def test_the_yamls_name_the_folders_and_the_labeler_that_the_preparing_step_writes(name, tmp_path, monkeypatch):
+def test_the_yamls_name_the_folders_and_the_labeler_that_the_preparing_step_writes(name, tmp_path, monkeypatch, capsys):
     """Each setting that begins with {run_dir}/data is there after `prepare` with the sizes of data.yaml."""
     folder = EXAMPLE.parent / name
     (tmp_path / "base").mkdir()
@@ -181,11 +181,13 @@ def test_the_yamls_name_the_folders_and_the_labeler_that_the_preparing_step_writ
     made_up = [sentence(i) for i in range(6000)]
     monkeypatch.setattr(prepare, "captions", lambda: made_up)
     monkeypatch.setattr(prepare, "base_model", lambda: tmp_path / "base")
+    monkeypatch.setattr(prepare, "seconds_per_step", lambda model: 2.0)
     monkeypatch.setattr(prepare, "book_passages", lambda: passages)
     settings = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml") if path.stem != "data"]
     run = RunArguments(run_dir=str(tmp_path / "run"), prepare=settings[0]["prepare"])
     run.config_folder = folder
     prepare_data(run)
+    assert ("The whole run: about 15 minutes." in capsys.readouterr().out) is (name == "demo")  # 450 steps of 2 s
     named = {str(value) for given in settings for value in given.values() if "{run_dir}/data" in str(value)}
     assert len(named) == 7
     assert [path for path in named if not (tmp_path / path.replace("{run_dir}", "run")).is_dir()] == []
